@@ -1,0 +1,1 @@
+"""Room `cli`; its README is the design note."""

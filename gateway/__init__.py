@@ -1,0 +1,1 @@
+"""Room `gateway`; its README is the design note."""

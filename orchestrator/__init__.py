@@ -1,0 +1,1 @@
+"""Room `orchestrator`; its README is the design note."""

@@ -1,0 +1,188 @@
+"""The configuration: one frozen object, read once by `hostler serve` and handed to every process.
+
+Sources, later wins: defaults, `hostler.yaml`, `HOSTLER_*` environment variables, command-line flags.
+Unknown keys stop the start and name the nearest valid one. `hostler.example.yaml` shows every key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_PORT = 8000
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names the key and what to write instead."""
+
+
+def parse_bytes(value: Any) -> Any:
+    """Turn "2GiB", "500 MB" or a number into bytes; leave anything else for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(digits) :].strip().upper()
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"{value!r} is not a size; write it like 2GiB or 500MB") from None
+
+
+def _no_path(value: str) -> str:
+    if not value or len(value) > 200 or any(c.isspace() or not c.isprintable() for c in value) or ".." in value:
+        raise ValueError(f"{value!r} is not a model name; use letters, digits and . _ - : @ /")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**60)]
+ModelName = Annotated[str, AfterValidator(_no_path)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Strict):
+    """One model that can be served."""
+
+    name: ModelName = Field(description="Name that clients ask for.")
+    source: str = Field(
+        default="", description="Catalog name, Hub id (org/name), local directory or .gguf file; default: the name."
+    )
+    revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); pinned once pulled.")
+    aliases: tuple[ModelName, ...] = Field(default=(), description="Other names that mean this model.")
+    engine: Literal["auto", "text", "scripted"] = Field(default="auto", description="Which engine runs it.")
+    device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto")
+    max_context_tokens: int = Field(default=0, ge=0, le=10_000_000, description="0: the model's own.")
+    max_running: int = Field(default=16, ge=1, le=4096, description="Requests in one batch.")
+    max_queued: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait beyond those.")
+    kv_cache: Bytes = Field(default=0, description="Bytes the KV cache may grow to; 0: chosen from the device.")
+    prefill_chunk_tokens: int = Field(default=256, ge=16, le=65536, description="Prompt tokens per step.")
+    num_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: chosen.")
+    preload: bool = Field(default=False, description="Load at start.")
+    pinned: bool = Field(default=False, description="Never evict.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code from the model repository.")
+
+
+class DeviceConfig(_Strict):
+    """One device, real or virtual. Without any, devices are discovered."""
+
+    id: str = Field(pattern=r"^[a-z]+[a-z0-9]*(:\d+)?$", description="cuda:0, cpu, or any name for a virtual one.")
+    kind: Literal["cpu", "cuda"] = "cpu"
+    budget: Bytes = Field(default=0, description="Bytes hostler may use on it; 0: what is free at start.")
+
+
+class HostlerConfig(_Strict):
+    """Everything that `hostler serve` needs to know."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on. Anything but loopback needs an API key.")
+    port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
+    api_key: str | None = Field(default=None, min_length=8, max_length=512, description="Bearer key that clients send.")
+    cors: tuple[str, ...] = Field(default=(), description="Origins allowed from browsers, or '*'.")
+    allowed_hosts: tuple[str, ...] = Field(default=(), description="Host headers to accept beyond loopback names.")
+    gateways: int = Field(default=0, ge=0, le=64, description="Gateway processes; 0: chosen from the cores.")
+    max_body: Bytes = Field(default=8 * 10**6, description="Largest JSON body.")
+    models: tuple[ModelConfig, ...] = Field(default=())
+    devices: tuple[DeviceConfig, ...] = Field(default=())
+    models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")
+    ray_address: str | None = Field(default=None, description="Join this Ray cluster instead of starting one.")
+    step_budget_s: float = Field(default=60.0, gt=0, le=3600, description="A busy worker that takes longer is hung.")
+    drain_s: float = Field(default=20.0, ge=0, le=3600, description="How long a stop waits for running requests.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> HostlerConfig:
+        seen: set[str] = set()
+        for model in self.models:
+            for name in (model.name, *model.aliases):
+                if name in seen:
+                    raise ValueError(f"model name {name!r} is used twice")
+                seen.add(name)
+        return self
+
+
+ENV_PREFIX = "HOSTLER_"
+_ENV_OPTIONS = ("host", "port", "api_key", "cors", "gateways", "models_dir", "ray_address")
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for option in _ENV_OPTIONS:
+        if (text := environ.get(ENV_PREFIX + option.upper())) is not None:
+            values[option] = tuple(text.split(",")) if option == "cors" else text
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "the file"
+        if item["type"] != "extra_forbidden":
+            lines.append(f"{where}: {item['msg']}")
+            continue
+        owner: type[BaseModel] = HostlerConfig
+        if item["loc"][0] in ("models", "devices") and len(item["loc"]) > 1:
+            owner = ModelConfig if item["loc"][0] == "models" else DeviceConfig
+        near = difflib.get_close_matches(str(item["loc"][-1]), owner.model_fields, n=1, cutoff=0.4)
+        lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return "\n".join(lines)
+
+
+def build(values: Mapping[str, Any]) -> HostlerConfig:
+    """Validate plain values.
+
+    Raises:
+        ConfigError: with one line for each fault.
+    """
+    try:
+        return HostlerConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def load(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> HostlerConfig:
+    """Read the file (if any), the environment and the overrides (command-line flags), in that order.
+
+    Raises:
+        ConfigError: unreadable, malformed, unknown key or bad value.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        if document is not None and not isinstance(document, dict):
+            raise ConfigError(f"{path}: the top level must be keys and values")
+        values.update(document or {})
+    values.update(_from_environment(os.environ if environ is None else environ))
+    values.update(overrides or {})
+    return build(values)
+
+
+def read_resolved(path: Path) -> HostlerConfig:
+    """Read what `write_resolved` wrote; for the processes that `hostler serve` starts."""
+    return build(json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_resolved(config: HostlerConfig, path: Path) -> None:
+    """Write the resolved configuration, readable by this user alone (it may hold the API key)."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(config.model_dump_json())

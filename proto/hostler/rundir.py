@@ -1,0 +1,102 @@
+"""The run directory: where the processes of one server meet. One per port, 0700, on this host only.
+
+    <base>/<port>/
+        lock                flock held by `hostler serve` for its life; its text is the pid
+        config.json         the resolved configuration (0600), read by every process at start
+        orchestrator.sock   placement service
+        w-<id>.sock         one per worker
+        logs/               one file per process
+
+`<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are
+limited to 107 bytes by the kernel, so the base must stay short.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_MAX_SOCKET_PATH_BYTES = 107
+_LONGEST_SOCKET_NAME = "w-0123456789abcdef.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one server's run directory."""
+
+    path: Path
+
+    @property
+    def lock(self) -> Path:
+        """The flocked pid file."""
+        return self.path / "lock"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, JSON."""
+        return self.path / "config.json"
+
+    @property
+    def logs(self) -> Path:
+        """Directory of log files."""
+        return self.path / "logs"
+
+    @property
+    def orchestrator_socket(self) -> Path:
+        """The placement service's socket."""
+        return self.path / "orchestrator.sock"
+
+    @property
+    def orchestrator_target(self) -> str:
+        """gRPC target of the placement service."""
+        return f"unix:{self.orchestrator_socket}"
+
+    def worker_socket(self, worker_id: str) -> Path:
+        """The socket of one worker."""
+        return self.path / f"w-{worker_id}.sock"
+
+
+def base_dir() -> Path:
+    """Return the directory that holds every run directory of this user."""
+    if override := os.environ.get("HOSTLER_RUN_DIR"):
+        return Path(override)
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "hostler"
+    return Path(tempfile.gettempdir()) / f"hostler-{os.getuid()}"
+
+
+def run_dir(port: int) -> RunDir:
+    """Return the run directory of the server on `port`, created or not."""
+    return RunDir(base_dir() / str(port))
+
+
+def create(port: int) -> RunDir:
+    """Create the run directory of the server on `port`, private to this user.
+
+    Raises:
+        PermissionError: somebody else owns it, or others may enter it.
+        ValueError: its path is too long for a Unix socket.
+    """
+    directory = run_dir(port)
+    for path in (directory.path.parent, directory.path, directory.logs):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
+        if info.st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to user {info.st_uid}, not to you. Set HOSTLER_RUN_DIR elsewhere.")
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            path.chmod(0o700)
+    longest = len(os.fsencode(directory.path / _LONGEST_SOCKET_NAME))
+    if longest > _MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"{directory.path} is too long for Unix sockets. Set HOSTLER_RUN_DIR to a shorter path.")
+    return directory
+
+
+def existing() -> list[tuple[int, RunDir]]:
+    """Return (port, run directory) of every server this user has started here, dead or alive."""
+    base = base_dir()
+    if not base.is_dir():
+        return []
+    return sorted((int(p.name), RunDir(p)) for p in base.iterdir() if p.name.isdigit() and p.is_dir())

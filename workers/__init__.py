@@ -1,0 +1,1 @@
+"""Room `workers`; its README is the design note."""
