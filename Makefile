@@ -1,0 +1,44 @@
+# hostler: every task of the repository. `make` alone lists them.
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev serve test check bench gpu proto format clean
+
+help: ## list the targets
+	@printf 'make TARGET\n\n'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
+
+setup: ## make .venv with everything that serving needs (fast when nothing changed)
+	@deploy/setup.sh run
+
+setup-dev:
+	@deploy/setup.sh dev
+
+serve: setup ## set up, then serve on PORT=8000; MODEL=name, ARGS='--help' for more
+	@exec $(BIN)/hostler serve --port $(PORT) $(ARGS) $(MODEL)
+
+test: setup-dev ## run every test; ARGS='-k name' for some
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+check: setup-dev ## format, lint, types, import fences, proto lint and drift, docs
+	@exec deploy/check.sh
+
+bench: setup-dev ## measure against the peers on this machine; ARGS=--quick for the short form
+	@exec $(BIN)/python -m tests.bench $(ARGS)
+
+gpu: setup-dev ## run the tests that need a CUDA device, if there is one
+	@exec $(BIN)/python -m tests.bench.gpu $(ARGS)
+
+proto: setup-dev ## generate the Python code of the .proto contracts
+	@deploy/proto.sh
+
+format: setup-dev ## format the code and apply the linter's safe fixes
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix .
+
+clean: ## remove .venv and every cache of the tools
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
