@@ -1,0 +1,43 @@
+"""Shared by every test: the fixtures of each area, and the server's logs in the report of a failed journey."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest_plugins = [
+    name
+    for name in ("tests.journeys.server", "tests.models.fixtures")
+    if (Path(__file__).parent.parent / Path(*name.split(".")).with_suffix(".py")).exists()
+]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Add the tail of every log of the servers that a failed test used."""
+    report: Any = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if callable(sections := getattr(value, "log_sections", None)):
+                report.sections.extend(sections())
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where torch finds none."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not _has_cuda():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _has_cuda() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
