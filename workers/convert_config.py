@@ -68,7 +68,12 @@ def _rope_parameters(fields: Mapping[str, Any], head_dim: int, factors: list[flo
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if kind == "yarn":
         original = int(_arch_field(fields, "rope.scaling.original_context_length"))
-        return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
+        return {
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
     raise UnsupportedGguf(f"rope scaling {kind!r} is not known")
 
 

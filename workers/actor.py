@@ -1,0 +1,46 @@
+"""The Ray actor shell: a plain class that serves gRPC from a thread. Ray wraps it; this file does not know Ray.
+
+The orchestrator names it by its entry point `workers.actor:WorkerActor`. Requests never pass through Ray: the
+actor exists so that Ray starts, pins, finds and ends the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+
+
+class WorkerActor:
+    """One worker process.
+
+    Args:
+        worker_id: unique name.
+        socket_path: Unix socket to serve on.
+        generation: of this placement.
+        env: environment for libraries not yet initialised (visible devices, thread counts); set before anything
+            of the engine runs.
+    """
+
+    def __init__(self, worker_id: str, socket_path: str, generation: int, env: dict[str, str]) -> None:
+        os.environ.update(env)
+        thread = threading.Thread(
+            target=_serve_and_exit, args=(socket_path, generation, worker_id), name="worker", daemon=True
+        )
+        thread.start()
+
+    def ping(self) -> int:
+        """Return the process id."""
+        return os.getpid()
+
+
+def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
+    from workers.server import serve
+
+    code = 1
+    try:
+        asyncio.run(serve(socket_path, generation, worker_id))
+        code = 0
+    finally:
+        # Ray's own exit path can wait for threads and for a control plane that may be gone.
+        os._exit(code)

@@ -1,0 +1,192 @@
+"""The seam between a worker's gRPC edge and whatever runs its model.
+
+Above: `server.py` and its servicers, which turn the wire into these dataclasses. Below: the text engine
+(`workers/text/`), the scripted engine (`scripted.py`). Nothing here imports torch or grpc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Json = object
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Structured messages, rendered by the model's own template.
+
+    Attributes:
+        messages: as chat templates expect them: dicts with role, content, perhaps tool_calls, tool_call_id, name.
+        tools: JSON-schema function tools as templates expect them; empty for none.
+        template_kwargs: extra template variables.
+        continue_final_message: extend the last assistant message instead of opening a new one.
+    """
+
+    messages: Sequence[Mapping[str, Json]]
+    tools: Sequence[Mapping[str, Json]] = ()
+    template_kwargs: Mapping[str, Json] = field(default_factory=dict)
+    continue_final_message: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text, tokenized with the model's own special tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. None means the model's own default, else the neutral value."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it."""
+
+    prompt: Prompt
+    request_id: str = ""
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's natural-log probability under the model's own distribution; `top` holds the likeliest."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text, whole characters only. May be empty when it only carries logprobs."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The last event of every served request. `reason` is "stop" or "length"; times in microseconds."""
+
+    reason: str
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int = 0
+    stop: str = ""
+    queue_us: int = 0
+    prefill_us: int = 0
+    decode_us: int = 0
+
+
+Event = TextDelta | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a loaded model is and can do; bytes and tokens."""
+
+    model: str
+    engine: str
+    architecture: str
+    dtype: str
+    max_context_tokens: int
+    vocab_size: int = 0
+    num_parameters: int = 0
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    supports_tools: bool = False
+    supports_reasoning: bool = False
+    supports_images: bool = False
+    supports_audio: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's counters. `num_steps` rises with every step; it stands still only when idle or hung."""
+
+    num_steps: int = 0
+    num_running: int = 0
+    num_queued: int = 0
+    max_running: int = 0
+    kv_used_bytes: int = 0
+    kv_reserved_bytes: int = 0
+    num_prompt_tokens_total: int = 0
+    num_completion_tokens_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """Everything a worker is told about the one model it will own. Zeros and empty strings mean: choose."""
+
+    model: str
+    path: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_context_tokens: int = 0
+    max_running: int = 16
+    max_queued: int = 256
+    kv_cache_bytes: int = 0
+    prefill_chunk_tokens: int = 256
+    num_threads: int = 0
+    trust_remote_code: bool = False
+
+
+class Engine(Protocol):
+    """Owns one loaded model. Methods are called from the worker's asyncio loop only."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the model is; fixed for the engine's life."""
+
+    def stats(self) -> EngineStats:
+        """Counters as of now; cheap."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        """Serve one request: deltas, then one `Finish`.
+
+        Closing the iterator at any point frees the request's slot within one step.
+
+        Raises:
+            HostlerError: refused or failed; other requests are unaffected.
+        """
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's token ids."""
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the loop whenever running or queued counts change."""
+
+    async def close(self) -> None:
+        """Fail what still runs and free everything."""

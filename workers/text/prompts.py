@@ -1,0 +1,120 @@
+"""Prompts to token ids: renders the model's chat template, keeps user text from becoming control tokens, and
+refuses what is far too long before spending time on it. Blocking; call it off the loop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hostler.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from jinja2.exceptions import TemplateError
+
+from workers.engine import ChatPrompt, Prompt, TextPrompt
+
+# A Unicode noncharacter: never legitimate in text, so it can mark where a control token's spelling was broken up.
+_BREAK = "\ufdd0"
+_PROBE_CHARS = 8192
+
+
+class PromptEncoder:
+    """Turns prompts into ids for one model.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        vocab_size: ids at or above it are refused.
+        max_context_tokens: longer prompts are refused, very long ones without tokenizing all of it.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, max_context_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_context_tokens = max_context_tokens
+        specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._control = re.compile("|".join(re.escape(s) for s in specials if s.strip())) if specials else None
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's token ids.
+
+        Raises:
+            InvalidRequest: empty, unknown ids, or the template refuses these messages.
+            ContextLengthExceeded: longer than the model's context.
+        """
+        if isinstance(prompt, ChatPrompt):
+            ids = self._encode_text(self._render(prompt), add_special_tokens=False)
+        elif isinstance(prompt, TextPrompt):
+            ids = self._encode_text(self._neutralize(prompt.text), add_special_tokens=True)
+        else:
+            ids = list(prompt.ids)
+            worst = max(ids, default=0)
+            if worst >= self._vocab_size:
+                raise InvalidRequest(
+                    f"Token id {worst} is outside the vocabulary of {self._vocab_size}.", param="prompt"
+                )
+        if not ids:
+            raise InvalidRequest("The prompt is empty: there is nothing to continue.", param="messages")
+        return ids
+
+    def _render(self, prompt: ChatPrompt) -> str:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise UnsupportedParameter(
+                "This model has no chat template, so it cannot chat. Use the completions endpoint.", param="messages"
+            )
+        for message in prompt.messages:
+            if isinstance(content := message.get("content"), str):
+                self._refuse_far_too_long(content)
+        messages = [self._clean(message) for message in prompt.messages]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(prompt.tools) or None,
+                tokenize=False,
+                add_generation_prompt=not prompt.continue_final_message,
+                continue_final_message=prompt.continue_final_message,
+                **prompt.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {reason[:300]}", param="messages"
+            ) from error
+        return str(rendered)
+
+    def _clean(self, message: Mapping[str, object]) -> dict[str, object]:
+        """Break up control tokens in what people wrote; the template's own stay whole."""
+        cleaned = dict(message)
+        content = cleaned.get("content")
+        if isinstance(content, str):
+            cleaned["content"] = self._neutralize(content)
+        return cleaned
+
+    def _neutralize(self, text: str) -> str:
+        text = text.replace(_BREAK, "")
+        if self._control is None:
+            return text
+        return self._control.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+
+    def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self._refuse_far_too_long(text)
+        ids: list[int] = []
+        for index, piece in enumerate(text.split(_BREAK)):
+            encoded = self._tokenizer.encode(piece, add_special_tokens=add_special_tokens and index == 0)
+            ids.extend(encoded)
+        return ids
+
+    def _refuse_far_too_long(self, text: str) -> None:
+        """Count tokens piece by piece and stop as soon as the context is surely exceeded.
+
+        Cutting text can only change the count by a token or so at each cut, which the allowance covers.
+        """
+        if len(text) <= 4 * self._max_context_tokens:
+            return
+        count = 0
+        for index, start in enumerate(range(0, len(text), _PROBE_CHARS), start=1):
+            count += len(self._tokenizer.encode(text[start : start + _PROBE_CHARS], add_special_tokens=False))
+            if count - 4 * index > self._max_context_tokens:
+                raise ContextLengthExceeded(
+                    f"This prompt of {len(text)} characters is longer than the model's context of "
+                    f"{self._max_context_tokens} tokens. Shorten it.",
+                    param="messages",
+                )

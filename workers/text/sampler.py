@@ -1,0 +1,157 @@
+"""From logits to one token for each row, every row by its own rules.
+
+Greedy rows cost one argmax for all. Random rows draw by inverse transform from one uniform number of the
+request's own counter-based generator (Philox, Salmon et al. 2011), so a seed gives the same draws whatever
+else is in the batch. Nucleus and min-p work on the likeliest `_SHORTLIST` tokens first, and sort the whole
+vocabulary only when those do not hold enough probability.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+_SHORTLIST = 256
+
+
+@dataclass(slots=True)
+class RowSampling:
+    """Resolved rules of one request, plus its generator (advanced by one draw a token).
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalties 0 (repetition 1) are off.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    _random: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        seed = secrets.randbits(64) if self.seed is None else self.seed & (2**64 - 1)
+        self._random = np.random.Generator(np.random.Philox(key=seed))
+
+    def draw(self) -> float:
+        """Return the next uniform number in [0, 1)."""
+        return float(self._random.random())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether anything changes the logits before they become probabilities."""
+        return bool(
+            self.logit_bias or self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Tokens that penalties look at: prompt ids and the counts of generated ids."""
+
+    prompt_ids: Sequence[int]
+    generated: Counter[int]
+
+
+def edit_logits(row: torch.Tensor, rules: RowSampling, history: History) -> None:
+    """Apply repetition, frequency and presence penalties and logit_bias to one row (vocab,), in place.
+
+    Order and formulas: repetition penalty as CTRL has it (arXiv:1909.05858, section 4.1) over prompt and output;
+    frequency and presence as OpenAI documents them, over the output only; the bias last.
+    """
+    vocab_size = row.shape[0]
+    if rules.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*history.prompt_ids, *history.generated}), dtype=torch.long, device=row.device)
+        values = row[seen]
+        penalty = rules.repetition_penalty
+        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if (rules.frequency_penalty or rules.presence_penalty) and history.generated:
+        ids = torch.tensor(list(history.generated.keys()), dtype=torch.long, device=row.device)
+        counts = torch.tensor(list(history.generated.values()), dtype=row.dtype, device=row.device)
+        row[ids] -= rules.frequency_penalty * counts + rules.presence_penalty
+    if rules.logit_bias:
+        pairs = [(i, b) for i, b in rules.logit_bias.items() if i < vocab_size]
+        ids = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=row.device)
+        row[ids] += torch.tensor([b for _, b in pairs], dtype=row.dtype, device=row.device)
+
+
+def sample(logits: torch.Tensor, rules: Sequence[RowSampling], histories: Sequence[History]) -> list[int | None]:
+    """Choose one token for each row.
+
+    Args:
+        logits: (rows, vocab) float32; rows with penalties or bias are edited in place.
+        rules: one for each row.
+        histories: one for each row.
+
+    Returns:
+        Token ids; None for a row whose logits hold NaN or no finite value (that request must fail, alone).
+    """
+    for index, rule in enumerate(rules):
+        if rule.edits_logits:
+            edit_logits(logits[index], rule, histories[index])
+    peaks, likeliest = logits.max(dim=-1)
+    tokens: list[int | None] = list(likeliest.tolist())
+    for index, peak in enumerate(peaks.tolist()):
+        if not math.isfinite(peak):
+            tokens[index] = None
+        elif not rules[index].greedy:
+            tokens[index] = _draw(logits[index], rules[index])
+    return tokens
+
+
+def _draw(row: torch.Tensor, rules: RowSampling) -> int:
+    """Draw one token from a row (vocab,) of edited logits."""
+    probabilities = torch.softmax(row / max(rules.temperature, 1e-5), dim=-1)
+    if rules.top_k == 0 and rules.top_p >= 1.0 and rules.min_p <= 0.0:
+        return _inverse_transform(probabilities, rules.draw())
+    size = probabilities.shape[0]
+    shortlist = min(size, rules.top_k or _SHORTLIST)
+    values, ids = torch.topk(probabilities, shortlist)
+    if rules.top_k == 0 and shortlist < size and not _holds_enough(values, rules):
+        values, ids = torch.sort(probabilities, descending=True)
+    keep = values.shape[0]
+    if rules.top_p < 1.0:
+        # The smallest set whose probability reaches top_p; of what top_k left, as the filters compose in order.
+        cumulative = torch.cumsum(values / values.sum() if rules.top_k else values, dim=-1)
+        keep = min(keep, int((cumulative < rules.top_p).sum()) + 1)
+    if rules.min_p > 0.0:
+        keep = min(keep, max(1, int((values >= rules.min_p * values[0]).sum())))
+    return int(ids[_inverse_transform(values[:keep], rules.draw())])
+
+
+def _holds_enough(values: torch.Tensor, rules: RowSampling) -> bool:
+    """Whether the sorted shortlist `values` surely contains every token that top_p or min_p would keep."""
+    if rules.top_p < 1.0 and float(values.sum()) >= rules.top_p:
+        return True
+    return rules.min_p > 0.0 and float(values[-1]) < rules.min_p * float(values[0])
+
+
+def _inverse_transform(weights: torch.Tensor, uniform: float) -> int:
+    """Return the index drawn with probability proportional to `weights` (n,) for a uniform number in [0, 1)."""
+    cumulative = torch.cumsum(weights, dim=-1, dtype=torch.float64)
+    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return min(index, weights.shape[0] - 1)
+
+
+def logprobs(row: torch.Tensor, token_id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
+    """Return the chosen token's log-probability and the `num_top` likeliest (id, log-probability) of a row (vocab,)."""
+    log_probabilities = torch.log_softmax(row, dim=-1)
+    top: list[tuple[int, float]] = []
+    if num_top:
+        values, ids = torch.topk(log_probabilities, min(num_top, row.shape[0]))
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return float(log_probabilities[token_id]), top

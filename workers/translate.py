@@ -1,0 +1,250 @@
+"""Between the wire and the engine: contract messages to dataclasses and back. Pure; knows the stubs, no engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.inference.v1 import inference_pb2 as pb
+from hostler.lifecycle.v1 import lifecycle_pb2 as life
+
+from workers.engine import (
+    ChatPrompt,
+    EngineStats,
+    Event,
+    Finish,
+    GenerationRequest,
+    LoadSpec,
+    ModelFacts,
+    Prompt,
+    SamplingParams,
+    TextDelta,
+    TextPrompt,
+    TokenLogprob,
+    TokenPrompt,
+)
+
+_ROLES = {
+    pb.ROLE_SYSTEM: "system",
+    pb.ROLE_DEVELOPER: "system",
+    pb.ROLE_USER: "user",
+    pb.ROLE_ASSISTANT: "assistant",
+    pb.ROLE_TOOL: "tool",
+}
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+_ENGINES = {"text": life.ENGINE_KIND_TEXT, "scripted": life.ENGINE_KIND_SCRIPTED}
+
+
+def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_id: str) -> GenerationRequest:
+    """Return the engine's form of a request.
+
+    Raises:
+        UnsupportedParameter: it asks for what this model cannot honour.
+        InvalidRequest: malformed.
+    """
+    _refuse_unsupported(message, facts)
+    return GenerationRequest(
+        prompt=_prompt(message),
+        request_id=request_id,
+        sampling=_sampling(message.sampling),
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+        stop=tuple(s for s in message.stop if s),
+        top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
+    )
+
+
+def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
+    refused = None
+    if message.constraint.WhichOneof("kind"):
+        refused = ("response_format", "Structured output is not available for this model yet.")
+    elif message.adapter:
+        refused = ("model", f"Adapter {message.adapter[:100]!r} is not available beside this model.")
+    elif message.suffix:
+        refused = ("suffix", "This model has no fill-in-the-middle.")
+    elif message.echo_logprobs:
+        refused = ("echo", "Logprobs of the prompt are not available for this model yet.")
+    elif message.WhichOneof("prompt") == "chat":
+        chat = message.chat
+        kinds = {part.WhichOneof("part") for m in chat.messages for part in m.parts} - {"text", None}
+        if kinds:
+            refused = ("messages", f"This model reads text only, not {', '.join(sorted(map(str, kinds)))}.")
+        elif chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE and not facts.supports_tools:
+            refused = ("tools", "This model does not call tools.")
+    if refused is not None:
+        raise UnsupportedParameter(refused[1], param=refused[0])
+
+
+def _prompt(message: pb.GenerateRequest) -> Prompt:
+    kind = message.WhichOneof("prompt")
+    if kind == "chat":
+        return chat_prompt(message.chat)
+    if kind == "text":
+        return TextPrompt(message.text)
+    if kind == "token_ids":
+        return TokenPrompt(tuple(message.token_ids.ids))
+    raise InvalidRequest("The request has no prompt.", param="messages")
+
+
+def chat_prompt(chat: pb.Chat) -> ChatPrompt:
+    """Return the form that chat templates take."""
+    if not chat.messages:
+        raise InvalidRequest("messages must hold at least one message.", param="messages")
+    kwargs: dict[str, Any] = {}
+    if chat.template_kwargs_json:
+        try:
+            kwargs = json.loads(chat.template_kwargs_json)
+        except ValueError:
+            raise InvalidRequest("chat_template_kwargs is not valid JSON.", param="chat_template_kwargs") from None
+        if not isinstance(kwargs, dict):
+            raise InvalidRequest("chat_template_kwargs must be an object.", param="chat_template_kwargs")
+    if chat.reasoning.HasField("enabled"):
+        kwargs.setdefault("enable_thinking", chat.reasoning.enabled)
+    if chat.reasoning.effort:
+        kwargs.setdefault("reasoning_effort", chat.reasoning.effort)
+    for reserved in (
+        "messages",
+        "tools",
+        "tokenize",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+    ):
+        kwargs.pop(reserved, None)
+    return ChatPrompt(
+        messages=[_message(m) for m in chat.messages],
+        tools=[_tool(t) for t in chat.tools] if chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE else (),
+        template_kwargs=kwargs,
+        continue_final_message=chat.continue_final_message,
+    )
+
+
+def _message(message: pb.Message) -> dict[str, object]:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest("A message has no role.", param="messages")
+    out: dict[str, object] = {"role": role, "content": "".join(p.text for p in message.parts)}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c.arguments_json)}}
+            for c in message.tool_calls
+        ]
+    for key in ("tool_call_id", "name"):
+        if value := getattr(message, key):
+            out[key] = value
+    if message.reasoning:
+        out["reasoning_content"] = message.reasoning
+    return out
+
+
+def _arguments(text: str) -> object:
+    """Templates want an object where the text is one."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return text
+
+
+def _tool(tool: pb.Tool) -> dict[str, object]:
+    function: dict[str, object] = {"name": tool.name, "description": tool.description}
+    if tool.parameters_json:
+        try:
+            function["parameters"] = json.loads(tool.parameters_json)
+        except ValueError:
+            raise InvalidRequest(f"The parameters of tool {tool.name[:64]!r} are not JSON.", param="tools") from None
+    return {"type": "function", "function": function}
+
+
+def _sampling(message: pb.Sampling) -> SamplingParams:
+    def maybe(name: str) -> Any:
+        return getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]
+
+    repetition = maybe("repetition_penalty")
+    return SamplingParams(
+        temperature=maybe("temperature"),
+        top_p=maybe("top_p"),
+        top_k=maybe("top_k"),
+        min_p=maybe("min_p"),
+        seed=maybe("seed"),
+        frequency_penalty=maybe("frequency_penalty") or 0.0,
+        presence_penalty=maybe("presence_penalty") or 0.0,
+        repetition_penalty=1.0 if repetition is None else repetition,
+        logit_bias=dict(message.logit_bias),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def event(value: Event) -> pb.GenerateResponse:
+    """Return the wire's form of an engine event."""
+    if isinstance(value, TextDelta):
+        return pb.GenerateResponse(text=pb.TextDelta(text=value.text, logprobs=[_logprob(x) for x in value.logprobs]))
+    return pb.GenerateResponse(finish=_finish(value))
+
+
+def _logprob(value: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=value.token_id, token=value.token, logprob=value.logprob, top=[_logprob(x) for x in value.top]
+    )
+
+
+def _finish(value: Finish) -> pb.Finish:
+    return pb.Finish(
+        reason=_FINISH[value.reason],
+        usage=pb.Usage(
+            num_prompt_tokens=value.num_prompt_tokens,
+            num_cached_tokens=value.num_cached_tokens,
+            num_completion_tokens=value.num_completion_tokens,
+        ),
+        timing=pb.Timing(
+            queue_us=max(0, value.queue_us), prefill_us=max(0, value.prefill_us), decode_us=max(0, value.decode_us)
+        ),
+        stop=value.stop,
+    )
+
+
+def load_spec(message: life.LoadRequest) -> LoadSpec:
+    """Return the engine's form of a load request."""
+    return LoadSpec(
+        model=message.model,
+        path=message.path,
+        device=message.device or "cpu",
+        dtype=message.dtype or "auto",
+        max_context_tokens=message.max_context_tokens,
+        max_running=message.max_running or 16,
+        max_queued=message.max_queued,
+        kv_cache_bytes=message.kv_cache_bytes,
+        prefill_chunk_tokens=message.prefill_chunk_tokens or 256,
+        num_threads=message.num_threads,
+        trust_remote_code=message.trust_remote_code,
+    )
+
+
+def model_info(facts: ModelFacts) -> life.ModelInfo:
+    """Return the wire's form of what a model is."""
+    return life.ModelInfo(
+        model=facts.model,
+        engine=_ENGINES[facts.engine],
+        architecture=facts.architecture,
+        dtype=facts.dtype,
+        max_context_tokens=facts.max_context_tokens,
+        vocab_size=facts.vocab_size,
+        num_parameters=facts.num_parameters,
+        weight_bytes=facts.weight_bytes,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        supports_tools=facts.supports_tools,
+        supports_reasoning=facts.supports_reasoning,
+        supports_images=facts.supports_images,
+        supports_audio=facts.supports_audio,
+    )
+
+
+def fill_stats(message: life.WatchResponse, stats: EngineStats) -> None:
+    """Copy an engine's counters into a watch message."""
+    message.num_steps = stats.num_steps
+    message.num_running = stats.num_running
+    message.num_queued = stats.num_queued
+    message.max_running = stats.max_running
+    message.kv_used_bytes = stats.kv_used_bytes
+    message.kv_reserved_bytes = stats.kv_reserved_bytes
+    message.num_prompt_tokens_total = stats.num_prompt_tokens_total
+    message.num_completion_tokens_total = stats.num_completion_tokens_total
