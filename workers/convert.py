@@ -56,7 +56,7 @@ _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 _NOT_WEIGHTS = {"rope_freqs.weight"}
 
 Report = Callable[[int, int], None]
-"""Called with (bytes written, bytes in all)."""
+"""Called with (bytes written, bytes in all or 0 while that is not known)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def convert(source: Path, destination: Path, report: Report) -> None:
         OSError: reading or writing failed, for example for lack of space.
     """
     destination.mkdir(parents=True, exist_ok=True)
-    report(0, source.stat().st_size)
+    report(0, 0)
     reader = GGUFReader(source)
     fields = read_fields(reader)
     if fields.get("general.architecture") in _ARCHITECTURES:

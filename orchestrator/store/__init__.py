@@ -1,0 +1,11 @@
+"""The model store: models on disk, whole or not there at all. Its README is the design note.
+
+Above it: the orchestrator (which asks `find`, `list_stored` and `footprint`: no network, no torch) and the
+`hostler` command (which runs `python -m orchestrator.store`). Below it: the Hub, pip, and `workers.convert`.
+"""
+
+from orchestrator.store.footprint import Footprint, footprint
+from orchestrator.store.layout import StoredModel, list_stored
+from orchestrator.store.source import find
+
+__all__ = ["Footprint", "StoredModel", "find", "footprint", "list_stored"]

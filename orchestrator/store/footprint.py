@@ -1,0 +1,175 @@
+"""How much memory a model will take, from its safetensors headers and config.json alone.
+
+Above it: the orchestrator's ledger (an estimate until the worker has measured) and `publish` (which refuses damaged
+weights). Below it: files. The safetensors layout is 8 bytes of little-endian header length, a JSON header, and data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hostler.errors import InvalidRequest, ModelLoadFailed
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_MAX_HEADER_BYTES = 100 * 10**6
+_STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_SERVED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SERVED_DTYPE = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FIXED_WORKSPACE_BYTES = 64 * 2**20
+_CHUNK_TOKENS = 256
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Estimated bytes of one loaded model.
+
+    Attributes:
+        weight_bytes: every tensor in the serving dtype, a tied output projection counted once.
+        kv_bytes_per_token: 2 (keys, values) x layers x key-value heads x head size x bytes of the dtype.
+        max_context_tokens: what the model was trained for; 0 if its config does not say.
+        workspace_bytes: 64 MiB, plus fp32 activations of one 256-token prefill chunk (8 hidden-sized and 3
+            intermediate-sized buffers), plus fp32 logits and probabilities of a batch of 16.
+    """
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    max_context_tokens: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor as a safetensors header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Return the tensors of one safetensors file, by name; reads only its header.
+
+    Raises:
+        ModelLoadFailed: the file is missing, damaged or cut short.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise ModelLoadFailed(f"{path.name} is damaged or cut short: it has only {file_bytes} bytes.")
+            entries: dict[str, Any] = json.loads(file.read(header_bytes))
+        entries.pop("__metadata__", None)
+        tensors, end = {}, 0
+        for name, entry in entries.items():
+            start, stop = entry["data_offsets"]
+            tensors[name] = TensorHeader(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), stop - start)
+            end = max(end, stop)
+    except FileNotFoundError:
+        raise ModelLoadFailed(f"{path.name} is missing from the model.") from None
+    except OSError as error:
+        raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadFailed(f"{path.name} is damaged: its header is not that of a safetensors file.") from error
+    if file_bytes != 8 + header_bytes + end:
+        raise ModelLoadFailed(
+            f"{path.name} is cut short or damaged: its header promises {8 + header_bytes + end} bytes, "
+            f"the file has {file_bytes}."
+        )
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a model's file.
+
+    Raises:
+        ModelLoadFailed: missing, unreadable or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadFailed(f"{path.name} is missing from the model.") from None
+    except OSError as error:
+        raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelLoadFailed(f"{path.name} is not valid JSON.") from error
+    if not isinstance(value, dict):
+        raise ModelLoadFailed(f"{path.name} is not a JSON object.")
+    return value
+
+
+def read_tensors(directory: Path) -> dict[str, TensorHeader]:
+    """Return every tensor that loading the model reads: of model.safetensors, else of the shards in its index.
+
+    Raises:
+        ModelLoadFailed: weights missing or damaged.
+    """
+    if not (directory / SINGLE).exists() and (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ModelLoadFailed(f"{INDEX} has no weight_map.")
+        shards = {shard: read_header(directory / Path(shard).name) for shard in sorted(set(weight_map.values()))}
+        missing = [name for name, shard in weight_map.items() if name not in shards[shard]]
+        if missing:
+            raise ModelLoadFailed(f"{weight_map[missing[0]]} lacks tensor {missing[0]!r}, which the index promises.")
+        return {name: shards[shard][name] for name, shard in weight_map.items()}
+    return read_header(directory / SINGLE)
+
+
+def _first(config: dict[str, Any], *names: str) -> int:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0
+
+
+def _serving_dtype(dtype: str, config: dict[str, Any], tensors: dict[str, TensorHeader]) -> str:
+    if dtype == "auto":
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
+        if dtype not in _SERVED_BYTES:
+            largest = max(tensors.values(), key=lambda tensor: tensor.num_bytes, default=None)
+            dtype = _SERVED_DTYPE.get(largest.dtype, "bfloat16") if largest else "bfloat16"
+    if dtype not in _SERVED_BYTES:
+        raise InvalidRequest(f"dtype {dtype!r} is not one of auto, {', '.join(_SERVED_BYTES)}.", param="dtype")
+    return dtype
+
+
+def footprint(path: Path, dtype: str) -> Footprint:
+    """Return what the model in directory `path` will take when served in `dtype` ("auto": as its config says).
+
+    Raises:
+        ModelLoadFailed: files are missing or damaged.
+        InvalidRequest: unknown dtype.
+    """
+    outer = read_json(path / "config.json")
+    nested = outer.get("text_config")
+    config = {**outer, **nested} if isinstance(nested, dict) else outer
+    tensors = read_tensors(path)
+    item_bytes = _SERVED_BYTES[_serving_dtype(dtype, config, tensors)]
+    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
+    weight_bytes = sum(
+        math.prod(tensor.shape) * item_bytes if tensor.dtype in _STORED_BYTES else tensor.num_bytes
+        for tensor in tensors.values()
+    )
+    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    heads = _first(config, "num_attention_heads", "n_head")
+    layers = _first(config, "num_hidden_layers", "n_layer")
+    head_dim = _first(config, "head_dim") or (hidden // heads if heads else 0)
+    kv_heads = _first(config, "num_key_value_heads") or heads
+    activations = 4 * _CHUNK_TOKENS * (8 * hidden + 3 * (_first(config, "intermediate_size", "n_inner") or 4 * hidden))
+    logits = 2 * 4 * _BATCH * _first(config, "vocab_size")
+    return Footprint(
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=2 * layers * kv_heads * head_dim * item_bytes,
+        max_context_tokens=_first(config, "max_position_embeddings", "n_positions", "max_sequence_length"),
+        workspace_bytes=_FIXED_WORKSPACE_BYTES + activations + logits,
+    )
