@@ -1,0 +1,34 @@
+"""Pytest fixtures for models; `tests/conftest.py` loads it: `pytest_plugins = ["tests.models.fixtures"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.models import real, tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A 2-layer Qwen3 with a 1024-token tokenizer and a ChatML template with tools, fp32."""
+    return tiny.tiny_model("qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_of() -> Callable[[str], Path]:
+    """The tiny model of a named architecture; `tests.models.tiny.ARCHITECTURES` lists them."""
+    return tiny.tiny_model
+
+
+@pytest.fixture(params=sorted(tiny.ARCHITECTURES), scope="session")
+def tiny_model_of_each_architecture(request: pytest.FixtureRequest) -> Path:
+    """Each tiny model in turn."""
+    return tiny.tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct; mark the test `real_model`."""
+    return real.smollm2()

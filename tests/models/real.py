@@ -1,0 +1,28 @@
+"""The real default model, for tests marked `real_model`. Above it: fixtures. Below it: the model store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_TIMEOUT_S = 600
+
+
+def smollm2() -> Path:
+    """Return the directory of SmolLM2-135M-Instruct in the user's own store, pulling it first if need be.
+
+    Goes through the store's command line, as `hostler serve` does.
+
+    Raises:
+        RuntimeError: with the store's own sentence.
+    """
+    command = [sys.executable, "-m", "orchestrator.store", "pull", DEFAULT_MODEL, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    lines = done.stdout.strip().splitlines()
+    last = json.loads(lines[-1]) if lines else {"stage": "error", "message": done.stderr[-500:]}
+    if last["stage"] != "done":
+        raise RuntimeError(f"{DEFAULT_MODEL} could not be had: {last['message']}")
+    return Path(last["path"])
