@@ -1,0 +1,164 @@
+"""`hostler serve`: starts the processes of a server, shows how far they are, and stops them in order.
+
+Above stands `cli.main`; below, `cli.settings` (what to serve), `cli.supervisor` (processes) and `cli.placement`
+(following loads). The children are started before anything slow is imported: their start-up is the wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from hostler import rundir
+from hostler.config import HostlerConfig, write_resolved
+from hostler.rundir import RunDir
+
+from cli import janitor, servers, settings
+from cli.exits import CliError
+from cli.supervisor import Child, Supervisor
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+BACKLOG = 2048
+SEND_BUFFER_BYTES = 128 * 1024
+_ORCHESTRATOR_GRACE_S = 15.0
+_RAY_GRACE_S = 10.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return the listening socket that all gateways share.
+
+    Raises:
+        CliError: the address is not ours, or the port is taken.
+    """
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise CliError(f"cannot listen on {host}: {error.strerror}") from None
+    found.sort(key=lambda item: item[0] != socket.AF_INET)  # localhost is 127.0.0.1 first: not every client tries ::1
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Accepted connections inherit it; it bounds what a reader that has stalled can hold in the kernel.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise CliError(f"port {port} is taken by another program; choose another with --port {port + 1}") from None
+        raise CliError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def children(config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env: dict[str, str]) -> list[Child]:
+    """Return the processes of one server. The slowest to start comes first."""
+    python = (sys.executable, "-P", "-m")
+    where = ("--run-dir", str(run_dir.path))
+    # A gateway is one busy thread; libraries that count cores would only start idle ones.
+    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    ray_head = Child(
+        "ray_head",
+        (*python, "orchestrator.ray_head", *where),
+        env=extra_env,
+        stop_rank=2,
+        stop_grace_s=_RAY_GRACE_S,
+        death_signal=signal.SIGTERM,  # so that it takes Ray's daemons along; the janitor sees to what it leaves
+        removes=(run_dir.path / "ray.json",),
+        takes_along=("orchestrator",),
+    )
+    orchestrator = Child(
+        "orchestrator",
+        (*python, "orchestrator", *where),
+        env=extra_env,
+        stop_rank=1,
+        stop_grace_s=_ORCHESTRATOR_GRACE_S,
+        removes=(run_dir.orchestrator_socket,),
+    )
+    gateways = [
+        Child(
+            f"gateway-{number}",
+            (*python, "gateway", *where, "--fd", str(descriptor)),
+            env={**extra_env, **single},
+            pass_fds=(descriptor,),
+            stop_grace_s=config.drain_s + 5.0,
+        )
+        for number in range(config.gateways)
+    ]
+    return [ray_head, orchestrator, *gateways]
+
+
+def child_environment(as_json: bool, verbose: bool) -> dict[str, str]:
+    """Return our environment for children: without the key (they read it from the 0600 file), with log settings."""
+    environment = {key: value for key, value in os.environ.items() if key != "HOSTLER_API_KEY"}
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment.setdefault("PYTHONFAULTHANDLER", "1")
+    environment.setdefault("GRPC_VERBOSITY", "ERROR")
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if as_json:
+        environment["HOSTLER_LOG_FORMAT"] = "json"
+    if verbose:
+        environment.setdefault("HOSTLER_LOG_LEVEL", "DEBUG")
+    return environment
+
+
+def _clean(run_dir: RunDir) -> None:
+    """End what an earlier supervisor of this directory could not, and remove its sockets. Holding the lock."""
+    janitor.clear(janitor.of_earlier_runs(str(run_dir.path)), grace_s=0.0)
+    for path in (run_dir.path / "ray.json", run_dir.orchestrator_socket, *run_dir.path.glob("w-*.sock")):
+        path.unlink(missing_ok=True)
+
+
+def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: float) -> None:
+    """Serve until a signal. Raises CliError or ConfigError when it cannot start; returns when all has ended.
+
+    `started_at` is `time.time()` when the command began, for the elapsed time.
+    """
+    config, path = settings.resolve(flags)
+    try:
+        run_dir = rundir.create(config.port)
+    except ValueError as error:
+        raise CliError(str(error)) from None
+    servers.take_lock(run_dir)
+    listener = bind(config.host, config.port)
+    _clean(run_dir)
+    write_resolved(config, run_dir.config)
+    early: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        early.append(number)
+
+    signals = [s for s in _STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+    for number in signals:
+        signal.signal(number, remember)
+    supervisor = Supervisor(
+        children(config, run_dir, listener.fileno(), {}),
+        run_dir.logs,
+        f"{run_dir.path}#{os.getpid()}-{time.time_ns()}",
+        env=child_environment(as_json, verbose),
+    )
+    try:
+        supervisor.start()
+        # Only now what takes long to import: asyncio, grpc, rich.
+        import asyncio
+
+        from cli.startup import Screen
+
+        screen = Screen(config, path, run_dir, supervisor, listener, as_json=as_json, verbose=verbose)
+        asyncio.run(screen.run(signals, early, started_at))
+    except BaseException:
+        supervisor.abandon()
+        raise
+    finally:
+        listener.close()
+        with suppress(FileNotFoundError):
+            run_dir.orchestrator_socket.unlink()

@@ -1,0 +1,195 @@
+"""From command-line flags, the environment and hostler.yaml to the one frozen configuration of a server.
+
+Above stands `cli.serve`; below, `hostler.config`, which validates. What is decided here: which file is read,
+what a positional MODEL means, which models load at start, and who may be let in without a key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hostler import config as configuration
+from hostler.config import DEFAULT_MODEL, HostlerConfig
+
+from cli.exits import UsageError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+MAKE_A_KEY = '--api-key "$(openssl rand -hex 32)"'
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What stood on the command line of `hostler serve`; None or empty: not given."""
+
+    models: tuple[str, ...] = ()
+    host: str | None = None
+    port: int | None = None
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    config: Path | None = None
+    gateways: int | None = None
+    models_dir: Path | None = None
+    devices: tuple[str, ...] = ()
+    ray_address: str | None = None
+
+
+def find_file(given: Path | None, environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return the configuration file to read: the given one, ./hostler.yaml, the user's, or none."""
+    if given is not None:
+        return given
+    environ = os.environ if environ is None else environ
+    user = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hostler" / "hostler.yaml"
+    for path in (Path("hostler.yaml"), user):
+        if path.is_file():
+            return path
+    return None
+
+
+def _looks_local(text: str) -> bool:
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(".gguf")
+
+
+def _local_source(text: str, base: Path) -> Path | None:
+    """Return the absolute path if `text` means a file or directory, else None."""
+    path = base / Path(text).expanduser()
+    if _looks_local(text):
+        return path.resolve()
+    if "/" in text and path.is_dir() and (path / "config.json").is_file():
+        return path.resolve()
+    return None
+
+
+def read_model(text: str) -> dict[str, Any]:
+    """Return the model entry that a positional argument means.
+
+    A path (or an existing directory) is named after its last part; a Hub id after its last part, with the
+    whole id as an alias; `id@revision` pins a revision; anything else is a catalog name.
+
+    Raises:
+        UsageError: a path that does not exist, or a name with spaces.
+    """
+    local = _local_source(text, Path.cwd())
+    if local is not None:
+        if not local.exists():
+            raise UsageError(f"{text}: no such file or directory")
+        stem = local.stem if local.suffix == ".gguf" else local.name
+        return {"name": re.sub(r"[^\w.:@-]+", "-", stem), "source": str(local), "preload": True}
+    if _HUB_ID.fullmatch(text):
+        identity, _, revision = text.partition("@")
+        entry: dict[str, Any] = {"name": identity.split("/")[1], "source": identity, "aliases": (identity,)}
+        if revision:
+            entry["revision"] = revision
+        return entry | {"preload": True}
+    if "/" in text or not text or any(c.isspace() for c in text):
+        raise UsageError(f"{text!r} is not a model; give a catalog name, a Hub id (org/name), a directory or a .gguf")
+    return {"name": text, "preload": True}
+
+
+def _add(models: list[dict[str, Any]], text: str) -> None:
+    """Add what a positional argument means, or mark the configured model that it means for loading."""
+    for model in models:
+        if text in (model["name"], model.get("source"), *model.get("aliases", ())):
+            model["preload"] = True
+            return
+    entry = read_model(text)
+    for model in models:
+        if (model.get("source") or model["name"]) == (entry.get("source") or entry["name"]):
+            model["preload"] = True
+            return
+    taken = {name for model in models for name in (model["name"], *model.get("aliases", ()))}
+    aliases = tuple(alias for alias in entry.get("aliases", ()) if alias not in taken)
+    if entry["name"] in taken:
+        # Another model has the short name: the whole id, or the directory's parent, tells them apart.
+        source = Path(entry.get("source", entry["name"]))
+        entry["name"] = aliases[0] if aliases else f"{source.parent.name}-{entry['name']}"
+        aliases = ()
+    models.append(entry | {"aliases": aliases})
+
+
+def read_device(text: str) -> dict[str, Any]:
+    """Return the device entry for `ID` or `ID=SIZE`, e.g. cuda:0, cpu=8GiB, cpu0=2GiB."""
+    identity, _, budget = text.partition("=")
+    entry: dict[str, Any] = {"id": identity, "kind": "cuda" if identity.startswith("cuda") else "cpu"}
+    return entry | ({"budget": budget} if budget else {})
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_open_door(config: HostlerConfig) -> None:
+    """Refuse a server that strangers, or any web page, could use without a key.
+
+    Raises:
+        UsageError: says how to make a key.
+    """
+    if config.api_key:
+        return
+    if not is_loopback(config.host):
+        raise UsageError(f"listening on {config.host} lets others in, so it needs an API key. Add:  {MAKE_A_KEY}")
+    if config.cors:
+        raise UsageError(f"--cors lets web pages call the server, so it needs an API key. Add:  {MAKE_A_KEY}")
+
+
+def default_gateways(cores: int) -> int:
+    """Return how many gateway processes suit a machine: one on a small one, at most four."""
+    return 1 if cores <= 2 else max(1, min(4, cores // 4))
+
+
+def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[HostlerConfig, Path | None]:
+    """Return the configuration to serve with, and the file that it was read from.
+
+    Raises:
+        UsageError, ConfigError: one line for each fault.
+    """
+    path = find_file(flags.config, environ)
+    given = {
+        "host": flags.host,
+        "port": flags.port,
+        "api_key": flags.api_key,
+        "cors": flags.cors or None,
+        "allowed_hosts": flags.allowed_hosts or None,
+        "gateways": flags.gateways,
+        "models_dir": flags.models_dir,
+        "devices": tuple(read_device(text) for text in flags.devices) or None,
+        "ray_address": flags.ray_address,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    config = configuration.load(path, overrides, environ)
+    values = config.model_dump()
+    models = [dict(model) for model in values["models"]]
+    for model in models:
+        local = _local_source(model["source"], path.parent if path else Path.cwd()) if model["source"] else None
+        model["source"] = str(local) if local else model["source"]
+    for text in flags.models:
+        _add(models, text)
+    if not models:
+        models.append({"name": DEFAULT_MODEL, "preload": True})
+    values["models"] = models
+    values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
+    if config.models_dir is not None:
+        values["models_dir"] = config.models_dir.expanduser().resolve()
+    config = configuration.build(values)
+    refuse_open_door(config)
+    return config, path
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML in their own order."""
+    import yaml
+
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    return text
