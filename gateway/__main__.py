@@ -1,0 +1,36 @@
+"""`python -m gateway --run-dir DIR --fd N`: one gateway process. Above: `hostler serve`; below: `app`, `server`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import socket
+from pathlib import Path
+
+from hostler.config import read_resolved
+from hostler.rundir import RunDir
+
+from gateway.app import create_app
+from gateway.logs import configure
+from gateway.server import build_server, serve
+
+
+def main() -> None:
+    """Serve until SIGTERM; the exit status is 0 after a clean stop."""
+    parser = argparse.ArgumentParser(prog="python -m gateway", description="One gateway process of a hostler server.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="run directory with config.json")
+    parser.add_argument("--fd", type=int, required=True, help="inherited listening socket")
+    arguments = parser.parse_args()
+    configure()
+    run_dir = RunDir(arguments.run_dir)
+    config = read_resolved(run_dir.config)
+    app = create_app(config, placement_target=run_dir.orchestrator_target)
+    server = build_server(app, drain_s=config.drain_s, on_drained=app.state.services.lifetime.expire)
+    # What lives as long as the process need not be looked at by the cycle collector ever again.
+    gc.collect()
+    gc.freeze()
+    serve(server, socket.socket(fileno=arguments.fd))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Who may come in: key check and Host allow-list, as pure functions. Above: `doors`; below: nothing.
+
+Nobody is let in for the address they come from: tunnels and browsers all arrive from 127.0.0.1. Without a key, the Host
+header is what tells a local client from a web page whose name was pointed here (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Iterable, Sequence
+
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on can be reached from this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class KeyCheck:
+    """Compares presented keys with the configured one; holds only its SHA-256."""
+
+    def __init__(self, api_key: str) -> None:
+        self._digest = hashlib.sha256(api_key.encode()).digest()
+
+    def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Return whether `Authorization: Bearer` or `x-api-key` holds the key, in time that says nothing about it."""
+        allowed = False
+        for name, value in headers:
+            if name == b"x-api-key":
+                presented = value.strip()
+            elif name == b"authorization" and value[:7].lower() == b"bearer ":
+                presented = value[7:].strip()
+            else:
+                continue
+            allowed |= hmac.compare_digest(hashlib.sha256(presented).digest(), self._digest)
+        return allowed
+
+
+class HostCheck:
+    """The Host allow-list.
+
+    Args:
+        listen_host: address that the server listens on.
+        allowed_hosts: names beyond the loopback ones, with or without a port.
+        has_key: an API key is demanded of everybody.
+    """
+
+    def __init__(self, listen_host: str, allowed_hosts: Iterable[str], *, has_key: bool) -> None:
+        self._any = has_key and not is_loopback(listen_host)
+        self._names = _LOOPBACK_NAMES | {_normal(name) for name in allowed_hosts}
+
+    def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Return whether the one Host header names this server."""
+        if self._any:
+            return True
+        hosts = [value for name, value in headers if name == b"host"]
+        if len(hosts) != 1:
+            return False
+        host = _normal(hosts[0].decode("latin-1"))
+        return host in self._names or _without_port(host) in self._names
+
+
+def _normal(host: str) -> str:
+    return host.strip().lower().rstrip(".")
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()):
+        return host
+    return name.rstrip(".")

@@ -1,0 +1,79 @@
+"""Open channels to workers, one for each address, and how many of our requests each holds. Above: `dispatch`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc.aio
+from hostler.channel import open_channel
+from hostler.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from hostler.placement.v1 import placement_pb2
+
+from gateway.routing import ReplicaKey, Routes, key_of
+
+if TYPE_CHECKING:
+    from hostler.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
+
+@dataclass(slots=True)
+class _Line:
+    channel: grpc.aio.Channel
+    stub: InferenceServiceAsyncStub
+    num_in_flight: int = 0
+
+
+class WorkerChannels:
+    """Opens a channel at first use and closes it when its replica has left the table and its last request has ended."""
+
+    def __init__(self) -> None:
+        self._lines: dict[ReplicaKey, _Line] = {}
+        self._listed: set[ReplicaKey] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def num_in_flight(self, replica: placement_pb2.Replica) -> int:
+        """Return how many requests of this process the replica holds."""
+        line = self._lines.get(key_of(replica))
+        return 0 if line is None else line.num_in_flight
+
+    def least_loaded(self, replicas: Sequence[placement_pb2.Replica]) -> placement_pb2.Replica | None:
+        """Return the replica with the fewest of our requests; the first of equals; None of none."""
+        return min(replicas, key=self.num_in_flight, default=None)
+
+    @contextmanager
+    def lease(self, replica: placement_pb2.Replica) -> Iterator[InferenceServiceAsyncStub]:
+        """Count one request on a replica for as long as the context lasts, and give its stub."""
+        key = key_of(replica)
+        line = self._lines.get(key)
+        if line is None:
+            channel = open_channel(replica.address)
+            line = self._lines[key] = _Line(channel, InferenceServiceStub(channel))
+        line.num_in_flight += 1
+        try:
+            yield line.stub
+        finally:
+            line.num_in_flight -= 1
+            if not line.num_in_flight and key not in self._listed:
+                self._drop(key)
+
+    def keep_only(self, routes: Routes) -> None:
+        """Close what the new table no longer lists and nobody uses."""
+        self._listed = routes.replicas()
+        for key in [key for key, line in self._lines.items() if not line.num_in_flight and key not in self._listed]:
+            self._drop(key)
+
+    def _drop(self, key: ReplicaKey) -> None:
+        line = self._lines.pop(key, None)
+        if line is not None:
+            task = asyncio.create_task(line.channel.close(None))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close everything; calls that still run are cancelled."""
+        for key in list(self._lines):
+            self._drop(key)
+        await asyncio.gather(*self._closing, return_exceptions=True)

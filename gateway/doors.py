@@ -1,0 +1,133 @@
+"""The middlewares that every request passes, as plain ASGI. Above: the server; below: CORS and the routes.
+
+`Envelope` (outermost): request id, path rewriting, Host allow-list, the last word on errors, one log line.
+`Gate` (inside CORS, so that refusals are readable by allowed origins): OPTIONS and HEAD, API key.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from hostler.errors import HostlerError, InvalidApiKey, PermissionDenied
+from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.auth import HostCheck, KeyCheck
+from gateway.errors import ClientGone, as_hostler_error, error_response
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_PREFIX = "/v1"
+_OPEN_PATH = "/health"
+_ALLOW = {"Allow": "GET, HEAD, OPTIONS, POST"}
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the id that `Envelope` gave the request."""
+    value: str = scope.get("state", {}).get("request_id", "")
+    return value
+
+
+def choose_request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """Return the client's request id if it is harmless, else a new one.
+
+    It names the request in replies and logs. Two requests may carry the same one: nothing is ever looked up by it.
+    """
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value.decode("ascii")
+    return f"req_{uuid.uuid4().hex}"
+
+
+def canonical_path(path: str) -> str:
+    """Return the path as routes know it: without /v1, without trailing or doubled leading slashes."""
+    path = "/" + path.strip("/")
+    if path == _PREFIX:
+        return "/"
+    return path[len(_PREFIX) :] if path.startswith(_PREFIX + "/") else path
+
+
+class Envelope:
+    """Gives every request an id, a canonical path and an answer."""
+
+    def __init__(self, app: ASGIApp, host_check: HostCheck) -> None:
+        self._app = app
+        self._host_check = host_check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; no exception leaves."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = choose_request_id(scope["headers"])
+        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
+        scope["path"] = canonical_path(scope["path"])
+        scope["raw_path"] = scope["path"].encode("utf-8", errors="replace")
+        born = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            if not self._host_check.allows(scope["headers"]):
+                raise PermissionDenied(
+                    "The Host header does not name this server. Use localhost, or allow the name with 'allowed_hosts'."
+                )
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            status = status or 499
+        except Exception as exception:
+            error = as_hostler_error(exception, request_id=request_id)
+            if not status:
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            log.info(
+                "request",
+                extra={
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "path": scope["path"][:200],
+                    "status": status,
+                    "duration_ms": round((time.monotonic() - born) * 1000, 1),
+                },
+            )
+
+
+class Gate:
+    """Answers OPTIONS and HEAD, and demands the key of everything else, before any of the body is read."""
+
+    def __init__(self, app: ASGIApp, key_check: KeyCheck | None) -> None:
+        self._app = app
+        self._key_check = key_check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve, or refuse, one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers=_ALLOW)(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await Response(status_code=200, headers=_ALLOW)(scope, receive, send)
+        elif (error := self._refusal(scope)) is not None:
+            await error_response(error)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> HostlerError | None:
+        if self._key_check is None or self._key_check.allows(scope["headers"]):
+            return None
+        if scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
+            return None
+        return InvalidApiKey("Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")

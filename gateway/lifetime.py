@@ -1,0 +1,74 @@
+"""How long a request may live: until its client leaves, or a stopping server's patience ends. Above: routes, `sse`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from hostler.errors import Unavailable
+from starlette.types import Receive
+
+from gateway.errors import ClientGone
+
+T = TypeVar("T")
+
+
+class Lifetime:
+    """The end that all running requests of this process share. For the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self._expired = False
+        self._running: set[asyncio.Task[Any]] = set()
+
+    @property
+    def num_running(self) -> int:
+        """Requests between their first and last byte, or waiting for it."""
+        return len(self._running)
+
+    def expire(self) -> None:
+        """End every running request, and each later one at once, with an error that says why."""
+        self._expired = True
+        for task in self._running:
+            task.cancel()
+
+    async def until_gone(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end, or cancel it, and wait until it has cleaned up.
+
+        Args:
+            receive: the ASGI channel; the body must have been read.
+            work: what the client waits for.
+
+        Raises:
+            ClientGone: the client left first.
+            Unavailable: the server is stopping.
+        """
+        task = asyncio.ensure_future(work)
+        watch = asyncio.create_task(_disconnected(receive))
+        self._running.add(task)
+        if self._expired:
+            task.cancel()
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+            left = not task.done()
+            if left:
+                task.cancel()
+                await asyncio.wait((task,))
+        finally:
+            self._running.discard(task)
+            watch.cancel()
+            if not task.done():  # we ourselves are being cancelled
+                task.cancel()
+                await asyncio.wait((task,))
+        if left:
+            if not task.cancelled():
+                task.exception()  # nobody is left to hear of it
+            raise ClientGone
+        if task.cancelled():
+            raise Unavailable("The server is stopping. Try again in a moment.")
+        return task.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

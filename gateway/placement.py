@@ -1,0 +1,99 @@
+"""The gateway's side of the placement contract: watch the routes, bring a model up. Above: `dispatch`; below: gRPC.
+
+The only file that knows the placement stubs. The orchestrator may be away at any moment: watching goes on trying and
+the last table stays; `ensure` says so at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+import grpc
+import grpc.aio
+from hostler.channel import call_metadata, open_channel
+from hostler.errors import ModelLoadFailed, OrchestratorAway, WorkerLost, from_rpc_error
+from hostler.placement.v1 import placement_pb2 as pb
+from hostler.placement.v1.placement_pb2_grpc import PlacementServiceStub
+
+from gateway.routing import Routes, RouteTable
+
+log = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S = 0.1
+_LAST_BACKOFF_S = 1.0
+
+
+class PlacementClient:
+    """One channel to the orchestrator."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = open_channel(target)
+        self._stub = PlacementServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close(None)
+
+    async def watch(self, table: RouteTable) -> None:
+        """Keep `table` up to date, for ever. Runs as one task of the application."""
+        backoff_s = _FIRST_BACKOFF_S
+        connected = False
+        while True:
+            call = self._stub.WatchRoutes(pb.WatchRoutesRequest())
+            try:
+                async for response in call:
+                    if not connected:
+                        log.info("watching routes", extra={"version": response.version})
+                    connected, backoff_s = True, _FIRST_BACKOFF_S
+                    table.replace(Routes(response.models))
+            except grpc.RpcError as error:
+                if connected:
+                    log.warning("orchestrator away", extra={"grpc_code": error.code().name})
+            finally:
+                call.cancel()
+            connected = False
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(_LAST_BACKOFF_S, backoff_s * 2)
+
+    async def ensure(
+        self, model: str, *, request_id: str, timeout_s: float, explicit: bool = False
+    ) -> AsyncGenerator[pb.EnsureProgress | pb.Replica, None]:
+        """Bring a model up: progress, and last the replica to use. Closing the generator gives the wait up.
+
+        Raises:
+            OrchestratorAway: it does not answer.
+            ModelLoadFailed: the model was not up within `timeout_s`.
+            HostlerError: what the orchestrator says.
+        """
+        call = self._stub.EnsureModel(
+            pb.EnsureModelRequest(model=model, explicit=explicit),
+            timeout=timeout_s,
+            metadata=call_metadata(request_id=request_id),
+        )
+        try:
+            async for response in call:
+                kind = response.WhichOneof("event")
+                if kind == "progress":
+                    yield response.progress
+                elif kind == "ready":
+                    yield response.ready
+                    return
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise ModelLoadFailed(
+                    f"The model '{model}' is still loading after {timeout_s:.0f} s. Try again later.", retry_after_s=5.0
+                ) from None
+            problem = from_rpc_error(error)
+            # Without an ErrorInfo it is the transport that failed, and the far side is no worker here.
+            if isinstance(problem, WorkerLost):
+                raise _away(model) from None
+            raise problem from None
+        finally:
+            call.cancel()
+        raise _away(model)
+
+
+def _away(model: str) -> OrchestratorAway:
+    return OrchestratorAway(f"The model '{model}' is not loaded, and the orchestrator is away. Try again in a moment.")

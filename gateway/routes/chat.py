@@ -1,0 +1,113 @@
+"""POST /chat/completions. Above: `app`; below: the OpenAI chat dialect, `dispatch`, `sse`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+from hostler.placement.v1 import placement_pb2
+
+from gateway.body import read_json
+from gateway.dialects.openai_chat.reply import ReplyBuilder
+from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
+from gateway.dialects.openai_chat.stream import ChunkEncoder
+from gateway.dispatch import Event, Loading, merge
+from gateway.doors import request_id_of
+from gateway.json_response import json_response
+from gateway.routing import find_chat_model
+from gateway.services import Services, services_of
+from gateway.sse import DONE, EventStream, comment_frame
+
+router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    services: Services
+    request: ChatRequest
+    model: str
+    request_id: str
+    reply_id: str
+    created_unix_s: int
+
+    def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """Return the events of all choices."""
+        generate = self.services.dispatcher.generate
+        return merge([generate(self.model, self.request.choice(i), self.request_id) for i in range(self.request.n)])
+
+
+@router.post("/chat/completions", response_model=None)
+async def create_chat_completion(request: Request) -> Response:
+    """Answer one chat request, streamed or whole."""
+    services = services_of(request)
+    body = await read_json(request.headers, request.receive, services.config.max_body)
+    chat = parse_chat_request(body)
+    del body
+    routes = await services.table.first(services.patience.first_table_s)
+    route = find_chat_model(routes, chat.model)
+    if route.HasField("info"):
+        check_capabilities(chat, route.info)
+    job = _Job(
+        services=services,
+        request=chat,
+        model=route.name,
+        request_id=request_id_of(request.scope),
+        reply_id=f"chatcmpl-{uuid.uuid4().hex}",
+        created_unix_s=int(time.time()),
+    )
+    if chat.stream:
+        patience = services.patience
+        return EventStream(
+            _frames(job),
+            services.lifetime,
+            request_id=job.request_id,
+            ping_s=patience.ping_s,
+            first_comment_s=patience.first_comment_s,
+            stalled_reader_s=patience.stalled_reader_s,
+        )
+    return json_response(await services.lifetime.until_gone(request.receive, _whole(job)))
+
+
+async def _whole(job: _Job) -> dict[str, object]:
+    builder = ReplyBuilder(
+        reply_id=job.reply_id,
+        created_unix_s=job.created_unix_s,
+        model=job.model,
+        n=job.request.n,
+        wants_logprobs=job.request.wants_logprobs,
+    )
+    async with aclosing(job.events()) as events:
+        async for index, event in events:
+            if not isinstance(event, Loading):
+                builder.add(index, event)
+    return builder.build()
+
+
+async def _frames(job: _Job) -> AsyncGenerator[bytes, None]:
+    encoder = ChunkEncoder(
+        reply_id=job.reply_id,
+        created_unix_s=job.created_unix_s,
+        model=job.model,
+        include_usage=job.request.include_usage,
+        wants_logprobs=job.request.wants_logprobs,
+    )
+    async with aclosing(job.events()) as events:
+        async for index, event in events:
+            frame = loading_comment(event.progress) if isinstance(event, Loading) else encoder.encode(index, event)
+            if frame:
+                yield frame
+    if job.request.include_usage:
+        yield encoder.usage()
+    yield DONE
+
+
+def loading_comment(progress: placement_pb2.EnsureProgress) -> bytes:
+    """Return the comment that tells a person with curl what the wait is for."""
+    stage = progress.stage or "model"
+    if progress.total_bytes:
+        return comment_frame(f"loading {stage} {100 * progress.done_bytes // progress.total_bytes}%")
+    return comment_frame(f"loading {stage}")

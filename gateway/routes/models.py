@@ -1,0 +1,105 @@
+"""GET /models, /models/{id}, and POST /load_model. Above: `app`; below: `routing`, `placement`, `sse`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from hostler.errors import HostlerError, InvalidRequest
+from hostler.placement.v1 import placement_pb2
+
+from gateway.body import read_json
+from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS
+from gateway.doors import request_id_of
+from gateway.fields import Fields
+from gateway.json_response import json_response
+from gateway.routing import find_model, ready_replicas
+from gateway.services import Services, services_of
+from gateway.sse import EventStream, data_frame
+
+router = APIRouter()
+
+# The words that `transformers chat` has labels for; it shows any other stage by its own name.
+_STAGES = {"read": "weights", "warm-up": "weights", "import": "config", "spawn": "config", "queue": "config"}
+
+
+@router.get("/models", response_model=None)
+async def list_models(request: Request) -> Response:
+    """List what can be served."""
+    services = services_of(request)
+    routes = await services.table.first(services.patience.first_table_s)
+    return json_response({"object": "list", "data": [model_object(route) for route in routes.models]})
+
+
+@router.get("/models/{model:path}", response_model=None)
+async def get_model(request: Request, model: str) -> Response:
+    """Describe one model; ids may hold slashes."""
+    services = services_of(request)
+    routes = await services.table.first(services.patience.first_table_s)
+    return json_response(model_object(find_model(routes, model)))
+
+
+def model_object(route: placement_pb2.ModelRoute) -> dict[str, Any]:
+    """Return OpenAI's `model` object."""
+    return {
+        "id": route.name,
+        "object": "model",
+        "created": route.created_unix_s,
+        "owned_by": route.owned_by or "hostler",
+    }
+
+
+@router.post("/load_model", response_model=None)
+async def load_model(request: Request) -> Response:
+    """Bring a model up and report progress, as `transformers chat` asks before its first message."""
+    services = services_of(request)
+    fields = Fields(await read_json(request.headers, request.receive, services.config.max_body))
+    name = fields.string("model", MAX_MODEL_CHARS)
+    if not name:
+        raise InvalidRequest("You must provide a model parameter.", param="model")
+    routes = await services.table.first(services.patience.first_table_s)
+    route = find_model(routes, name)
+    request_id = request_id_of(request.scope)
+    return EventStream(
+        _load_frames(services, route, request_id),
+        services.lifetime,
+        request_id=request_id,
+        ping_s=services.patience.ping_s,
+        stalled_reader_s=services.patience.stalled_reader_s,
+    )
+
+
+async def _load_frames(
+    services: Services, route: placement_pb2.ModelRoute, request_id: str
+) -> AsyncGenerator[bytes, None]:
+    if ready_replicas(route):
+        yield data_frame({"status": "ready", "model": route.name, "cached": True})
+        return
+    steps = services.placement.ensure(
+        route.name, request_id=request_id, timeout_s=services.patience.ensure_s, explicit=True
+    )
+    waited = False
+    try:
+        async with aclosing(steps):
+            async for step in steps:
+                if isinstance(step, placement_pb2.Replica):
+                    yield data_frame({"status": "ready", "model": route.name, "cached": not waited})
+                else:
+                    waited = True
+                    yield data_frame(loading_object(route.name, step))
+    except HostlerError as error:
+        # This client knows only its own words for failure, and shows the message.
+        yield data_frame({"status": "error", "model": route.name, "message": error.message, "code": error.reason})
+
+
+def loading_object(model: str, progress: placement_pb2.EnsureProgress) -> dict[str, Any]:
+    """Return one `loading` event: bytes for a download, percent for everything else (that client counts "items")."""
+    event: dict[str, Any] = {"status": "loading", "model": model, "stage": _STAGES.get(progress.stage, progress.stage)}
+    if progress.total_bytes:
+        if progress.stage == "download":
+            event["progress"] = {"current": progress.done_bytes, "total": progress.total_bytes}
+        else:
+            event["progress"] = {"current": 100 * progress.done_bytes // progress.total_bytes, "total": 100}
+    return event

@@ -1,0 +1,149 @@
+"""Server-sent events: frames, and the reply that carries them. Above: routes; below: `lifetime`, `errors`.
+
+A stream ends in exactly one way: its frames to the end; or an error frame and then nothing; or the client has left.
+Before the first byte an error is still an ordinary HTTP reply, so nothing is sent before there is something to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.errors import ClientGone, as_hostler_error, error_body
+from gateway.lifetime import Lifetime
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+PING_S = 5.0
+# How long a comment waits before it may open the reply and with that give up the HTTP status.
+FIRST_COMMENT_S = 0.25
+STALLED_READER_S = 60.0
+ABORT_EXTENSION = "hostler.abort"
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def data_frame(value: dict[str, Any]) -> bytes:
+    """Return `data: <JSON>`; values that came from outside JSON (lone surrogates) are impossible by then."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def comment_frame(text: str) -> bytes:
+    """Return a comment: every client skips it, proxies see life."""
+    return b": " + " ".join(text.split()).encode("utf-8", errors="replace") + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends frames as they come, comments in silence, and an error frame when the frames end in one.
+
+    Args:
+        frames: whole frames; those that begin with a colon are comments. Closed in every case.
+        lifetime: ends the stream when the server must stop.
+        ping_s: longest silence.
+        first_comment_s: grace before a comment may be the first byte.
+        stalled_reader_s: a reader that takes nothing for so long is dropped.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        lifetime: Lifetime,
+        *,
+        request_id: str = "",
+        ping_s: float = PING_S,
+        first_comment_s: float = FIRST_COMMENT_S,
+        stalled_reader_s: float = STALLED_READER_S,
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers=_HEADERS)
+        del self.headers["content-length"]
+        self._frames = frames
+        self._lifetime = lifetime
+        self._request_id = request_id
+        self._ping_s = ping_s
+        self._first_comment_s = first_comment_s
+        self._stalled_reader_s = stalled_reader_s
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the stream to its end.
+
+        Raises:
+            HostlerError: nothing has been sent yet, so the caller may still choose the status.
+        """
+        try:
+            await self._lifetime.until_gone(receive, self._pump(scope, send))
+        except ClientGone:
+            return
+        except Exception as exception:
+            error = as_hostler_error(exception, request_id=self._request_id)
+            if not self._started:
+                raise error from exception
+            log.warning("stream failed", extra={"request_id": self._request_id, "reason": error.reason})
+            await self._write(scope, send, data_frame(error_body(error)), last=True)
+
+    async def _pump(self, scope: Scope, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        born = last_sent = loop.time()
+        held_back = b""
+        writing = asyncio.Lock()
+
+        async def write(frame: bytes) -> None:
+            nonlocal last_sent
+            async with writing:
+                await self._write(scope, send, frame)
+            last_sent = loop.time()
+
+        async def keep_alive() -> None:
+            await asyncio.sleep(self._first_comment_s)
+            if held_back and not self._started:
+                await write(held_back)
+            while True:
+                await asyncio.sleep(last_sent + self._ping_s - loop.time())
+                if loop.time() - last_sent >= self._ping_s:
+                    await write(PING)
+
+        pinger = asyncio.create_task(keep_alive())
+        pinger.add_done_callback(_retrieve)
+        try:
+            async with aclosing(self._frames) as frames:
+                async for frame in frames:
+                    is_comment = frame.startswith(b":")
+                    if is_comment and not self._started and loop.time() - born < self._first_comment_s:
+                        held_back = frame
+                    else:
+                        await write(frame)
+        finally:
+            pinger.cancel()
+        async with writing:
+            await self._write(scope, send, b"", last=True)
+
+    async def _write(self, scope: Scope, send: Send, frame: bytes, *, last: bool = False) -> None:
+        try:
+            async with asyncio.timeout(self._stalled_reader_s):
+                if not self._started:
+                    self._started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": frame, "more_body": not last})
+        except TimeoutError:
+            log.warning("dropped a stalled reader", extra={"request_id": self._request_id})
+            abort = scope.get("extensions", {}).get(ABORT_EXTENSION)
+            if abort is not None:
+                abort()
+            raise ClientGone from None
+        except OSError:
+            raise ClientGone from None
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    # Its only failure is a client that left, and the stream's own task learns of that by itself.
+    if not task.cancelled():
+        task.exception()
