@@ -1,0 +1,112 @@
+"""The orchestrator process: `python -m orchestrator --run-dir DIR`. Serves placement on DIR/orchestrator.sock.
+
+Above it: `hostler serve`, which restarts it when it dies. Below it: the service, the scheduler, the real effects.
+
+SIGTERM is a full stop: running requests end (up to `drain_s`), workers are unloaded, exit 0. Any other death
+leaves the workers alive, and the next orchestrator adopts them. When Ray's owner dies it exits with status 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from hostler.channel import new_server
+from hostler.config import read_resolved
+from hostler.placement.v1 import placement_pb2_grpc
+from hostler.rundir import RunDir
+
+from orchestrator import devices, events
+from orchestrator.effects_ray import ACTOR_CLASS, RayEffects
+from orchestrator.ray_session import RaySession
+from orchestrator.scheduler import Scheduler
+from orchestrator.service import PlacementService
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+EXIT_RAY_LOST = 3
+
+
+async def _tick(scheduler: Scheduler) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        scheduler.post(events.Tick())
+
+
+async def _connect_and_guard(effects: RayEffects) -> None:
+    """Become Ray's driver; return when the process that owns Ray has died."""
+    session: RaySession = await effects.connect()
+    log.info("connected to Ray")
+    gone = asyncio.Event()
+    if session.pid:
+        try:
+            descriptor = os.pidfd_open(session.pid)
+        except ProcessLookupError:
+            return
+        asyncio.get_running_loop().add_reader(descriptor, gone.set)
+    await gone.wait()
+
+
+async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
+    """Serve until stopped; return the exit status."""
+    config = read_resolved(run_dir.config)
+    effects = RayEffects(config, run_dir, actor_class)
+    # First of all: Ray's import takes half a second in its thread, everything below goes beside it.
+    guard = asyncio.create_task(_connect_and_guard(effects))
+    found = await asyncio.to_thread(devices.discover, config.devices)
+    effects.use_devices(found)
+    scheduler = Scheduler(config, found, effects)
+
+    server = new_server()
+    placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementService(scheduler), server)
+    run_dir.orchestrator_socket.unlink(missing_ok=True)
+    server.add_insecure_port(run_dir.orchestrator_target)
+    await server.start()
+    run_dir.orchestrator_socket.chmod(0o600)
+
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, scheduler.post, events.Stop())
+    log.info("serving", extra={"devices": [device.id for device in found]})
+    scheduling = asyncio.create_task(scheduler.run())
+    ticking = asyncio.create_task(_tick(scheduler))
+    status = 0
+    try:
+        done, _ = await asyncio.wait({scheduling, guard, ticking}, return_when=asyncio.FIRST_COMPLETED)
+        if scheduling not in done:
+            status = EXIT_RAY_LOST
+            log.error("Ray is lost", exc_info=next(iter(done)).exception())
+    finally:
+        for task in (ticking, scheduling, guard):
+            task.cancel()
+        await asyncio.gather(ticking, scheduling, guard, return_exceptions=True)
+        await server.stop(grace=0.2)
+        run_dir.orchestrator_socket.unlink(missing_ok=True)
+    return status
+
+
+def main() -> int:
+    """Parse the arguments and serve."""
+    parser = argparse.ArgumentParser(prog="python -m orchestrator", description="Place models on devices.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="run directory of the server")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return asyncio.run(serve(RunDir(options.run_dir)))
+
+
+if __name__ == "__main__":
+    code = 1
+    try:
+        code = main()
+    except Exception:
+        log.exception("the orchestrator failed")
+    logging.shutdown()
+    sys.stdout.flush()
+    # Not sys.exit: Ray's exit hooks would wait for a control plane that may be gone. Workers are detached.
+    os._exit(code)

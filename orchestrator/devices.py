@@ -1,0 +1,149 @@
+"""Devices: what this machine has, what we may use of it, and how a worker is pinned to one.
+
+Above it: `__main__` and the effects. Below it: NVML and psutil. Without an NVIDIA driver the CPU is the one
+device, with a byte budget, so that placement works the same everywhere. Configured devices replace the
+discovered ones and may be virtual: several budgets on one CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from hostler.config import DeviceConfig
+
+CPU_SHARE = 0.8
+CUDA_SHARE = 0.95
+MIN_CPU_BUDGET_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One place for models.
+
+    Attributes:
+        id: "cuda:0", "cpu" or a configured name.
+        kind: "cpu" or "cuda".
+        total_bytes: physical memory of a GPU; 0 where the budget alone counts.
+        budget_bytes: the most that hostler reserves on it.
+        auto_budget: the budget was taken from what was free at start.
+        uuid: NVML's name of the GPU, empty when unknown.
+    """
+
+    id: str
+    kind: str
+    name: str
+    total_bytes: int
+    budget_bytes: int
+    auto_budget: bool = False
+    uuid: str = ""
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any | None]:
+    """Yield NVML, or None on a machine without it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # Missing module, missing library, driver mismatch: all mean that there is no GPU to use.
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _gpus() -> list[Device]:
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            found.append(
+                Device(
+                    id=f"cuda:{index}",
+                    kind="cuda",
+                    name=_text(nvml.nvmlDeviceGetName(handle)),
+                    total_bytes=int(memory.total),
+                    budget_bytes=int(memory.total * CUDA_SHARE),
+                    auto_budget=True,
+                    uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+                )
+            )
+        return found
+
+
+def _cpu(device_id: str = "cpu") -> Device:
+    budget = max(MIN_CPU_BUDGET_BYTES, int(psutil.virtual_memory().available * CPU_SHARE))
+    return Device(device_id, "cpu", f"CPU, {num_physical_cores()} cores", 0, budget, auto_budget=True)
+
+
+def _configured(config: DeviceConfig, gpus: dict[str, Device]) -> Device:
+    real = gpus.get(config.id)
+    if config.kind == "cuda" or real is not None:
+        name, total = (real.name, real.total_bytes) if real else (config.id, 0)
+        budget = config.budget or (real.budget_bytes if real else 0)
+        return Device(config.id, "cuda", name, total, budget, not config.budget, real.uuid if real else "")
+    if config.budget:
+        return Device(config.id, "cpu", f"CPU, {num_physical_cores()} cores", 0, config.budget)
+    return _cpu(config.id)
+
+
+def discover(configured: Sequence[DeviceConfig] = ()) -> tuple[Device, ...]:
+    """Return the configured devices, else the GPUs, else the CPU."""
+    gpus = _gpus()
+    if configured:
+        by_id = {gpu.id: gpu for gpu in gpus}
+        return tuple(_configured(config, by_id) for config in configured)
+    return tuple(gpus) or (_cpu(),)
+
+
+def foreign_bytes(devices: Sequence[Device], our_pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
+    """Return, for each real GPU, the memory that programs other than our workers hold.
+
+    Where the driver does not tell processes apart (containers), everything beyond our reservations counts.
+    """
+    by_uuid = {device.uuid: device for device in devices if device.uuid}
+    result: dict[str, int] = {}
+    with _nvml() as nvml:
+        if nvml is None:
+            return result
+        for uuid, device in by_uuid.items():
+            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            used = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            ours = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid in our_pids]
+            held = sum(int(p.usedGpuMemory or 0) for p in ours) if ours else reserved.get(device.id, 0)
+            result[device.id] = max(0, used - held)
+    return result
+
+
+def num_physical_cores() -> int:
+    """Return the physical cores that this process may run on: hyperthreads do not help matrix products."""
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def worker_device(device: Device) -> str:
+    """Return the device as the worker's own process numbers it: pinning leaves a GPU worker exactly one."""
+    return "cuda:0" if device.kind == "cuda" else "cpu"
+
+
+def worker_env(device: Device, num_threads: int) -> dict[str, str]:
+    """Return the environment that pins a worker process, to be set before it initialises torch."""
+    if device.kind == "cuda":
+        _, _, index = device.id.partition(":")
+        visible = device.uuid or index or "0"
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}

@@ -1,0 +1,123 @@
+"""The scheduler's system calls: everything it does to the world, as one protocol.
+
+Above it: the scheduler's parts. Below it: `effects_ray.py` (Ray, gRPC, the store, the clock); a fake with a
+manual clock in tests. Coroutines raise `HostlerError` for what went wrong and may be cancelled at any await.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from hostler.lifecycle.v1 import lifecycle_pb2
+
+from orchestrator.devices import Device
+from orchestrator.models import Located, ModelSpec
+from orchestrator.state import Progress
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What the run directory remembers of a worker, beyond what the worker itself can say."""
+
+    worker_id: str
+    generation: int
+    model: str
+    device: str
+    reserved_bytes: int
+    reason: str
+    loaded_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What must survive the orchestrator: the last generation given out, and where workers were placed."""
+
+    generation: int = 0
+    placements: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundWorker:
+    """A worker of an earlier orchestrator; `report` is None when it does not answer."""
+
+    worker_id: str
+    report: lifecycle_pb2.WatchResponse | None
+    placement: Placement | None = None
+
+
+class Effects(Protocol):
+    """What the scheduler can do. The clock is here too, so that tests can hold it."""
+
+    def now_s(self) -> float:
+        """Return monotonic seconds."""
+        ...
+
+    def unix_ms(self) -> int:
+        """Return wall-clock milliseconds, for people."""
+        ...
+
+    def new_worker_id(self) -> str:
+        """Return an id that was never used."""
+        ...
+
+    def address(self, worker_id: str) -> str:
+        """Return the worker's gRPC target."""
+        ...
+
+    def recall(self) -> Memory:
+        """Return what `remember` stored last, in this life or an earlier one."""
+        ...
+
+    def remember(self, memory: Memory) -> None:
+        """Store what must survive this process."""
+        ...
+
+    async def find_workers(self) -> tuple[FoundWorker, ...]:
+        """Return the living workers of an earlier orchestrator, waiting for Ray to be up."""
+        ...
+
+    async def list_stored(self) -> tuple[ModelSpec, ...]:
+        """Return every model in the store."""
+        ...
+
+    async def locate(self, spec: ModelSpec) -> Located | None:
+        """Return the model's files and footprint if they are on this machine. No network."""
+        ...
+
+    async def fetch(self, spec: ModelSpec, report: Report) -> None:
+        """Bring the model's files to this machine. Cancelling ends the download; what came stays resumable."""
+        ...
+
+    async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
+        """Return what other programs hold, by device."""
+        ...
+
+    async def spawn(self, worker_id: str, generation: int, device: Device) -> int:
+        """Start a blank worker pinned to a device; return its pid once it serves its socket."""
+        ...
+
+    async def load(
+        self, worker_id: str, generation: int, request: lifecycle_pb2.LoadRequest, report: Report
+    ) -> lifecycle_pb2.ModelInfo:
+        """Have a blank worker load its model."""
+        ...
+
+    def watch(self, worker_id: str, generation: int) -> AsyncIterator[lifecycle_pb2.WatchResponse]:
+        """Yield the worker's heartbeats until its stream ends."""
+        ...
+
+    async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:
+        """Have the worker refuse new requests; return how many still run when it is empty or at the deadline."""
+        ...
+
+    async def unload(self, worker_id: str, generation: int) -> None:
+        """Ask the worker to end itself."""
+        ...
+
+    async def kill(self, worker_id: str) -> None:
+        """End the worker process for certain; return when it is gone. Never raises for a worker already gone."""
+        ...

@@ -1,0 +1,306 @@
+"""The real effects: Ray for processes, gRPC for workers, the store for files. The only room file that drives Ray.
+
+Above it: the scheduler's parts, through the `Effects` protocol. Below it: Ray (blocking calls, kept in threads),
+`worker_client.py`, `store_client.py`, the run directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from hostler.config import HostlerConfig
+from hostler.errors import HostlerError, Unavailable, WorkerLost
+from hostler.lifecycle.v1 import lifecycle_pb2
+from hostler.rundir import RunDir
+
+from orchestrator import devices, ray_session
+from orchestrator.devices import Device
+from orchestrator.effects import FoundWorker, Memory, Placement, Report
+from orchestrator.models import Located, ModelSpec
+from orchestrator.store_client import StoreClient
+from orchestrator.worker_client import WorkerClient
+
+log = logging.getLogger(__name__)
+
+ACTOR_CLASS = "workers.actor:WorkerActor"
+"""Entry point of the worker shell: rooms do not import each other, so it is named, not imported."""
+
+ACTOR_PREFIX = "hostler-"
+SPAWN_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 20.0
+ADOPT_TIMEOUT_S = 2.0
+RAY_CALL_TIMEOUT_S = 10.0
+EXIT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _ProcessId:
+    """A pid with the start time that tells the process from a later one of the same number."""
+
+    pid: int
+    started_s: float
+
+    @classmethod
+    def of(cls, pid: int) -> _ProcessId | None:
+        try:
+            return cls(pid, psutil.Process(pid).create_time())
+        except psutil.NoSuchProcess:
+            return None
+
+    def process(self) -> psutil.Process | None:
+        """Return the process if it is still the same one and not yet dead."""
+        try:
+            process = psutil.Process(self.pid)
+            same = process.create_time() == self.started_s and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if same else None
+
+
+class RayEffects:
+    """Effects on this host. Everything runs in the orchestrator's loop; Ray's blocking calls run in threads."""
+
+    def __init__(self, config: HostlerConfig, run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> None:
+        self._run_dir = run_dir
+        self._store = StoreClient(config.models_dir)
+        self._devices: Sequence[Device] = ()
+        self._actor_class = actor_class
+        self._connected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._clients: dict[str, WorkerClient] = {}
+        self._processes: dict[str, _ProcessId] = {}
+        self._creating: dict[str, asyncio.Future[Any]] = {}
+        self._owns_ray = True
+
+    def use_devices(self, found: Sequence[Device]) -> None:
+        """Say which devices to measure."""
+        self._devices = found
+
+    # ------------------------------------------------------------ Ray
+
+    async def connect(self) -> ray_session.RaySession:
+        """Wait for Ray and become its driver; whoever waits for Ray goes on."""
+        os.environ.update(ray_session.RAY_ENVIRONMENT)
+        importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "ray"))
+        while (session := ray_session.read(self._run_dir.path)) is None:  # noqa: ASYNC110  (a file, not an event)
+            await asyncio.sleep(0.02)
+        if session.token:
+            os.environ[ray_session.TOKEN_VARIABLE] = session.token
+        else:
+            os.environ["RAY_AUTH_MODE"] = "disabled"
+        ray = await importing
+        # In a thread Ray cannot install its own SIGTERM handler over ours.
+        await asyncio.to_thread(
+            ray.init,
+            address=session.address,
+            namespace=ray_session.NAMESPACE,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({"_node_ip_address": "127.0.0.1"} if session.pid else {}),
+        )
+        self._owns_ray = bool(session.pid)
+        self._connected.set_result(ray)
+        return session
+
+    async def _ray(self) -> Any:
+        return await asyncio.shield(self._connected)
+
+    async def find_workers(self) -> tuple[FoundWorker, ...]:
+        """Return the living workers of an earlier orchestrator; remove sockets that nobody serves."""
+        ray = await self._ray()
+        async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
+            names = await asyncio.to_thread(ray.util.list_named_actors)
+        placements = {p.worker_id: p for p in self.recall().placements}
+        ids = [name.removeprefix(ACTOR_PREFIX) for name in names if name.startswith(ACTOR_PREFIX)]
+        if not self._owns_ray:  # On a shared cluster others' workers have the same prefix.
+            ids = [i for i in ids if i in placements or self._run_dir.worker_socket(i).exists()]
+        living = {self._run_dir.worker_socket(i) for i in (*ids, *self._clients)}
+        for path in self._run_dir.path.glob("w-*.sock"):
+            if path not in living:
+                path.unlink(missing_ok=True)
+        return tuple(await asyncio.gather(*(self._find(i, placements.get(i)) for i in ids)))
+
+    async def _find(self, worker_id: str, placement: Placement | None) -> FoundWorker:
+        client = WorkerClient(self.address(worker_id), None)
+        report = None
+        heartbeats = client.watch()
+        try:
+            async with asyncio.timeout(ADOPT_TIMEOUT_S):
+                report = await anext(heartbeats)
+        except (TimeoutError, StopAsyncIteration, HostlerError):
+            log.warning("a worker does not answer", extra={"worker": worker_id})
+        finally:
+            await heartbeats.aclose()  # type: ignore[attr-defined]
+            await client.close()
+        if report is not None:
+            self._remember_pid(worker_id, report.pid)
+        return FoundWorker(worker_id, report, placement)
+
+    async def spawn(self, worker_id: str, generation: int, device: Device) -> int:
+        """Start a blank worker pinned to a device; return its pid once it serves its socket.
+
+        Raises:
+            HostlerError: Ray could not start it, or it does not answer.
+        """
+        ray = await self._ray()
+        socket_path = str(self._run_dir.worker_socket(worker_id))
+        env = devices.worker_env(device, devices.num_physical_cores())
+
+        def create() -> Any:
+            module, _, name = self._actor_class.partition(":")
+            actor_class = ray.remote(getattr(importlib.import_module(module), name))
+            options = {"name": ACTOR_PREFIX + worker_id, "lifetime": "detached", "num_cpus": 0, "max_restarts": 0}
+            return actor_class.options(**options).remote(worker_id, socket_path, generation, env)
+
+        # Kept until the worker is killed: a spawn may be given up while the thread still registers the actor.
+        creating = self._creating[worker_id] = asyncio.ensure_future(asyncio.to_thread(create))
+        try:
+            async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                actor = await asyncio.shield(creating)
+                pid = int(await asyncio.wrap_future(actor.ping.remote().future()))
+        except TimeoutError:
+            raise Unavailable(f"a worker process did not start within {SPAWN_TIMEOUT_S:g} s") from None
+        except ray.exceptions.RayError as error:
+            log.error("Ray could not start a worker", extra={"worker": worker_id, "error": str(error)[:2000]})
+            raise WorkerLost("a worker process could not be started") from None
+        self._remember_pid(worker_id, pid)
+        await self._client(worker_id, generation).connect(CONNECT_TIMEOUT_S)
+        return pid
+
+    def _remember_pid(self, worker_id: str, pid: int) -> None:
+        if pid and (process := _ProcessId.of(pid)) is not None:
+            self._processes[worker_id] = process
+
+    async def kill(self, worker_id: str) -> None:
+        """End a worker process for certain, and forget its actor and its socket."""
+        await self._forget_actor(worker_id)
+        if (known := self._processes.pop(worker_id, None)) is not None:
+            await asyncio.to_thread(_end, known)
+        if (client := self._clients.pop(worker_id, None)) is not None:
+            await client.close()
+        self._run_dir.worker_socket(worker_id).unlink(missing_ok=True)
+
+    async def _forget_actor(self, worker_id: str) -> None:
+        known = self._processes.get(worker_id)
+        if known is not None and (process := known.process()) is not None:
+            # First and without Ray: a fenced worker must stop at once, and a frozen one obeys nothing else.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        ray = await self._ray()
+        creating = self._creating.pop(worker_id, None)
+
+        def forget(actor: Any) -> None:
+            with contextlib.suppress(ValueError):  # No such actor: already gone.
+                ray.kill(actor or ray.get_actor(ACTOR_PREFIX + worker_id), no_restart=True)
+
+        try:
+            async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
+                actor = await creating if creating is not None else None
+                await asyncio.to_thread(forget, actor)
+        except (TimeoutError, ValueError, ray.exceptions.RayError) as error:
+            log.error("Ray could not end an actor", extra={"worker": worker_id, "error": str(error)[:500]})
+
+    # ------------------------------------------------------------ workers
+
+    def address(self, worker_id: str) -> str:
+        """Return the worker's gRPC target."""
+        return f"unix:{self._run_dir.worker_socket(worker_id)}"
+
+    def new_worker_id(self) -> str:
+        """Return a random id."""
+        return secrets.token_hex(8)
+
+    def _client(self, worker_id: str, generation: int) -> WorkerClient:
+        if worker_id not in self._clients:
+            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation)
+        return self._clients[worker_id]
+
+    async def load(
+        self, worker_id: str, generation: int, request: lifecycle_pb2.LoadRequest, report: Report
+    ) -> lifecycle_pb2.ModelInfo:
+        """Have a blank worker load its model."""
+        return await self._client(worker_id, generation).load(request, report)
+
+    def watch(self, worker_id: str, generation: int) -> AsyncIterator[lifecycle_pb2.WatchResponse]:
+        """Yield the worker's heartbeats until its stream ends."""
+        return self._client(worker_id, generation).watch()
+
+    async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:
+        """Have the worker refuse new requests and finish the running ones."""
+        return await self._client(worker_id, generation).drain(deadline_s)
+
+    async def unload(self, worker_id: str, generation: int) -> None:
+        """Ask the worker to end itself, and give it a moment to do so."""
+        await self._client(worker_id, generation).unload()
+        if (known := self._processes.get(worker_id)) is not None and (process := known.process()) is not None:
+            with contextlib.suppress(psutil.TimeoutExpired):
+                await asyncio.to_thread(process.wait, EXIT_TIMEOUT_S)
+
+    # ------------------------------------------------------------ store, devices, memory, clock
+
+    async def list_stored(self) -> tuple[ModelSpec, ...]:
+        """Return every model in the store."""
+        return await self._store.list_stored()
+
+    async def locate(self, spec: ModelSpec) -> Located | None:
+        """Return the model's files and footprint if they are here."""
+        return await self._store.locate(spec)
+
+    async def fetch(self, spec: ModelSpec, report: Report) -> None:
+        """Pull the model."""
+        await self._store.fetch(spec, report)
+
+    async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
+        """Return what other programs hold, by device."""
+        return await asyncio.to_thread(devices.foreign_bytes, self._devices, pids, reserved)
+
+    @property
+    def _memory_path(self) -> Path:
+        return self._run_dir.path / "placements.json"
+
+    def recall(self) -> Memory:
+        """Return what was remembered last; nothing if there is no such file, or not one of ours."""
+        try:
+            values = json.loads(self._memory_path.read_text(encoding="utf-8"))
+            for worker_id, (pid, started_s) in values["processes"].items():
+                self._processes.setdefault(worker_id, _ProcessId(int(pid), float(started_s)))
+            return Memory(int(values["generation"]), tuple(Placement(**p) for p in values["placements"]))
+        except FileNotFoundError:
+            return Memory()
+        except (OSError, ValueError, KeyError, TypeError):
+            log.exception("placements.json cannot be read; workers will be adopted by their own word")
+            return Memory()
+
+    def remember(self, memory: Memory) -> None:
+        """Replace placements.json."""
+        processes = {worker_id: (p.pid, p.started_s) for worker_id, p in self._processes.items()}
+        ray_session.write_private(self._memory_path, json.dumps(asdict(memory) | {"processes": processes}))
+
+    def now_s(self) -> float:
+        """Return monotonic seconds."""
+        return time.monotonic()
+
+    def unix_ms(self) -> int:
+        """Return wall-clock milliseconds."""
+        return int(time.time() * 1000)
+
+
+def _end(known: _ProcessId) -> None:
+    """Kill a process unless it is gone, and wait until it is."""
+    if (process := known.process()) is None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+        process.kill()
+        process.wait(EXIT_TIMEOUT_S)

@@ -1,0 +1,196 @@
+"""Everything that can happen to the scheduler, as data. Posted by effects and by the service, in any order.
+
+An event that belongs to one attempt carries its generation; when that attempt is over the event finds
+nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from hostler.errors import HostlerError
+from hostler.lifecycle.v1 import lifecycle_pb2
+from hostler.placement.v1 import placement_pb2
+
+from orchestrator.effects import FoundWorker
+from orchestrator.models import Located, ModelSpec
+from orchestrator.state import Progress, Waiter
+
+
+@dataclass(frozen=True, slots=True)
+class Ensure:
+    """Somebody wants a model up. `explicit`: an operator, who also overrides a remembered failure."""
+
+    model: str
+    waiter: Waiter
+    explicit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """A waiter went away."""
+
+    waiter: Waiter
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """An operator wants every replica of a model gone; the reply is how many went."""
+
+    model: str
+    reply: asyncio.Future[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """An operator pins a model or lets it go."""
+
+    model: str
+    pinned: bool
+    reply: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class AskPlan:
+    """What would `Ensure` do?"""
+
+    model: str
+    reply: asyncio.Future[placement_pb2.PlanModelResponse]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The files of a model were looked up for an `AskPlan`."""
+
+    ask: AskPlan
+    located: Located | None
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AskStatus:
+    """What is there now?"""
+
+    reply: asyncio.Future[placement_pb2.GetStatusResponse]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Drain, unload and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreListed:
+    """The store was read again; None: it could not be."""
+
+    specs: tuple[ModelSpec, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersFound:
+    """Which workers outlived the last orchestrator."""
+
+    workers: tuple[FoundWorker, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignMeasured:
+    """What other programs hold, by device."""
+
+    foreign_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LocateDone:
+    """The store was asked for a model's files; None: not there."""
+
+    generation: int
+    located: Located | None
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """A fetch, spawn or load got further."""
+
+    generation: int
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDone:
+    """A fetch ended."""
+
+    generation: int
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnDone:
+    """A worker process is up and answers, or not."""
+
+    generation: int
+    pid: int = 0
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDone:
+    """A worker holds its model, or not."""
+
+    generation: int
+    info: lifecycle_pb2.ModelInfo | None = None
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A worker's heartbeat."""
+
+    generation: int
+    report: lifecycle_pb2.WatchResponse
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEnded:
+    """A worker's heartbeat stream ended; `why` in words."""
+
+    generation: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """A worker process is gone and its memory with it."""
+
+    generation: int
+
+
+Event = (
+    Ensure
+    | Leave
+    | Unload
+    | Pin
+    | AskPlan
+    | Planned
+    | AskStatus
+    | Stop
+    | Tick
+    | StoreListed
+    | WorkersFound
+    | ForeignMeasured
+    | LocateDone
+    | Progressed
+    | FetchDone
+    | SpawnDone
+    | LoadDone
+    | Reported
+    | WatchEnded
+    | Retired
+)

@@ -1,0 +1,137 @@
+"""What the orchestrator knows of a model before and after its files are found. Pure.
+
+Above it: the scheduler's parts. Below it: the configuration, the policy's `Demand`, the lifecycle contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hostler.config import ModelConfig
+from hostler.lifecycle.v1 import lifecycle_pb2
+
+from orchestrator.policy import Demand
+
+FLOOR_CONTEXT_TOKENS = 4096
+"""A model with a huge context loads with a KV cache of this many tokens rather than not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model needs of a device, estimated from its files."""
+
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    max_context_tokens: int = 0
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A model's files on this machine; the path is empty for an engine without files."""
+
+    path: str
+    footprint: Footprint
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model that can be served: from the configuration, or found in the store."""
+
+    name: str
+    source: str
+    revision: str | None = None
+    aliases: tuple[str, ...] = ()
+    engine: int = lifecycle_pb2.ENGINE_KIND_TEXT
+    device: str | None = None
+    dtype: str = "auto"
+    max_context_tokens: int = 0
+    max_running: int = 16
+    max_queued: int = 256
+    kv_cache_bytes: int = 0
+    prefill_chunk_tokens: int = 256
+    num_threads: int = 0
+    preload: bool = False
+    pinned: bool = False
+    trust_remote_code: bool = False
+    created_unix_s: int = 0
+    configured: bool = True
+
+    @property
+    def owned_by(self) -> str:
+        """The organisation of an `org/name` source, as `/v1/models` shows it."""
+        head, slash, _ = self.source.partition("/")
+        return head if slash and head and not head.startswith((".", "~")) else "hostler"
+
+    @property
+    def has_files(self) -> bool:
+        """False for the scripted engine, which is code alone."""
+        return self.engine != lifecycle_pb2.ENGINE_KIND_SCRIPTED
+
+
+def from_config(config: ModelConfig) -> ModelSpec:
+    """Return the spec of one configured model. `engine: auto` is text: the only other kind today is scripted."""
+    scripted = config.engine == "scripted"
+    return ModelSpec(
+        name=config.name,
+        source=config.source or config.name,
+        revision=config.revision,
+        aliases=config.aliases,
+        engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED if scripted else lifecycle_pb2.ENGINE_KIND_TEXT,
+        device=config.device,
+        dtype=config.dtype,
+        max_context_tokens=config.max_context_tokens,
+        max_running=config.max_running,
+        max_queued=config.max_queued,
+        kv_cache_bytes=config.kv_cache,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        num_threads=config.num_threads,
+        preload=config.preload,
+        pinned=config.pinned,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def context_tokens(spec: ModelSpec, footprint: Footprint) -> int:
+    """Return the longest context that will be served: the configured one, capped by the model's own."""
+    own = footprint.max_context_tokens
+    return min(spec.max_context_tokens, own) if spec.max_context_tokens and own else spec.max_context_tokens or own
+
+
+def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0) -> Demand:
+    """Return what the model asks of the policy. An explicit `kv_cache` in the configuration is taken as it is."""
+    context = context_tokens(spec, footprint)
+    one_context = context * footprint.kv_bytes_per_token
+    floor = min(context, FLOOR_CONTEXT_TOKENS) * footprint.kv_bytes_per_token
+    want = one_context * spec.max_running
+    if spec.kv_cache_bytes:
+        floor = one_context = want = spec.kv_cache_bytes
+    return Demand(
+        model=spec.name,
+        device=spec.device,
+        base_bytes=footprint.weight_bytes + footprint.workspace_bytes,
+        kv_floor_bytes=floor,
+        kv_context_bytes=one_context,
+        kv_want_bytes=want,
+        num_others=num_others,
+    )
+
+
+def load_request(
+    spec: ModelSpec, located: Located, *, device: str, kv_cache_bytes: int, num_threads: int
+) -> lifecycle_pb2.LoadRequest:
+    """Return everything that a blank worker must know; `device` as the worker's own process numbers it."""
+    return lifecycle_pb2.LoadRequest(
+        model=spec.name,
+        engine=spec.engine,  # type: ignore[arg-type]
+        path=located.path,
+        device=device,
+        dtype=spec.dtype,
+        max_context_tokens=spec.max_context_tokens,
+        max_running=spec.max_running,
+        max_queued=spec.max_queued,
+        kv_cache_bytes=kv_cache_bytes,
+        prefill_chunk_tokens=spec.prefill_chunk_tokens,
+        num_threads=spec.num_threads or num_threads,
+        trust_remote_code=spec.trust_remote_code,
+    )

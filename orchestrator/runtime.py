@@ -1,0 +1,128 @@
+"""What the scheduler's parts share: the state, the effects, the event queue, the tasks, the published routes.
+
+Above it: `scheduler.py`, `loading.py`, `watching.py`, `retiring.py`. Below it: `effects.py` and `state.py`.
+Only the scheduler's task calls into it, except `post`, which any task of the same loop may call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from hostler.config import HostlerConfig
+from hostler.placement.v1 import placement_pb2
+
+from orchestrator import wire
+from orchestrator.effects import Effects, Memory, Placement
+from orchestrator.events import Event
+from orchestrator.state import Cluster, Worker, WorkerState
+
+log = logging.getLogger(__name__)
+
+
+class RouteFeed:
+    """The latest route table, for any number of watchers. A slow watcher skips versions, never blocks."""
+
+    def __init__(self) -> None:
+        self._latest: placement_pb2.WatchRoutesResponse | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def latest(self) -> placement_pb2.WatchRoutesResponse | None:
+        """The last table published; None before the first."""
+        return self._latest
+
+    def publish(self, models: list[placement_pb2.ModelRoute]) -> None:
+        """Give watchers a new table unless it says the same as the last."""
+        version = 1
+        if self._latest is not None:
+            if list(self._latest.models) == models:
+                return
+            version = self._latest.version + 1
+        self._latest = placement_pb2.WatchRoutesResponse(version=version, models=models)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def watch(self) -> AsyncIterator[placement_pb2.WatchRoutesResponse]:
+        """Yield the table now (or the first one, when there is one), then after every change. Never ends."""
+        seen = 0
+        while True:
+            changed = self._changed
+            if self._latest is not None and self._latest.version != seen:
+                seen = self._latest.version
+                yield self._latest
+            else:
+                await changed.wait()
+
+
+class Runtime:
+    """State, effects and the tasks that run effects on the scheduler's behalf."""
+
+    def __init__(self, config: HostlerConfig, cluster: Cluster, effects: Effects) -> None:
+        self.config = config
+        self.cluster = cluster
+        self.effects = effects
+        self.routes = RouteFeed()
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.started_unix_ms = effects.unix_ms()
+        self.may_publish = False
+        self.stopping = False
+        self._tasks: dict[asyncio.Task[None], int] = {}
+
+    def post(self, event: Event) -> None:
+        """Queue an event; the scheduler handles it after those before it."""
+        self.queue.put_nowait(event)
+
+    def run(self, work: Coroutine[Any, Any, None], generation: int = 0) -> None:
+        """Run an effect as a task that `cancel(generation)` can end. It must post its own outcome."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = generation
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("an effect failed without posting an outcome", exc_info=error)
+
+    def cancel(self, generation: int) -> None:
+        """Cancel every effect of one attempt."""
+        for task, owner in list(self._tasks.items()):
+            if owner == generation:
+                task.cancel()
+
+    async def cancel_all(self) -> None:
+        """Cancel every effect and wait until they have ended."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def next_generation(self) -> int:
+        """Return a number that no placement had before, in this life or an earlier one."""
+        self.cluster.generation += 1
+        self.remember()
+        return self.cluster.generation
+
+    def remember(self) -> None:
+        """Store what the next orchestrator must know to take our workers over."""
+        placements = tuple(_placement(w) for w in self.cluster.workers.values() if w.state is not WorkerState.LOST)
+        self.effects.remember(Memory(self.cluster.generation, placements))
+
+    def publish(self) -> None:
+        """Publish the routes as they are now. Held back until it is known which workers live."""
+        if self.may_publish:
+            self.routes.publish(wire.routes(self.cluster))
+
+
+def _placement(worker: Worker) -> Placement:
+    return Placement(
+        worker_id=worker.id,
+        generation=worker.generation,
+        model=worker.model,
+        device=worker.device,
+        reserved_bytes=worker.reserved_bytes,
+        reason=worker.reason,
+        loaded_unix_ms=worker.loaded_unix_ms,
+    )

@@ -1,0 +1,88 @@
+"""The placement contract's server: each RPC becomes a call to the scheduler, each error a status.
+
+Above it: gateways and the command line. Below it: `scheduler.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from hostler.errors import HostlerError, Internal, abort
+from hostler.placement.v1 import placement_pb2 as pb
+from hostler.placement.v1 import placement_pb2_grpc
+
+from orchestrator.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def _named(error: Exception, rpc: str) -> HostlerError:
+    """Return an error with a name; log those that had none."""
+    if isinstance(error, HostlerError):
+        return error
+    log.error("an RPC failed", exc_info=error, extra={"rpc": rpc})
+    return Internal("Internal error; the orchestrator's log has the details.")
+
+
+class PlacementService(placement_pb2_grpc.PlacementServiceServicer):
+    """Serves the scheduler on a socket."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    async def WatchRoutes(  # noqa: N802
+        self, request: pb.WatchRoutesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchRoutesResponse]:
+        """Stream the route table."""
+        async for table in self._scheduler.watch_routes():
+            yield table
+
+    async def EnsureModel(  # noqa: N802
+        self, request: pb.EnsureModelRequest, context: Context
+    ) -> AsyncIterator[pb.EnsureModelResponse]:
+        """Bring a model up."""
+        events = self._scheduler.ensure(request.model, explicit=request.explicit)
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            await abort(context, _named(error, "EnsureModel"))
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def PlanModel(self, request: pb.PlanModelRequest, context: Context) -> pb.PlanModelResponse:  # noqa: N802
+        """Say what EnsureModel would do."""
+        try:
+            return await self._scheduler.plan(request.model)
+        except Exception as error:
+            await abort(context, _named(error, "PlanModel"))
+
+    async def UnloadModel(  # noqa: N802
+        self, request: pb.UnloadModelRequest, context: Context
+    ) -> pb.UnloadModelResponse:
+        """Drain and end a model's replicas."""
+        try:
+            return pb.UnloadModelResponse(num_unloaded=await self._scheduler.unload(request.model))
+        except Exception as error:
+            await abort(context, _named(error, "UnloadModel"))
+
+    async def PinModel(self, request: pb.PinModelRequest, context: Context) -> pb.PinModelResponse:  # noqa: N802
+        """Pin or unpin a model."""
+        try:
+            await self._scheduler.pin(request.model, pinned=request.pinned)
+        except Exception as error:
+            await abort(context, _named(error, "PinModel"))
+        return pb.PinModelResponse()
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+        """Return devices, models and replicas."""
+        try:
+            return await self._scheduler.status()
+        except Exception as error:
+            await abort(context, _named(error, "GetStatus"))

@@ -1,0 +1,128 @@
+"""The scheduler's view of the model store: look-ups in a thread, downloads in a process of their own.
+
+Above it: `effects_ray.py`. Below it: `orchestrator.store`, imported at the first look-up to keep the start short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hostler.errors import BY_REASON, Internal, ModelLoadFailed
+from hostler.lifecycle.v1 import lifecycle_pb2
+
+from orchestrator.effects import Report
+from orchestrator.models import Footprint, Located, ModelSpec
+from orchestrator.ray_session import TOKEN_VARIABLE
+from orchestrator.state import Progress
+
+log = logging.getLogger(__name__)
+
+_LINE_LIMIT_BYTES = 1 << 20
+
+
+class StoreClient:
+    """Asks the store of one models directory."""
+
+    def __init__(self, models_dir: Path | None) -> None:
+        self._models_dir = models_dir
+
+    async def list_stored(self) -> tuple[ModelSpec, ...]:
+        """Return every model in the store, to be served under its stored name."""
+        return await asyncio.to_thread(self._list_stored)
+
+    def _list_stored(self) -> tuple[ModelSpec, ...]:
+        from orchestrator.store import list_stored
+
+        return tuple(
+            ModelSpec(
+                name=found.name,
+                source=found.source,
+                engine=lifecycle_pb2.ENGINE_KIND_TEXT,
+                created_unix_s=int(found.created_unix_s),
+                configured=False,
+            )
+            for found in list_stored(self._models_dir)
+        )
+
+    async def locate(self, spec: ModelSpec) -> Located | None:
+        """Return a model's directory and footprint, if it is here.
+
+        Raises:
+            HostlerError: the source means nothing, or its files are damaged.
+        """
+        return await asyncio.to_thread(self._locate, spec)
+
+    def _locate(self, spec: ModelSpec) -> Located | None:
+        from orchestrator.store import find, footprint, list_stored
+
+        if spec.configured:
+            found = find(spec.source, self._models_dir, spec.revision)
+        else:  # Seen in a listing: its name is what identifies it there.
+            found = next((m for m in list_stored(self._models_dir) if m.name == spec.name), None)
+        if found is None:
+            return None
+        needs = footprint(found.path, spec.dtype)
+        return Located(
+            str(found.path),
+            Footprint(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_context_tokens, needs.workspace_bytes),
+        )
+
+    async def fetch(self, spec: ModelSpec, report: Report) -> None:
+        """Pull a model in a child process, which is killed when the wait is given up.
+
+        Raises:
+            HostlerError: as the child said.
+        """
+        command = [sys.executable, "-m", "orchestrator.store", "pull", spec.source, "--json"]
+        if spec.revision:
+            command += ["--revision", spec.revision]
+        if self._models_dir is not None:
+            command += ["--models-dir", str(self._models_dir)]
+        environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+            limit=_LINE_LIMIT_BYTES,
+        )
+        try:
+            done = process.stdout is not None and await self._relay(process.stdout, report)
+            status = await process.wait()
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if not done:
+            raise ModelLoadFailed(f"the download of {spec.source} ended early (exit status {status}); see the log")
+
+    async def _relay(self, stdout: asyncio.StreamReader, report: Report) -> bool:
+        """Relay progress until the last line; return whether it said "done"."""
+        async for line in stdout:
+            event = _parse(line)
+            stage = event.get("stage", "")
+            if stage == "done":
+                return True
+            if stage == "error":
+                kind = BY_REASON.get(str(event.get("reason")), Internal)
+                raise kind(str(event.get("message") or "the download failed"))
+            sizes = (int(event.get("done_bytes") or 0), int(event.get("total_bytes") or 0))
+            report(Progress(str(stage), str(event.get("detail") or ""), *sizes))
+        return False
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        log.warning("the store wrote a line that is not JSON", extra={"num_bytes": len(line)})
+        return {}
+    return event if isinstance(event, dict) else {}

@@ -1,0 +1,131 @@
+"""State into contract messages: routes, status, plans, progress. Pure.
+
+Above it: the runtime and the service. Below it: the placement contract and the state.
+"""
+
+from __future__ import annotations
+
+import hostler
+from hostler.lifecycle.v1 import lifecycle_pb2
+from hostler.placement.v1 import placement_pb2 as pb
+
+from orchestrator import policy
+from orchestrator.state import Cluster, Model, Progress, Stage, Worker, WorkerState
+
+_WORKER_STATES = {
+    WorkerState.LOADING: pb.MODEL_STATE_LOADING,
+    WorkerState.READY: pb.MODEL_STATE_READY,
+    WorkerState.DRAINING: pb.MODEL_STATE_DRAINING,
+    WorkerState.LOST: pb.MODEL_STATE_FAILED,
+}
+_PROGRESS_STATES = {"download": pb.MODEL_STATE_FETCHING, "convert": pb.MODEL_STATE_FETCHING}
+_PROGRESS_STATES |= {"verify": pb.MODEL_STATE_FETCHING, "queue": pb.MODEL_STATE_UNLOADED}
+
+
+def model_state(cluster: Cluster, model: Model) -> pb.ModelState.ValueType:
+    """Return the state that clients see of a model."""
+    name = model.spec.name
+    if cluster.ready(name) is not None:
+        return pb.MODEL_STATE_READY
+    if model.job is not None:
+        return pb.MODEL_STATE_FETCHING if model.job.stage is Stage.FETCH else pb.MODEL_STATE_LOADING
+    if model.failure:
+        return pb.MODEL_STATE_FAILED
+    if any(w.model == name and w.state is WorkerState.DRAINING for w in cluster.workers.values()):
+        return pb.MODEL_STATE_DRAINING
+    return pb.MODEL_STATE_UNLOADED
+
+
+def replica(worker: Worker) -> pb.Replica:
+    """Return a worker as gateways know it."""
+    return pb.Replica(
+        id=worker.id,
+        address=worker.address,
+        generation=worker.generation,
+        state=_WORKER_STATES[worker.state],
+        max_running=worker.max_running,
+    )
+
+
+def route(cluster: Cluster, model: Model) -> pb.ModelRoute:
+    """Return one model's entry of the route table."""
+    ready = cluster.ready(model.spec.name)
+    return pb.ModelRoute(
+        name=model.spec.name,
+        aliases=model.spec.aliases,
+        state=model_state(cluster, model),
+        replicas=[replica(ready)] if ready else [],
+        engine=model.info.engine if model.info else model.spec.engine,  # type: ignore[arg-type]
+        created_unix_s=model.spec.created_unix_s,
+        owned_by=model.spec.owned_by,
+        info=model.info,
+        failure=model.failure,
+    )
+
+
+def routes(cluster: Cluster) -> list[pb.ModelRoute]:
+    """Return the whole route table, configured models first, in their order."""
+    return [route(cluster, model) for model in cluster.models.values()]
+
+
+def progress(value: Progress) -> pb.EnsureModelResponse:
+    """Return a progress event."""
+    return pb.EnsureModelResponse(
+        progress=pb.EnsureProgress(
+            state=_PROGRESS_STATES.get(value.stage, pb.MODEL_STATE_LOADING),
+            stage=value.stage,
+            done_bytes=value.done_bytes,
+            total_bytes=value.total_bytes,
+            detail=value.detail,
+        )
+    )
+
+
+def plan(answer: policy.Plan | policy.Refusal, cluster: Cluster) -> pb.PlanModelResponse:
+    """Return what the policy said; holders are named by their models."""
+    if isinstance(answer, policy.Refusal):
+        return pb.PlanModelResponse(feasible=False, needed_bytes=answer.needed_bytes, reason=answer.reason)
+    models = {worker.id: worker.model for worker in cluster.workers.values()}
+    return pb.PlanModelResponse(
+        feasible=True,
+        device=answer.device,
+        needed_bytes=answer.needed_bytes,
+        evict_models=[models[worker_id] for worker_id in answer.evict],
+        reason=answer.reason,
+    )
+
+
+def status(cluster: Cluster, started_unix_ms: int) -> pb.GetStatusResponse:
+    """Return devices, models and replicas as they are now."""
+    devices = [
+        pb.Device(
+            id=d.id,
+            kind=pb.DEVICE_KIND_CUDA if d.kind == "cuda" else pb.DEVICE_KIND_CPU,
+            name=d.name,
+            budget_bytes=d.budget_bytes,
+            reserved_bytes=cluster.occupied_bytes(d.id),
+            foreign_bytes=cluster.foreign_bytes.get(d.id, 0),
+        )
+        for d in cluster.devices.values()
+    ]
+    replicas = [
+        pb.ReplicaStatus(
+            model=w.model,
+            replica=replica(w),
+            device=w.device,
+            reserved_bytes=w.reserved_bytes,
+            loaded_unix_ms=w.loaded_unix_ms,
+            last_used_unix_ms=w.used_unix_ms,
+            pinned=cluster.models[w.model].pinned,
+            reason=w.reason,
+            worker=w.report or lifecycle_pb2.WatchResponse(generation=w.generation, pid=w.pid),
+        )
+        for w in sorted(cluster.workers.values(), key=lambda w: w.generation)
+    ]
+    return pb.GetStatusResponse(
+        version=hostler.__version__,
+        started_unix_ms=started_unix_ms,
+        devices=devices,
+        models=routes(cluster),
+        replicas=replicas,
+    )
