@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LAUNCH = str(Path(__file__).with_name("launch.py"))
 _JANITOR = str(Path(__file__).with_name("janitor.py"))
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ class Supervisor:
 
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+        _adopt_orphans()
         self._loop.add_signal_handler(signal.SIGCHLD, self._collect)
         self._collect()
 
@@ -179,8 +181,18 @@ class Supervisor:
                 continue
             running.process = None
             self._ended(running, process.pid, exit_code)
+        self._reap_orphans()
         if self._changed is not None:
             self._changed.set()
+
+    def _reap_orphans(self) -> None:
+        """Collect the children of our dead children (Ray's daemons), which in a container nobody else may do."""
+        ours = {*self.pids().values(), self._janitor.pid if self._janitor is not None else 0}
+        with suppress(ChildProcessError):
+            while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if found.si_pid in ours:
+                    return  # it ended just now; its own SIGCHLD brings us back
+                os.waitpid(found.si_pid, 0)
 
     def _ended(self, running: _Running, pid: int, exit_code: int) -> None:
         child = running.child
@@ -259,6 +271,15 @@ class Supervisor:
         if self._janitor is not None:
             self._janitor.kill()
             self._janitor.communicate()
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of our descendants whose parent dies (Linux; elsewhere it does nothing)."""
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _kill_group(pid: int) -> None:
