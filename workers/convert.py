@@ -175,8 +175,7 @@ def convert(source: Path, destination: Path, report: Report) -> None:
     """
     destination.mkdir(parents=True, exist_ok=True)
     report(0, 0)
-    reader = GGUFReader(source)
-    fields = read_fields(reader)
+    reader, fields = _read(source)
     if fields.get("general.architecture") in _ARCHITECTURES:
         try:
             plans = plan_tensors(reader, fields)
@@ -192,6 +191,16 @@ def convert(source: Path, destination: Path, report: Report) -> None:
     from workers.convert_fallback import convert_with_transformers
 
     convert_with_transformers(source, destination, fields, report)
+    write_tokenizer(fields, source, destination)
+
+
+def _read(source: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    try:
+        reader = GGUFReader(source)
+        return reader, read_fields(reader)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        # The reader trusts the lengths in the file; a damaged one makes it fail in any of these ways.
+        raise ValueError("it is damaged or cut short") from error
 
 
 def _rope_factors(reader: GGUFReader) -> list[float] | None:

@@ -83,7 +83,7 @@ def _llama3_rope(theta: float, head_dim: int, factors: list[float]) -> dict[str,
     Raises:
         UnsupportedGguf: no parameters that we know give these factors.
     """
-    factor = max(factors)
+    factor = float(f"{max(factors):.6g}")
     if factor <= 1.0:
         return {"rope_type": "default", "rope_theta": theta}
     expected = []

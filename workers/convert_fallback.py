@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from workers.convert_config import UnsupportedGguf, eos_token_ids
 
@@ -19,32 +20,29 @@ from workers.convert_config import UnsupportedGguf, eos_token_ids
 def convert_with_transformers(
     source: Path, destination: Path, fields: Mapping[str, Any], report: Callable[[int, int], None]
 ) -> None:
-    """Load the whole file with transformers and save it as bf16 safetensors, config and tokenizer.
+    """Load the whole file with transformers and save it as bf16 safetensors and config.
 
     Raises:
         UnsupportedGguf: transformers does not know the architecture either.
     """
     try:
-        # Without dequantize the weights stay packed and cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        # from_pretrained(gguf_file=...) would want accelerate, and would keep the weights packed.
+        parsed = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise UnsupportedGguf(f"architecture {fields.get('general.architecture')!r}: {error}") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    if model.config.get_text_config().tie_word_embeddings:
-        # The loader leaves two copies; saved as they are, they would take memory twice.
+    missing = set(model.load_state_dict(parsed["tensors"], strict=False).missing_keys)
+    if config.get_text_config().tie_word_embeddings:
         model.tie_weights()
+        missing -= set(model.all_tied_weights_keys)
+    if missing:
+        raise UnsupportedGguf(f"it has no tensor for {sorted(missing)[0]!r}")
     if eos := eos_token_ids(fields):
         model.generation_config.eos_token_id = eos
     total = sum(tensor.numel() * 2 for tensor in model.parameters())
     model.save_pretrained(destination, max_shard_size="1000GB")
     report(total, total)
-    write_tokenizer_with_transformers(source, destination, fields)
 
 
 def write_tokenizer_with_transformers(source: Path, destination: Path, fields: Mapping[str, Any]) -> None:

@@ -161,7 +161,8 @@ class _Transfer:
                 raise _refusal(response.status_code, self.file.path)
             # A server that ignores ranges sends everything again: pass over what we have.
             skip = start if response.status_code == 200 else 0
-            for block in response.iter_raw(_BLOCK_BYTES):
+            # No chunk size: gathering chunks would lose the last ones when the connection is cut.
+            for block in response.iter_raw():
                 fresh = block[skip:]
                 skip -= len(block) - len(fresh)
                 out.write(fresh[: self.file.num_bytes - out.tell()])

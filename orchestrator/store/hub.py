@@ -120,9 +120,10 @@ class HuggingFaceHub:
 
     def url_and_headers(self, snapshot: Snapshot, path: str) -> tuple[str, dict[str, str]]:
         """Return where a file's bytes are, and what to send with the request."""
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
+
         url = self._hub.hf_hub_url(snapshot.hub_id, path, revision=snapshot.commit, endpoint=self._endpoint)
-        headers: dict[str, str] = self._hub.utils.build_hf_headers(library_name="hostler")
-        return url, headers
+        return url, build_hf_headers(library_name="hostler")
 
 
 def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[RemoteFile], list[RemoteFile]]:

@@ -1,0 +1,109 @@
+"""Memory estimates from headers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hostler.errors import InvalidRequest, ModelLoadFailed
+
+from orchestrator.store import footprint
+from orchestrator.store.footprint import INDEX, SINGLE
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+def _edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3"])
+def test_weight_bytes_are_those_of_the_loaded_model(architecture: str, tiny_model_of: Callable[[str], Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_model_of(architecture)
+    for dtype in ("float32", "bfloat16", "float16"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        assert footprint(path, dtype).weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_auto_means_the_dtype_that_the_config_names_else_that_of_the_weights(copy: Path) -> None:
+    assert footprint(copy, "auto") == footprint(copy, "float32")
+    _edit_config(copy, dtype="bfloat16")
+    assert footprint(copy, "auto") == footprint(copy, "bfloat16")
+    _edit_config(copy, dtype=None)
+    assert footprint(copy, "auto") == footprint(copy, "float32")
+
+
+def test_kv_bytes_of_a_token_follow_layers_kv_heads_and_head_size(tiny_model: Path) -> None:
+    assert footprint(tiny_model, "bfloat16").kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert footprint(tiny_model, "float32").kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert footprint(tiny_model, "float32").max_context_tokens == 4096
+
+
+def test_a_nested_text_config_is_read(copy: Path) -> None:
+    flat = footprint(copy, "bfloat16")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({"model_type": "wrapper", "text_config": config}))
+    assert footprint(copy, "bfloat16") == flat
+
+
+def test_a_tied_projection_that_is_stored_anyway_counts_once(
+    tiny_model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_model_of("llama"), tmp_path / "copy"))
+    untied = footprint(copy, "float32").weight_bytes
+    _edit_config(copy, tie_word_embeddings=True)
+    assert footprint(copy, "float32").weight_bytes == untied - 1024 * 64 * 4
+
+
+def test_a_sharded_model_counts_as_the_whole_one_and_a_lost_shard_is_named(copy: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    whole = footprint(copy, "bfloat16")
+    tensors = load_file(copy / SINGLE)
+    (copy / SINGLE).unlink()
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, part in halves.items():
+        save_file({name: tensors[name] for name in part}, copy / shard)
+    weight_map = {name: shard for shard, part in halves.items() for name in part}
+    (copy / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert footprint(copy, "bfloat16") == whole
+    (copy / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelLoadFailed, match=r"model-00002-of-00002\.safetensors is missing"):
+        footprint(copy, "bfloat16")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 400_000])
+def test_truncated_weights_are_refused_with_their_name(copy: Path, keep: int) -> None:
+    (copy / SINGLE).write_bytes((copy / SINGLE).read_bytes()[:keep])
+    with pytest.raises(ModelLoadFailed, match=r"model\.safetensors is (damaged or )?cut short"):
+        footprint(copy, "float32")
+
+
+@pytest.mark.parametrize("header", [b"[]", b"not json", b'{"a": 3}', b'{"a": {"dtype": "F32"}}'])
+def test_a_nonsense_header_is_refused(copy: Path, header: bytes) -> None:
+    (copy / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelLoadFailed, match="damaged"):
+        footprint(copy, "float32")
+
+
+def test_an_unknown_dtype_is_refused_by_name(tiny_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="int3"):
+        footprint(tiny_model, "int3")
+
+
+@pytest.mark.real_model
+def test_the_real_default_model_is_estimated_as_it_is(smollm2: Path) -> None:
+    estimate = footprint(smollm2, "bfloat16")
+    assert estimate.weight_bytes == 134_515_008 * 2
+    assert (estimate.kv_bytes_per_token, estimate.max_context_tokens) == (2 * 30 * 3 * 64 * 2, 8192)

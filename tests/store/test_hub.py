@@ -1,0 +1,192 @@
+"""Pulling from the Hub, against a loopback stand-in that answers what huggingface_hub asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hostler.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, PermissionDenied, Unavailable
+
+import orchestrator.store.download as download
+from orchestrator.store import find
+from orchestrator.store.layout import list_stored, read_manifest
+from orchestrator.store.progress import Progress
+from orchestrator.store.pull import Options, pull
+from tests.store.hub_stand_in import COMMIT, HubStandIn, Repository
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(download.fetch.__kwdefaults__, "pause", lambda _s: None)
+
+
+def test_a_pull_pins_the_commit_and_stores_every_file_with_its_hash(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path, told: list[Progress]
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    model = pull("org/tiny", options=Options(models_dir, report=told.append))
+    manifest = read_manifest(model.path)
+    assert manifest is not None
+    assert (model.name, model.source, model.revision) == ("org/tiny", "org/tiny", COMMIT)
+    assert model.path == models_dir / "org--tiny"
+    for file in manifest.files:
+        data = (tiny_model / file.path).read_bytes()
+        assert (file.sha256, file.num_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert {file.path for file in manifest.files} == {path.name for path in tiny_model.iterdir()}
+    assert find("org/tiny", models_dir) == model
+
+
+def test_progress_of_a_download_only_grows_and_ends_at_the_total(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path, told: list[Progress]
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    pull("org/tiny", options=Options(models_dir, report=told.append))
+    done = [p.done_bytes for p in told if p.stage == "download" and p.total_bytes]
+    assert done == sorted(done)
+    assert done[-1] == sum(path.stat().st_size for path in tiny_model.iterdir())
+
+
+def test_a_connection_that_is_cut_is_continued_where_it_was_cut(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    hub.faults.cut_after[WEIGHTS] = 100_000
+    pull("org/tiny", options=Options(models_dir))
+    assert [start for path, start in hub.served if path == WEIGHTS] == [0, 100_000]
+
+
+def test_a_pull_that_was_stopped_is_resumed_by_the_next_one(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    hub.faults.cut_after[WEIGHTS] = 70_000
+
+    class Stopped(BaseException):
+        pass
+
+    def stop_at_the_cut(progress: Progress) -> None:
+        if progress.detail == WEIGHTS and len([1 for path, _ in hub.served if path == WEIGHTS]) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pull("org/tiny", options=Options(models_dir, report=stop_at_the_cut))
+    assert list_stored(models_dir) == []
+    kept = (models_dir / "org--tiny.partial" / f".{WEIGHTS}.incomplete").stat().st_size
+    assert kept >= 70_000
+    hub.served.clear()
+    model = pull("org/tiny", options=Options(models_dir))
+    assert hub.served == [(WEIGHTS, kept)]
+    assert (model.path / WEIGHTS).read_bytes() == (tiny_model / WEIGHTS).read_bytes()
+    assert not list(model.path.glob(".*"))
+
+
+def test_a_server_that_ignores_ranges_still_gives_the_right_bytes(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    hub.faults.cut_after[WEIGHTS] = 50_000
+    hub.faults.ignore_ranges = True
+    model = pull("org/tiny", options=Options(models_dir))
+    assert (model.path / WEIGHTS).read_bytes() == (tiny_model / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, "config.json"])
+def test_a_file_that_arrives_damaged_is_named_and_not_kept(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path, path: str
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    hub.faults.corrupt.add(path)
+    with pytest.raises(ModelLoadFailed, match=f"{path} arrived damaged"):
+        pull("org/tiny", options=Options(models_dir))
+    assert list_stored(models_dir) == []
+    partial = models_dir / "org--tiny.partial"
+    assert not (partial / path).exists()
+    assert not (partial / f".{path}.incomplete").exists()
+    hub.faults.corrupt.clear()
+    assert pull("org/tiny", options=Options(models_dir)).name == "org/tiny"
+
+
+def test_a_busy_hub_is_asked_again_and_a_broken_one_given_up_with_what_arrived_kept(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    hub.faults.statuses[WEIGHTS] = [503, 429]
+    pull("org/tiny", options=Options(models_dir))
+    hub.repositories["org/other"] = Repository.of(tiny_model)
+    hub.faults.statuses[WEIGHTS] = [500] * 5
+    with pytest.raises(Unavailable, match="Pull again to go on"):
+        pull("org/other", options=Options(models_dir))
+    assert (models_dir / "org--other.partial" / "config.json").exists()
+
+
+def test_a_repository_without_safetensors_is_refused_before_any_file(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    repository = Repository.of(tiny_model)
+    repository.files["pytorch_model.bin"] = repository.files.pop(WEIGHTS)
+    hub.repositories["org/old"] = repository
+    with pytest.raises(InvalidRequest, match="no safetensors"):
+        pull("org/old", options=Options(models_dir))
+    assert hub.served == []
+
+
+def test_only_safetensors_and_text_files_of_the_top_folder_are_taken(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    repository = Repository.of(tiny_model)
+    repository.files |= {"pytorch_model.bin": b"x", "train.py": b"x", "onnx/model.safetensors": b"x", "a.png": b"x"}
+    repository.files |= {"consolidated.safetensors": b"x", "model.fp16.safetensors": b"x"}
+    hub.repositories["org/tiny"] = repository
+    model = pull("org/tiny", options=Options(models_dir))
+    assert {path.name for path in model.path.iterdir()} == {p.name for p in tiny_model.iterdir()} | {"manifest.json"}
+
+
+def test_a_model_with_its_own_python_code_is_refused_before_its_weights_unless_trusted(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    repository = Repository.of(tiny_model)
+    config = json.loads(repository.files["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "m.Model"}}
+    repository.files |= {"config.json": json.dumps(config).encode(), "m.py": b"print('hello')"}
+    hub.repositories["org/code"] = repository
+    with pytest.raises(InvalidRequest, match="trust_remote_code"):
+        pull("org/code", options=Options(models_dir))
+    assert WEIGHTS not in {path for path, _ in hub.served}
+    model = pull("org/code", options=Options(models_dir, trust_remote_code=True))
+    assert (model.path / "m.py").exists()
+
+
+def test_unknown_models_revisions_and_gated_ones_each_get_their_own_sentence(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    hub.repositories["org/gated"] = Repository({}, gated=True)
+    with pytest.raises(ModelNotFound, match="no model 'org/none'"):
+        pull("org/none", options=Options(models_dir))
+    with pytest.raises(ModelNotFound, match="no revision 'v9'"):
+        pull("org/tiny", "v9", Options(models_dir))
+    with pytest.raises(PermissionDenied, match="accept its terms"):
+        pull("org/gated", options=Options(models_dir))
+
+
+def test_a_revision_is_a_model_of_its_own(hub: HubStandIn, models_dir: Path, tiny_model: Path) -> None:
+    hub.repositories["org/tiny"] = Repository.of(tiny_model)
+    pull("org/tiny", options=Options(models_dir))
+    pinned = pull(f"org/tiny@{COMMIT}", options=Options(models_dir))
+    assert pinned.path != models_dir / "org--tiny"
+    assert find("org/tiny", models_dir, COMMIT) == pinned
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(models_dir: Path) -> None:
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        pull("org/tiny", options=Options(models_dir))
+
+
+def test_a_catalog_name_comes_from_the_hub_when_it_answers(hub: HubStandIn, models_dir: Path, tiny_model: Path) -> None:
+    hub.repositories["HuggingFaceTB/SmolLM2-135M-Instruct"] = Repository.of(tiny_model)
+    model = pull("smollm2", options=Options(models_dir))
+    assert (model.name, model.revision) == ("SmolLM2-135M-Instruct", COMMIT)
+    assert find("HuggingFaceTB/SmolLM2-135M-Instruct", models_dir) == model
