@@ -145,7 +145,7 @@ def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
-            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right
+            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in (*right, "STATE")
         )
     return table
 
@@ -165,7 +165,7 @@ def draw_status(values: dict[str, Any]) -> Group:
     if not values["replicas"]:
         names = ", ".join(model["name"] for model in values["models"]) or "none"
         return Group(head, Text(), devices, Text(), Text(f"Nothing is loaded. Models: {names}"))
-    columns = ("MODEL", "STATE", "DEVICE", "MEMORY", "RUN/MAX", "QUEUED", "STEPS", "TOK/S", "IDLE", "PID", "WHY")
+    columns = ("MODEL", "STATE", "DEVICE", "MEMORY", "RUN/MAX", "QUEUED", "STEPS", "TOK/S", "IDLE", "PID")
     table = _table(*columns, right=("MEMORY", "RUN/MAX", "QUEUED", "STEPS", "TOK/S", "IDLE", "PID"))
     for r in values["replicas"]:
         busy = r["num_running"] or r["num_queued"]
@@ -180,9 +180,14 @@ def draw_status(values: dict[str, Any]) -> Group:
             "-" if r["completion_tokens_per_s"] is None else f"{r['completion_tokens_per_s']:.0f}",
             "-" if busy else duration(r["idle_s"]),
             str(r["pid"] or "-"),
-            Text(r["failure"] or r["reason"], style="red" if r["failure"] else "dim"),
         )
-    return Group(head, Text(), devices, Text(), table)
+    # Reasons are sentences: below the table, where they cannot squeeze its columns.
+    reasons = [
+        Text(f"{r['model']}: {r['failure'] or r['reason']}", style="red" if r["failure"] else "dim")
+        for r in values["replicas"]
+        if r["failure"] or r["reason"]
+    ]
+    return Group(head, Text(), devices, Text(), table, *([Text(), *reasons] if reasons else []))
 
 
 def draw_models(served: list[dict[str, Any]] | None, stored: list[dict[str, Any]]) -> Group:
