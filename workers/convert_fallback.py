@@ -27,9 +27,11 @@ def convert_with_transformers(
     """
     try:
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
         # from_pretrained(gguf_file=...) would want accelerate, and would keep the weights packed.
-        parsed = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)
+        parsed = load_gguf_checkpoint(  # type: ignore[no-untyped-call]
+            str(source), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
+        )
     except (ValueError, NotImplementedError, KeyError) as error:
         raise UnsupportedGguf(f"architecture {fields.get('general.architecture')!r}: {error}") from error
     missing = set(model.load_state_dict(parsed["tensors"], strict=False).missing_keys)

@@ -20,11 +20,12 @@ from workers.convert_tokenizer import byte_level_tokenizer
 QUESTION = [{"role": "user", "content": "Tell me: how many is 12 + 30, naïve 世界?"}]
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _load(path: Path, **changes: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **changes)
+    return model, AutoTokenizer.from_pretrained(path)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
@@ -37,7 +38,10 @@ def test_a_converted_model_gives_the_logits_of_the_original(
     original = tiny_model_of(architecture)
     convert(write_gguf(original, tmp_path / "m.gguf"), tmp_path / "out", lambda _done, _total: None)
     model, tokenizer = _load(tmp_path / "out")
-    expected, expected_tokenizer = _load(original)
+    # GGUF files carry neither which layers slide nor the query scale: those of the published Gemma 3 sizes are meant.
+    gemma = {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 256}
+    changes = gemma if architecture == "gemma3" else {}
+    expected, expected_tokenizer = _load(original, **changes)
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
