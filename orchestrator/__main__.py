@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from hostler.channel import new_server
 from hostler.config import read_resolved
@@ -70,9 +71,12 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     await server.start()
     run_dir.orchestrator_socket.chmod(0o600)
 
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, scheduler.post, events.Stop())
+    def catch_signals() -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(name, scheduler.post, events.Stop())
+
+    catch_signals()
+    effects.on_connected(catch_signals)  # Again: Ray's core puts a handler that prints a stack over ours.
     log.info("serving", extra={"devices": [device.id for device in found]})
     scheduling = asyncio.create_task(scheduler.run())
     ticking = asyncio.create_task(_tick(scheduler))
@@ -91,22 +95,32 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     return status
 
 
-def main() -> int:
+async def _serve_and_exit(run_dir: RunDir) -> NoReturn:
+    """Serve, then end the process from inside the loop.
+
+    Leaving the loop in the ordinary way would wait for threads that hang in calls to a control plane that is
+    gone, and Ray's own exit hooks likewise. Workers are detached and live on.
+    """
+    status = 1
+    try:
+        status = await serve(run_dir)
+    except Exception:
+        log.exception("the orchestrator failed")
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def main() -> NoReturn:
     """Parse the arguments and serve."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator", description="Place models on devices.")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory of the server")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return asyncio.run(serve(RunDir(options.run_dir)))
+    asyncio.run(_serve_and_exit(RunDir(options.run_dir)))
+    raise AssertionError("unreachable")
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    except Exception:
-        log.exception("the orchestrator failed")
-    logging.shutdown()
-    sys.stdout.flush()
-    # Not sys.exit: Ray's exit hooks would wait for a control plane that may be gone. Workers are detached.
-    os._exit(code)
+    main()

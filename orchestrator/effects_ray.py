@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class RayEffects:
     def use_devices(self, found: Sequence[Device]) -> None:
         """Say which devices to measure."""
         self._devices = found
+
+    def on_connected(self, callback: Callable[[], None]) -> None:
+        """Call back in the loop once Ray is connected."""
+        self._connected.add_done_callback(lambda _: callback())
 
     # ------------------------------------------------------------ Ray
 

@@ -134,7 +134,9 @@ def run(run_dir: RunDir) -> int:
     if os.getpgid(0) != os.getpid() and os.getsid(0) != os.getpid():
         os.setpgid(0, 0)  # Ctrl-C in the terminal is for the supervisor alone.
     token = secrets.token_hex(32)
-    os.environ.update(ray_session.RAY_ENVIRONMENT | ray_session.preload_environment())
+    os.environ.update(ray_session.RAY_ENVIRONMENT)
+    if not config.models or any(model.engine != "scripted" for model in config.models):
+        os.environ.update(ray_session.preload_environment())  # Scripted models alone need no torch.
     os.environ[ray_session.TOKEN_VARIABLE] = token
     temp_dir = _temp_dir(run_dir.path)
     status = EXIT_RAY_DIED

@@ -80,8 +80,9 @@ class Watching:
             self._loading.place_waiting()
 
     def on_watch_ended(self, event: events.WatchEnded) -> None:
-        """Replace a worker whose stream broke."""
-        if (worker := self._cluster.workers.get(event.generation)) is not None:
+        """Replace a worker whose stream broke. A draining one was asked to end; its drain also kills it."""
+        worker = self._cluster.workers.get(event.generation)
+        if worker is not None and worker.state is not WorkerState.DRAINING:
             self.lost(worker, event.why)
 
     def tick(self, now_s: float) -> None:

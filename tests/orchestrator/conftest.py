@@ -1,0 +1,262 @@
+"""A scheduler over fake effects: every outcome is the test's to give, and time stands until it is moved."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import Any
+
+import pytest
+from hostler.config import build
+from hostler.errors import HostlerError
+from hostler.lifecycle.v1 import lifecycle_pb2 as life
+from hostler.placement.v1 import placement_pb2 as pb
+
+from orchestrator import events
+from orchestrator.devices import Device
+from orchestrator.effects import FoundWorker, Memory, Report
+from orchestrator.models import Footprint, Located, ModelSpec
+from orchestrator.scheduler import Scheduler
+from orchestrator.state import Progress
+
+MB = 1_000_000
+
+
+class FakeWorker:
+    """A worker process that does what the test says."""
+
+    def __init__(self, worker_id: str, generation: int, device: str) -> None:
+        self.id, self.generation, self.device = worker_id, generation, device
+        self.request: life.LoadRequest | None = None
+        self.reports: asyncio.Queue[life.WatchResponse | HostlerError | None] = asyncio.Queue()
+        self.num_steps = 0
+        self.draining = self.unloaded = self.killed = False
+
+    def say(self, state: Any = life.WORKER_STATE_READY, *, generation: int = 0, **values: Any) -> None:
+        model = self.request.model if self.request else ""
+        self.reports.put_nowait(
+            life.WatchResponse(
+                state=state,
+                generation=generation or self.generation,
+                pid=1000 + self.generation,
+                info=life.ModelInfo(model=model),
+                **values,
+            )
+        )
+
+    def break_stream(self, error: HostlerError | None = None) -> None:
+        self.reports.put_nowait(error)
+
+
+class FakeEffects:
+    """Effects without a world. Gates hold an effect until the test opens them."""
+
+    def __init__(self) -> None:
+        self.clock_s = 1000.0
+        self.stored: dict[str, Footprint] = {}
+        self.listed: tuple[ModelSpec, ...] = ()
+        self.found: tuple[FoundWorker, ...] = ()
+        self.memory = Memory()
+        self.workers: dict[int, FakeWorker] = {}
+        self.calls: list[str] = []
+        self.gates: dict[str, asyncio.Event] = {}
+        self.load_errors: list[HostlerError] = []
+        self.spawn_errors: list[HostlerError] = []
+        self.fetch_error: HostlerError | None = None
+        self.cancelled: list[str] = []
+
+    def hold(self, name: str) -> asyncio.Event:
+        """Make an effect ("load:m", "fetch:m", "spawn", "drain" …) wait until the returned event is set."""
+        return self.gates.setdefault(name, asyncio.Event())
+
+    async def _pass(self, *names: str) -> None:
+        for name in names:
+            if name in self.gates:
+                try:
+                    await self.gates[name].wait()
+                except asyncio.CancelledError:
+                    self.cancelled.append(name)
+                    raise
+
+    def now_s(self) -> float:
+        return self.clock_s
+
+    def unix_ms(self) -> int:
+        return int(self.clock_s * 1000)
+
+    def new_worker_id(self) -> str:
+        return f"w{len(self.workers) + 1}-{len(self.calls)}"
+
+    def address(self, worker_id: str) -> str:
+        return f"unix:/run/w-{worker_id}.sock"
+
+    def recall(self) -> Memory:
+        return self.memory
+
+    def remember(self, memory: Memory) -> None:
+        self.memory = memory
+
+    async def find_workers(self) -> tuple[FoundWorker, ...]:
+        await self._pass("find")
+        return self.found
+
+    async def list_stored(self) -> tuple[ModelSpec, ...]:
+        self.calls.append("list")
+        return self.listed
+
+    async def locate(self, spec: ModelSpec) -> Located | None:
+        self.calls.append(f"locate:{spec.name}")
+        await self._pass(f"locate:{spec.name}")
+        footprint = self.stored.get(spec.name)
+        return Located(f"/models/{spec.name}", footprint) if footprint else None
+
+    async def fetch(self, spec: ModelSpec, report: Report) -> None:
+        self.calls.append(f"fetch:{spec.name}")
+        report(Progress("download", "weights", 1, 2))
+        await self._pass(f"fetch:{spec.name}")
+        if self.fetch_error is not None:
+            raise self.fetch_error
+        self.stored[spec.name] = Footprint(10 * MB)
+
+    async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
+        return {}
+
+    async def spawn(self, worker_id: str, generation: int, device: Device) -> int:
+        self.calls.append(f"spawn:{generation}")
+        await self._pass("spawn")
+        if self.spawn_errors:
+            raise self.spawn_errors.pop(0)
+        self.workers[generation] = FakeWorker(worker_id, generation, device.id)
+        return 1000 + generation
+
+    async def load(self, worker_id: str, generation: int, request: life.LoadRequest, report: Report) -> life.ModelInfo:
+        self.calls.append(f"load:{request.model}")
+        self.workers[generation].request = request
+        report(Progress("read", "", 5, 10))
+        await self._pass(f"load:{request.model}")
+        if self.load_errors:
+            raise self.load_errors.pop(0)
+        return life.ModelInfo(model=request.model)
+
+    async def watch(self, worker_id: str, generation: int) -> AsyncIterator[life.WatchResponse]:
+        worker = self.workers[generation]
+        while (report := await worker.reports.get()) is not None:
+            if isinstance(report, HostlerError):
+                raise report
+            yield report
+
+    async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:
+        self.workers[generation].draining = True
+        await self._pass("drain")
+        return 0
+
+    async def unload(self, worker_id: str, generation: int) -> None:
+        self.workers[generation].unloaded = True
+
+    async def kill(self, worker_id: str) -> None:
+        self.calls.append(f"kill:{worker_id}")
+        await self._pass("kill")
+        for worker in self.workers.values():
+            if worker.id == worker_id:
+                worker.killed = True
+
+
+class Caller:
+    """One `ensure` call, collected."""
+
+    def __init__(self, scheduler: Scheduler, model: str, explicit: bool = False) -> None:
+        self.stages: list[str] = []
+        self.progress: list[pb.EnsureProgress] = []
+        self.ready: pb.Replica | None = None
+        self.error: HostlerError | None = None
+        self.task = asyncio.create_task(self._run(scheduler, model, explicit))
+
+    async def _run(self, scheduler: Scheduler, model: str, explicit: bool) -> None:
+        events = scheduler.ensure(model, explicit=explicit)
+        try:
+            async for event in events:
+                if event.HasField("ready"):
+                    self.ready = event.ready
+                else:
+                    self.stages.append(event.progress.stage)
+                    self.progress.append(event.progress)
+        except HostlerError as error:
+            self.error = error
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def leave(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+class Rig:
+    """Scheduler, fakes and the clock."""
+
+    def __init__(self, effects: FakeEffects, scheduler: Scheduler) -> None:
+        self.effects, self.scheduler = effects, scheduler
+        self.task = asyncio.create_task(scheduler.run())
+
+    async def settle(self) -> None:
+        """Let everything that can happen without time passing happen."""
+        for _ in range(60):
+            await asyncio.sleep(0)
+
+    async def advance(self, seconds: float, step_s: float = 0.25) -> None:
+        """Move the clock in ticks, as the process does."""
+        end_s = self.effects.clock_s + seconds
+        while self.effects.clock_s < end_s - 1e-9:
+            self.effects.clock_s = min(end_s, self.effects.clock_s + step_s)
+            self.scheduler.post(events.Tick())
+            await self.settle()
+
+    async def advance_heard(self, seconds: float) -> None:
+        """Move the clock while every living worker sends idle heartbeats."""
+        for _ in range(round(seconds / 0.5)):
+            for worker in self.effects.workers.values():
+                if not worker.killed:
+                    worker.say(num_steps=worker.num_steps)
+            await self.settle()
+            await self.advance(0.5)
+
+    async def ensure(self, model: str, *, explicit: bool = False) -> Caller:
+        caller = Caller(self.scheduler, model, explicit)
+        await self.settle()
+        return caller
+
+    async def routes(self) -> dict[str, pb.ModelRoute]:
+        async for table in self.scheduler.watch_routes():
+            return {route.name: route for route in table.models}
+        raise AssertionError
+
+    def worker(self, model: str) -> FakeWorker:
+        """The newest worker that was asked to load a model."""
+        return max(
+            (w for w in self.effects.workers.values() if w.request and w.request.model == model),
+            key=lambda w: w.generation,
+        )
+
+
+@pytest.fixture
+async def effects() -> FakeEffects:
+    return FakeEffects()
+
+
+@pytest.fixture
+async def start(effects: FakeEffects) -> AsyncIterator[Callable[..., Any]]:
+    rigs: list[Rig] = []
+
+    async def begin(*models: str | dict[str, Any], budget: int = 100 * MB, **config: Any) -> Rig:
+        entries = [{"name": m} if isinstance(m, str) else m for m in models]
+        for entry in entries:
+            effects.stored.setdefault(entry["name"], Footprint(40 * MB))
+        device = Device("cpu", "cpu", "CPU", 0, budget)
+        rig = Rig(effects, Scheduler(build({"models": entries, **config}), [device], effects))
+        rigs.append(rig)
+        await rig.settle()
+        return rig
+
+    yield begin
+    for rig in rigs:
+        rig.task.cancel()
+        await asyncio.gather(rig.task, return_exceptions=True)
