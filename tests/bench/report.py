@@ -130,7 +130,8 @@ class Report:
         prompts = [level.num_prompt_tokens for item in self.rounds for level in item.levels if level.num_prompt_tokens]
         return [
             f"{self.model}, bf16, greedy, {statistics.mean(prompts) if prompts else 0:.0f} prompt tokens, "
-            f"{self.new_tokens} new; {max(len(self.of(short)) for short, _ in self.peers)} round(s), each peer started anew in each, in turn.",
+            f"{self.new_tokens} new; {max(len(self.of(short)) for short, _ in self.peers)} round(s), "
+            "each peer started anew in each, in turn.",
             "'vs' is how many times better hostler is (above 1: better), the median of paired rounds.",
             f"Floor of one stream: {self.weight_bytes / 1e6:.0f} MB of weights at "
             f"{self.bandwidth_bytes_per_s / 1e9:.1f} GB/s is {self.floor_s * 1e3:.1f} ms a token, "
