@@ -204,7 +204,8 @@ def plan(port: int | None, model: str, as_json: bool) -> None:
         show_json(values)
         return
     verdict = f"would go to {values['device']}" if values["feasible"] else "does not fit now"
-    _say(f"{model} {verdict}: needs {status.size(values['needed_bytes'])}")
+    needs = f": needs {status.size(values['needed_bytes'])}" if values["needed_bytes"] else ""
+    _say(f"{model} {verdict}{needs}")
     if values["evict_models"]:
         _say(f"  after unloading {', '.join(values['evict_models'])}")
     if values["reason"]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STAGES = {
     "": "starting",
     "start": "starting",
-    "queue": "waiting for memory",
+    "queue": "waiting",
     "evict": "making room",
     "download": "downloading",
     "convert": "converting",

@@ -76,7 +76,7 @@ def listing(models_dir: Path | None) -> list[dict[str, Any]]:
 
 def remove(name: str, models_dir: Path | None) -> None:
     """Delete a model from disk."""
-    _run(["remove", name], models_dir, f"removing {name}")
+    _run(["remove", name, "--json"], models_dir, f"removing {name}")
 
 
 def _run(arguments: Sequence[str], models_dir: Path | None, what: str) -> subprocess.CompletedProcess[str]:

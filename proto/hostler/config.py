@@ -46,7 +46,7 @@ def _no_path(value: str) -> str:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**60)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=0, le=2**60)]
 ModelName = Annotated[str, AfterValidator(_no_path)]
 
 

@@ -142,3 +142,8 @@ def test_the_example_shows_and_explains_every_key() -> None:
         and line.strip() != "- name: coder"
     ]
     assert bare == []
+
+
+def test_an_editor_may_take_a_size_for_a_number_or_a_text() -> None:
+    kinds = ModelConfig.model_json_schema()["properties"]["kv_cache"]["anyOf"]
+    assert {kind["type"] for kind in kinds} == {"integer", "string"}
