@@ -27,6 +27,7 @@ from workers.text.runner import ModelRunner
 from workers.text.sampler import RowSampling, logprobs, sample
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
+from workers.text.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class TextEngine:
     def __init__(self, loaded: LoadedModel, spec: LoadSpec) -> None:
         self._loaded = loaded
         self._num_threads = spec.num_threads
-        self._loop_ = asyncio.get_running_loop()
+        self._asyncio = asyncio.get_running_loop()
         self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.capacity)
+        self._token_bytes = TokenBytes(loaded.tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._runner = ModelRunner(loaded.model, SlotCache(loaded.kv, loaded.dtype, loaded.device))
         self._scheduler = Scheduler(
@@ -93,11 +95,11 @@ class TextEngine:
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Return the prompt's token ids."""
-        return await self._loop_.run_in_executor(self._encoding, self._encoder.encode, prompt)
+        return await self._asyncio.run_in_executor(self._encoding, self._encoder.encode, prompt)
 
     async def detokenize(self, ids: SequenceOf[int]) -> str:
         """Return the text of token ids."""
-        return str(await self._loop_.run_in_executor(self._encoding, self._loaded.tokenizer.decode, list(ids)))
+        return str(await self._asyncio.run_in_executor(self._encoding, self._loaded.tokenizer.decode, list(ids)))
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Serve one request; see `workers.engine.Engine.generate`."""
@@ -253,10 +255,8 @@ class TextEngine:
 
     def _logprob(self, row: torch.Tensor, token: int, sequence: Sequence) -> TokenLogprob:
         value, top = logprobs(row, token, sequence.request.top_logprobs or 0)
-        return TokenLogprob(token, self._bytes(token), value, tuple(TokenLogprob(i, self._bytes(i), v) for i, v in top))
-
-    def _bytes(self, token: int) -> bytes:
-        return self._decode([token]).encode()
+        of = self._token_bytes
+        return TokenLogprob(token, of(token), value, tuple(TokenLogprob(i, of(i), v) for i, v in top))
 
     @staticmethod
     def _finish(sequence: Sequence, now: float) -> Finish:
@@ -276,8 +276,8 @@ class TextEngine:
 
     def _hand_out(self, out: list[tuple[Sequence, Outcome]]) -> None:
         """Pass a step's outcomes to the loop in one call."""
-        if out and not self._loop_.is_closed():
-            self._loop_.call_soon_threadsafe(self._deliver, out)
+        if out and not self._asyncio.is_closed():
+            self._asyncio.call_soon_threadsafe(self._deliver, out)
 
     def _deliver(self, out: list[tuple[Sequence, Outcome]]) -> None:
         for sequence, outcome in out:

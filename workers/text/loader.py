@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hostler.errors import ModelLoadFailed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from workers.engine import LoadSpec, ModelFacts
 from workers.text import attention
@@ -77,6 +78,7 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
     dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device)
     total = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     report("read", 0, total)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -1,0 +1,46 @@
+"""Token ids to the exact bytes they stand for, for logprobs: a token may hold a part of a character."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable stand-ins that byte-level BPE (GPT-2) uses for bytes, inverted."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in plain}
+    for offset, byte in enumerate(b for b in range(256) if b not in set(plain)):
+        alphabet[chr(256 + offset)] = byte
+    return alphabet
+
+
+class TokenBytes:
+    """Looks up the bytes of token ids.
+
+    Args:
+        tokenizer: transformers' fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
+        self._alphabet = _byte_alphabet() if "ByteLevel" in json.dumps(decoder) else None
+
+    def __call__(self, token_id: int) -> bytes:
+        """Return the bytes of one token; empty for an id outside the vocabulary."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if self._alphabet is not None:
+            return bytes(self._alphabet[c] for c in piece if c in self._alphabet)
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return str(piece).replace("\u2581", " ").encode()
