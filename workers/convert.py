@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from gguf.quants import dequantize
 
 from workers.convert_config import UnsupportedGguf, config_json, generation_config_json, heads, read_fields
 from workers.convert_tokenizer import write_tokenizer
-
-CONVERTER_VERSION = "1"
 
 _CHUNK_VALUES = 8 * 2**20
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -54,6 +52,9 @@ _LAYER_TENSOR_NAMES = {
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 _NOT_WEIGHTS = {"rope_freqs.weight"}
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 512
+_SAME_COSINE = 0.95
 
 Report = Callable[[int, int], None]
 """Called with (bytes written, bytes in all or 0 while that is not known)."""
@@ -122,7 +123,30 @@ def plan_tensors(reader: GGUFReader, fields: dict[str, Any]) -> list[TensorPlan]
             data = data[rope_row_order(data.shape[0], num_kv_heads)]
         shape = tuple(int(size) for size in reversed(tensor.shape))
         plans.append(TensorPlan(name, shape, data, tensor.tensor_type))
-    return plans
+    return retie(plans)
+
+
+def retie(plans: list[TensorPlan]) -> list[TensorPlan]:
+    """Return `plans` without the output projection if that is the token embedding, quantized another time.
+
+    Files often carry both, since llama.cpp wants the output in better quality; the better one is kept for both uses.
+    """
+    embedding = next((plan for plan in plans if plan.name == _EMBEDDING), None)
+    output = next((plan for plan in plans if plan.name == _OUTPUT), None)
+    if embedding is None or output is None or embedding.shape != output.shape or not _are_alike(embedding, output):
+        return plans
+    best = max(embedding, output, key=lambda plan: plan.data.nbytes)
+    return [replace(best, name=_EMBEDDING) if plan is embedding else plan for plan in plans if plan is not output]
+
+
+def _are_alike(one: TensorPlan, other: TensorPlan) -> bool:
+    """Return whether two matrices are equal but for quantization, judging by rows spread over both."""
+    rows = np.unique(np.linspace(0, one.shape[0] - 1, _COMPARED_ROWS, dtype=np.int64))
+    a, b = (dequantize(plan.data[rows], plan.quantization).astype(np.float64) for plan in (one, other))
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(axis=1)[norms > 0] / norms[norms > 0]
+    # 2-bit quantization keeps about 0.97; separately trained matrices are far below.
+    return bool(cosines.size) and float(np.median(cosines)) > _SAME_COSINE
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -133,4 +134,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Stopped by a supervisor or by Ctrl-C: either way our children end and our scratch files go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

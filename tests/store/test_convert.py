@@ -64,6 +64,21 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(tiny_model: Path, tmp_pat
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 2.1 * sum(p.numel() for p in model.parameters())
 
 
+def test_an_output_that_is_the_embedding_again_is_tied_and_another_one_is_not(
+    tiny_model: Path, tiny_model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Qwen's own files carry both; taken as they are, 494 million parameters become 630 million."""
+    from safetensors.numpy import load_file
+
+    embedding = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
+    coarse = np.round(embedding * 8).astype(np.float32) / 8
+    source = write_gguf(tiny_model, tmp_path / "m.gguf", extra={"output.weight": coarse})
+    convert(source, tmp_path / "tied", lambda _done, _total: None)
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"]
+    convert(write_gguf(tiny_model_of("llama"), tmp_path / "u.gguf"), tmp_path / "untied", lambda _done, _total: None)
+    assert not json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"]
+
+
 def test_bfloat16_rounds_to_nearest_even_like_torch() -> None:
     import torch
 
