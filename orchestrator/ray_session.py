@@ -20,6 +20,11 @@ RAY_ENVIRONMENT = {
     # With this off Ray takes 127.0.0.1 as it is; else it looks for an outside address and listens there.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "false",
+    # Ray runs its workers at niceness 15; ours answer people and must not wait for every other program.
+    "RAY_worker_niceness": "0",
+    # Must stand before torch is imported, so not with the rest of a worker's environment. Idle threads sleep at
+    # barriers: spinning ones made two threads many times slower than one whenever the other core was busy.
+    "OMP_WAIT_POLICY": "passive",
 }
 """Ray reads these when it is imported. The token may follow later, before the first connection."""
 
