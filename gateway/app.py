@@ -51,7 +51,7 @@ def create_app(config: HostlerConfig, *, placement_target: str, patience: Patien
     )
     app.state.services = services
     for room in (chat, models, health):
-        app.include_router(room.router)
+        app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)
     # The last one added is the outermost.

@@ -32,9 +32,23 @@ ABORT_EXTENSION = "hostler.abort"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+# JSON may hold these as they are, but clients that cut lines as Python's str.splitlines does (httpx among
+# them) would cut there.
+_LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
+
+
+def one_line_json(value: object) -> bytes:
+    """Return JSON that every client takes for one line."""
+    text = orjson.dumps(value)
+    if not text.isascii():
+        for raw, escaped in _LINE_ENDS:
+            text = text.replace(raw, escaped)
+    return text
+
+
 def data_frame(value: dict[str, Any]) -> bytes:
-    """Return `data: <JSON>`; values that came from outside JSON (lone surrogates) are impossible by then."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    """Return `data: <JSON>` as one whole event."""
+    return b"data: " + one_line_json(value) + b"\n\n"
 
 
 def comment_frame(text: str) -> bytes:

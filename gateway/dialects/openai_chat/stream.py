@@ -9,11 +9,10 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import orjson
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.openai_chat.shapes import SYSTEM_FINGERPRINT, finish_reason, logprob_items, usage_object
-from gateway.sse import data_frame
+from gateway.sse import data_frame, one_line_json
 
 
 class ChunkEncoder:
@@ -92,7 +91,7 @@ class ChunkEncoder:
             before, _, after = self._chunk(index, {"content": "\x00"}).partition(b'"\\u0000"')
             self._text_frames[index] = (before, after)
         before, after = self._text_frames[index]
-        return before + orjson.dumps(delta.text) + after
+        return before + one_line_json(delta.text) + after
 
     def _tool_call_start(self, index: int, start: pb.ToolCallStart) -> bytes:
         self._called_tools.add(index)

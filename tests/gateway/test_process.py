@@ -1,0 +1,107 @@
+"""The gateway as a process of its own: what it loads, how it inherits its socket, how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import orjson
+from hostler.config import HostlerConfig, write_resolved
+from hostler.inference.v1 import inference_pb2 as pb
+
+from tests.gateway.fakes import MODEL, FakePlacement, FakeWorker, finish, route, sse_data, text
+
+
+async def test_the_gateway_loads_no_torch_no_ray_and_no_transformers() -> None:
+    code = "import gateway.app, gateway.server, sys; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert output.strip() == b"set()"
+
+
+@dataclass
+class Running:
+    process: asyncio.subprocess.Process
+    client: httpx.AsyncClient
+    worker: FakeWorker
+
+
+@asynccontextmanager
+async def gateway_process(drain_s: float) -> AsyncIterator[Running]:
+    directory = Path(tempfile.mkdtemp(prefix="hgw-"))
+    placement, worker = FakePlacement(directory), FakeWorker(directory)
+    await placement.start()
+    await worker.start()
+    await placement.publish(route(worker))
+    write_resolved(HostlerConfig(drain_s=drain_s), directory / "config.json")
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "--run-dir", str(directory), "--fd", str(listener.fileno())),
+        pass_fds=(listener.fileno(),),
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ},
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            yield Running(process, client, worker)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        listener.close()
+        await asyncio.gather(placement.stop(), worker.stop())
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def test_sigterm_lets_running_streams_finish_and_exits_with_0() -> None:
+    gate = asyncio.Event()
+
+    async def wait(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield text("begun")
+        await gate.wait()
+        yield text(" and finished")
+        yield finish(2)
+
+    async with gateway_process(drain_s=10) as running:
+        running.worker.script = wait
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+        async with running.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            seen = ""
+            async for piece in reply.aiter_text():
+                if '"begun"' in piece:
+                    running.process.send_signal(signal.SIGTERM)
+                    running.process.send_signal(signal.SIGINT)
+                    asyncio.get_running_loop().call_later(0.3, gate.set)
+                seen += piece
+        assert sse_data(seen)[-1] == "[DONE]"
+        assert await asyncio.wait_for(running.process.wait(), 5) == 0
+
+
+async def test_what_outlasts_the_drain_gets_an_error_event_and_the_exit_is_still_0() -> None:
+    async def hang(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield text("begun")
+        await asyncio.Event().wait()
+
+    async with gateway_process(drain_s=0.2) as running:
+        running.worker.script = hang
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+        async with running.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            seen = ""
+            async for piece in reply.aiter_text():
+                if '"begun"' in piece:
+                    running.process.send_signal(signal.SIGTERM)
+                seen += piece
+        assert orjson.loads(sse_data(seen)[-1])["error"]["code"] == "unavailable"
+        await running.worker.until_running(0)
+        assert await asyncio.wait_for(running.process.wait(), 5) == 0
