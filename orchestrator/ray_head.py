@@ -19,6 +19,7 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -66,14 +67,39 @@ def _temp_dir(run_dir: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="hr-", dir="/tmp"))
 
 
+def _stand_in(command: list[str]) -> list[str]:
+    """Return the raylet's command line with our stand-in as each of its agents."""
+    stand_in = subprocess.list2cmdline([sys.executable, "-I", "-S", str(Path(__file__).with_name("ray_agent.py"))])
+    options = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
+    return [f"{part.partition('=')[0]}={stand_in}" if part.startswith(options) else part for part in command]
+
+
 def _start_ray(temp_dir: Path) -> tuple[str, list[int]]:
     """Start GCS and raylet; return the address and the pids to watch."""
     ray_node: Any = importlib.import_module("ray._private.node")
     ray_parameter: Any = importlib.import_module("ray._private.parameter")
+    services: Any = importlib.import_module("ray._private.services")
+    raylet: Any = importlib.import_module("ray._raylet")
 
     class HeadNode(ray_node.Node):  # type: ignore[misc]
+        """Ray's node without the parts that serve only the dashboard, metrics, jobs and runtime environments."""
+
         def start_api_server(self, **options: Any) -> None:
             """Start none: without a dashboard it serves only the jobs API, and costs 100 MB and a second."""
+
+        def start_raylet(self, *arguments: Any, **options: Any) -> None:
+            """Start the raylet with stand-ins for its agents, whose ports it would wait for (see `ray_agent.py`)."""
+            for name in ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT"):
+                # -1 means "not in use", but the last must look like a port. It is never called: our jobs and
+                # actors have no runtime environment.
+                port = 1 if name == "RUNTIME_ENV_AGENT" else -1
+                raylet.persist_port(self._session_dir, self._node_id, getattr(raylet, f"{name}_PORT_NAME"), port)
+            real = services.start_ray_process
+            services.start_ray_process = lambda command, *args, **named: real(_stand_in(command), *args, **named)
+            try:
+                super().start_raylet(*arguments, **options)
+            finally:
+                services.start_ray_process = real
 
     parameters = ray_parameter.RayParams(
         node_ip_address="127.0.0.1",
