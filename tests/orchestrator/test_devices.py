@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hostler.config import DeviceConfig
+
 from orchestrator import devices
 from orchestrator.devices import Device
 
