@@ -18,8 +18,8 @@ READ_TIMEOUT_S = 60.0
 _SMALL_BYTES = 256 * 1024
 # Parsing holds the interpreter, so its cost must be bounded before it begins: 8 MB of "[],[],…" take two
 # seconds. Brackets inside strings count, too; nothing that fits a context has so many.
-_MAX_CONTAINERS = 250_000
-_MAX_KEYS = 250_000
+_MAX_CONTAINERS = 150_000
+_MAX_KEYS = 150_000
 
 
 async def read_json(headers: Headers, receive: Receive, max_bytes: int) -> dict[str, Any]:

@@ -51,13 +51,10 @@ class Lifetime:
         try:
             await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
             left = not task.done()
-            if left:
-                task.cancel()
-                await asyncio.wait((task,))
         finally:
             self._running.discard(task)
             watch.cancel()
-            if not task.done():  # we ourselves are being cancelled
+            if not task.done():
                 task.cancel()
                 await asyncio.wait((task,))
         if left:
