@@ -27,7 +27,8 @@ They never carry paths, addresses, prompts or keys.
 
 from __future__ import annotations
 
-from typing import ClassVar, NoReturn
+from collections.abc import Iterable
+from typing import ClassVar, NoReturn, cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -207,7 +208,8 @@ def from_rpc_error(error: grpc.RpcError) -> HostlerError:
     """
     code = error.code()
     message = error.details() or code.name
-    for key, value in error.trailing_metadata() or ():
+    # Pairs at run time, in sync and aio alike; the stubs know only their names.
+    for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key != "grpc-status-details-bin":
             continue
         status = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode("latin-1"))
