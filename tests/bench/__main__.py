@@ -31,6 +31,7 @@ MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).resolve().parents[2] / "bench-results"
 GOAL_TOKENS_RATIO = 2.0
 GOAL_TTFT_RATIO = 4.0
+_WARM_UP_TOKENS = 8
 _STREAMS_PER_LEVEL = 1000  # prompt numbers reserved for one level, so that no prompt comes twice in a run
 
 
@@ -82,6 +83,7 @@ async def run_round(peer: Peer, streams: list[int], number: int, new_tokens: int
                 f"{level.ttft_p50_s * 1e3:6.0f} ms, longest gap {level.max_gap_s * 1e3:5.0f} ms"
                 + (f", {level.failed} FAILED" if level.failed else ""),
                 highlight=False,
+                soft_wrap=True,
             )
         return Round(peer.short, first_s, tuple(levels))
     finally:
