@@ -8,10 +8,10 @@ import socket
 from pathlib import Path
 
 from hostler.config import read_resolved
+from hostler.logs import configure
 from hostler.rundir import RunDir
 
 from gateway.app import create_app
-from gateway.logs import configure
 from gateway.server import build_server, serve
 
 

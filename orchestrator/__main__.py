@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from hostler import logs
 from hostler.channel import new_server
 from hostler.config import read_resolved
 from hostler.placement.v1 import placement_pb2_grpc
@@ -117,7 +118,7 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m orchestrator", description="Place models on devices.")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory of the server")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
     asyncio.run(_serve_and_exit(RunDir(options.run_dir)))
     raise AssertionError("unreachable")
 

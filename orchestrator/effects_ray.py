@@ -130,7 +130,8 @@ class RayEffects:
         ids = [name.removeprefix(ACTOR_PREFIX) for name in names if name.startswith(ACTOR_PREFIX)]
         if not self._owns_ray:  # On a shared cluster others' workers have the same prefix.
             ids = [i for i in ids if i in placements or self._run_dir.worker_socket(i).exists()]
-        living = {self._run_dir.worker_socket(i) for i in (*ids, *self._clients)}
+        # Workers that are being created serve their socket before Ray lists their name.
+        living = {self._run_dir.worker_socket(i) for i in (*ids, *self._clients, *self._creating)}
         for path in self._run_dir.path.glob("w-*.sock"):
             if path not in living:
                 path.unlink(missing_ok=True)

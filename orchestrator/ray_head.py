@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from hostler import logs
 from hostler.config import read_resolved
 from hostler.rundir import RunDir
 
@@ -189,7 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.ray_head", description="Run Ray for one hostler.")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory of the server")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
     try:
         return run(RunDir(options.run_dir))
     except Exception:

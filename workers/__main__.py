@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
+
+from hostler import logs
 
 from workers.server import serve
 
@@ -16,7 +17,7 @@ def main() -> None:
     parser.add_argument("--generation", type=int, default=1)
     parser.add_argument("--worker-id", default="alone")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure()
     asyncio.run(serve(arguments.socket, arguments.generation, arguments.worker_id))
 
 

@@ -35,8 +35,10 @@ class WorkerActor:
 
 
 def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
+    from hostler import logs
     from workers.server import serve
 
+    logs.configure()
     code = 1
     try:
         asyncio.run(serve(socket_path, generation, worker_id))
