@@ -261,7 +261,6 @@ class Loading:
             job.located,
             device=devices.worker_device(device),
             kv_cache_bytes=job.plan.kv_cache_bytes,
-            num_threads=devices.num_physical_cores() if device.kind == "cpu" else 0,
         )
         info = await self._effects.load(
             worker.id,

@@ -117,9 +117,7 @@ def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0) -> Dem
     )
 
 
-def load_request(
-    spec: ModelSpec, located: Located, *, device: str, kv_cache_bytes: int, num_threads: int
-) -> lifecycle_pb2.LoadRequest:
+def load_request(spec: ModelSpec, located: Located, *, device: str, kv_cache_bytes: int) -> lifecycle_pb2.LoadRequest:
     """Return everything that a blank worker must know; `device` as the worker's own process numbers it."""
     return lifecycle_pb2.LoadRequest(
         model=spec.name,
@@ -132,6 +130,6 @@ def load_request(
         max_queued=spec.max_queued,
         kv_cache_bytes=kv_cache_bytes,
         prefill_chunk_tokens=spec.prefill_chunk_tokens,
-        num_threads=spec.num_threads or num_threads,
+        num_threads=spec.num_threads,
         trust_remote_code=spec.trust_remote_code,
     )

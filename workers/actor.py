@@ -36,6 +36,7 @@ class WorkerActor:
 
 def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
     from hostler import logs
+
     from workers.server import serve
 
     logs.configure()

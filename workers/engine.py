@@ -155,7 +155,7 @@ class LoadSpec:
     max_running: int = 16
     max_queued: int = 256
     kv_cache_bytes: int = 0
-    prefill_chunk_tokens: int = 256
+    prefill_chunk_tokens: int = 128
     num_threads: int = 0
     trust_remote_code: bool = False
 

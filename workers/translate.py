@@ -213,7 +213,7 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
         max_running=message.max_running or 16,
         max_queued=message.max_queued,
         kv_cache_bytes=message.kv_cache_bytes,
-        prefill_chunk_tokens=message.prefill_chunk_tokens or 256,
+        prefill_chunk_tokens=message.prefill_chunk_tokens or 128,
         num_threads=message.num_threads,
         trust_remote_code=message.trust_remote_code,
     )

@@ -55,7 +55,7 @@ class Stage:
 
 async def until(condition: Callable[[], Any], within_s: float = 8.0) -> None:
     async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110 - what we wait for happens in other processes
+        while not condition():
             await asyncio.sleep(0.02)
 
 

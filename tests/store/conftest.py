@@ -1,3 +1,5 @@
+"""The store in a temporary directory, and a Hub that answers on loopback."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -23,9 +23,10 @@ def open_engine() -> Callable[..., object]:
     async def opened(path: Path, **options: object) -> AsyncIterator[TextEngine]:
         from workers.text.engine import TextEngine
         from workers.text.loader import load
+        from workers.text.threads import Threads
 
         spec = LoadSpec(model="tiny", path=str(path), dtype="float32", num_threads=1, **options)  # type: ignore[arg-type]
-        engine = TextEngine(load(spec, lambda *_: None), spec)
+        engine = TextEngine(load(spec, lambda *_: None), spec, Threads(1, 1))
         try:
             yield engine
         finally:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import grpc
 import pytest
-
 from hostler.channel import call_metadata, open_channel
 from hostler.errors import HostlerError, Internal, StaleGeneration, UnsupportedParameter, WorkerLost, from_rpc_error
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.lifecycle.v1 import lifecycle_pb2_grpc
+
 from workers.scripted import expected_reply
 
 META = call_metadata(request_id="r1", generation=3)
@@ -52,7 +52,7 @@ class Worker:
 async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
     socket = tmp_path / "w.sock"
     command = [sys.executable, "-m", "workers", "--socket", str(socket), "--generation", "3"]
-    process = subprocess.Popen(command)
+    process = await asyncio.to_thread(subprocess.Popen, command)
     channel = open_channel(f"unix:{socket}")
     try:
         await asyncio.wait_for(channel.channel_ready(), 20)
@@ -72,9 +72,12 @@ async def text_of(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.Generate
 
 
 async def failure_of(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> HostlerError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    async def read_all() -> None:
         while await call.read() is not grpc.aio.EOF:
             pass
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_all()
     return from_rpc_error(caught.value)
 
 

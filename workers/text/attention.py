@@ -124,7 +124,7 @@ def attend(
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = step.cache.keys(layer), step.cache.values(layer)
-    _, heads, rows, head_dim = query.shape
+    heads, rows, head_dim = query.shape[1:]
     kv_heads = key.shape[1]
     group = heads // kv_heads
     scale = head_dim**-0.5 if scaling is None else scaling

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -27,19 +28,22 @@ from workers.text.runner import ModelRunner
 from workers.text.sampler import RowSampling, logprobs, sample
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
+from workers.text.threads import Threads
 from workers.text.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
 
 Outcome = Event | HostlerError
 
+_SWITCH_INTERVAL_S = 0.0002
+
 
 class TextEngine:
     """Continuous batching for one loaded model. Create and use in one asyncio loop."""
 
-    def __init__(self, loaded: LoadedModel, spec: LoadSpec) -> None:
+    def __init__(self, loaded: LoadedModel, spec: LoadSpec, threads: Threads) -> None:
         self._loaded = loaded
-        self._num_threads = spec.num_threads
+        self._threads = threads
         self._asyncio = asyncio.get_running_loop()
         self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.capacity)
         self._token_bytes = TokenBytes(loaded.tokenizer)
@@ -167,8 +171,9 @@ class TextEngine:
     # ------------------------------------------------------------ engine thread
 
     def _loop(self) -> None:
-        if self._num_threads:
-            torch.set_num_threads(self._num_threads)
+        # The loop below takes the interpreter lock at every operator; at Python's 5 ms a busy asyncio thread would
+        # hold each step up many times over.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         while not self._closing:
             self._take_in()
             step = self._scheduler.schedule()
@@ -211,6 +216,7 @@ class TextEngine:
         if not works:
             self._runner.move(step)
             return
+        torch.set_num_threads(self._threads.for_rows(sum(w.end - w.start for w in works)))
         try:
             logits = self._runner.run(step)
         except Exception as error:  # any failure of the model must cost one request, never the engine

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from workers.engine import LoadSpec, ModelFacts
 from workers.text import attention
 from workers.text.kv_cache import KVShape
+from workers.text.linear import pack
 
 Report = Callable[[str, int, int], None]
 
@@ -93,8 +94,10 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         raise ModelLoadFailed(f"The weights of {spec.model} cannot be loaded: {type(error).__name__}.") from error
     model = model.train(False).requires_grad_(False).to(device)
     report("read", total, total)
-    kv = _kv_shape(spec, text, dtype)
+    num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    pack(model)
+    kv = _kv_shape(spec, text, dtype)
     facts = ModelFacts(
         model=spec.model,
         engine="text",
@@ -102,7 +105,7 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         dtype=str(dtype).removeprefix("torch."),
         max_context_tokens=kv.capacity,
         vocab_size=int(text.vocab_size),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv.bytes_per_token(dtype),
     )

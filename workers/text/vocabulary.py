@@ -35,7 +35,7 @@ class TokenBytes:
     def __call__(self, token_id: int) -> bytes:
         """Return the bytes of one token; empty for an id outside the vocabulary."""
         if token_id in self._added:
-            return self._added[token_id].encode()
+            return str(self._added[token_id]).encode()
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
