@@ -66,8 +66,12 @@ def measure(model: Any, device: torch.device) -> Threads:
             samples.append(time.perf_counter() - began)
         return median(samples[1:])
 
-    limit = len(os.sched_getaffinity(0))
-    return Threads(choose(partial(seconds, DECODE_ROWS), limit), choose(partial(seconds, PREFILL_ROWS), limit))
+    cores = len(os.sched_getaffinity(0))
+    # A decode step has hundreds of barriers, and whoever takes one of its cores for a moment holds all of them up: one
+    # core stays free for the gateway and the clients.
+    return Threads(
+        choose(partial(seconds, DECODE_ROWS), max(1, cores - 1)), choose(partial(seconds, PREFILL_ROWS), cores)
+    )
 
 
 def _size_below_head(model: Any) -> Callable[[Any], int]:
