@@ -45,7 +45,7 @@ class SlotCache:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        # A virtual reservation on the CPU; on a GPU the slots are sized to the budget up front.
+        # A virtual reservation on the CPU; on a GPU real memory, so the loader keeps all slots within the budget.
         self._kv = torch.empty(
             (2, shape.num_layers, shape.num_slots, shape.num_kv_heads, shape.capacity, shape.head_dim),
             dtype=dtype,

@@ -22,6 +22,7 @@ Report = Callable[[str, int, int], None]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DEFAULT_KV_BYTES = 2 * 2**30
+_MIN_SLOTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
     num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     pack(model)
-    kv = _kv_shape(spec, text, dtype)
+    kv = _kv_shape(spec, text, dtype, device)
     facts = ModelFacts(
         model=spec.model,
         engine="text",
@@ -118,7 +119,7 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
-def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype) -> KVShape:
+def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.device) -> KVShape:
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -133,8 +134,20 @@ def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype) -> KVShape:
             f"{spec.kv_cache_bytes} bytes of KV cache hold only {budget} tokens of {spec.model}; give it at least "
             f"{64 * per_token} (kv_cache in the configuration)."
         )
-    capacity = min(context, budget)
-    return KVShape(layers, kv_heads, head_dim, spec.max_running, capacity, min(budget, context * spec.max_running))
+    capacity, slots = choose_slots(context, budget, spec.max_running, reserves_lazily=device.type == "cpu")
+    return KVShape(layers, kv_heads, head_dim, slots, capacity, min(budget, capacity * slots))
+
+
+def choose_slots(context: int, budget: int, max_running: int, *, reserves_lazily: bool) -> tuple[int, int]:
+    """Return (capacity in tokens of one slot, number of slots) for a cache of `budget` tokens.
+
+    Where memory is committed only when written, every slot may be as long as the context. Elsewhere all slots together
+    must fit the budget: at least a few of them, so that long contexts do not leave one request alone on the device.
+    """
+    if reserves_lazily:
+        return min(context, budget), max_running
+    capacity = min(context, max(1, budget // min(max_running, _MIN_SLOTS)))
+    return capacity, max(1, min(max_running, budget // capacity))
 
 
 def _generation_config(path: Path) -> GenerationConfig:
