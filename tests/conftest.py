@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
+
+# Each test has an event loop of its own. Without this reference gRPC stops its poller thread whenever the last object
+# of a test is collected, and joining that thread from within the collector can hang.
+grpc.aio.init_grpc_aio()
 
 pytest_plugins = [
     name
