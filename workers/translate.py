@@ -71,6 +71,8 @@ def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
             refused = ("messages", f"This model reads text only, not {', '.join(sorted(map(str, kinds)))}.")
         elif chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE and not facts.supports_tools:
             refused = ("tools", "This model does not call tools.")
+        elif chat.reasoning.HasField("budget_tokens"):
+            refused = ("reasoning", "A budget of reasoning tokens is not available for this model yet.")
     if refused is not None:
         raise UnsupportedParameter(refused[1], param=refused[0])
 
@@ -203,7 +205,15 @@ def _finish(value: Finish) -> pb.Finish:
 
 
 def load_spec(message: life.LoadRequest) -> LoadSpec:
-    """Return the engine's form of a load request."""
+    """Return the engine's form of a load request.
+
+    Raises:
+        UnsupportedParameter: it asks for quantized weights, which no engine has yet.
+    """
+    if message.quantize:
+        raise UnsupportedParameter(
+            f"Quantized weights ({message.quantize[:20]!r}) are not served yet.", param="quantize"
+        )
     return LoadSpec(
         model=message.model,
         path=message.path,

@@ -207,7 +207,6 @@ def from_rpc_error(error: grpc.RpcError) -> HostlerError:
     in the trailing metadata.
     """
     code = error.code()
-    message = error.details() or code.name
     # Pairs at run time, in sync and aio alike; the stubs know only their names.
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key != "grpc-status-details-bin":
@@ -226,4 +225,4 @@ def from_rpc_error(error: grpc.RpcError) -> HostlerError:
         return WorkerLost("The process that held this request went away. Try again.")
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return PayloadTooLarge("The request is larger than the internal message limit.")
-    return Internal(f"Internal error ({code.name}); the server's log has the details: {message[:0]}".rstrip(": "))
+    return Internal(f"Internal error ({code.name}); the server's log has the details.")
