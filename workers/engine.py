@@ -65,7 +65,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it."""
+    """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
+
+    Prompts of different `cache_scope` never share cached state.
+    """
 
     prompt: Prompt
     request_id: str = ""
@@ -73,6 +76,7 @@ class GenerationRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +159,9 @@ class LoadSpec:
     max_running: int = 16
     max_queued: int = 256
     kv_cache_bytes: int = 0
-    prefill_chunk_tokens: int = 128
+    prefill_chunk_tokens: int = 512
     num_threads: int = 0
+    quantize: str = ""
     trust_remote_code: bool = False
 
 

@@ -1,4 +1,4 @@
-"""Engines over the tiny test models."""
+"""Engines over the tiny test models, with either runner."""
 
 from __future__ import annotations
 
@@ -15,18 +15,28 @@ if TYPE_CHECKING:
     from workers.text.engine import TextEngine
 
 
+@pytest.fixture(params=["eager", "native"])
+def runner_name(request: pytest.FixtureRequest) -> str:
+    """Which runner the engines of a test use; every engine test runs with both."""
+    return str(request.param)
+
+
 @pytest.fixture
-def open_engine() -> Callable[..., object]:
+def open_engine(runner_name: str) -> Callable[..., object]:
     """Open a text engine over a directory: `async with open_engine(path, **LoadSpec fields) as engine`."""
 
     @asynccontextmanager
     async def opened(path: Path, **options: object) -> AsyncIterator[TextEngine]:
         from workers.text.engine import TextEngine
         from workers.text.loader import load
-        from workers.text.threads import Threads
+        from workers.text.native.build import build
+        from workers.text.opening import open_eager, open_native
 
-        spec = LoadSpec(model="tiny", path=str(path), dtype="float32", num_threads=1, **options)  # type: ignore[arg-type]
-        engine = TextEngine(load(spec, lambda *_: None), spec, Threads(1, 1))
+        fields: dict[str, object] = {"model": "tiny", "path": str(path), "dtype": "float32", "num_threads": 1, **options}
+        spec = LoadSpec(**fields)  # type: ignore[arg-type]
+        loaded = load(spec, lambda *_: None)
+        runner = open_native(loaded, spec, build()) if runner_name == "native" else open_eager(loaded, spec)
+        engine = TextEngine(loaded, spec, runner)
         try:
             yield engine
         finally:

@@ -1,6 +1,8 @@
-"""The scheduler under random arrivals, departures and budgets, without a model."""
+"""The scheduler and its blocks under random arrivals, departures and cache sizes, without a model."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 from hostler.errors import ContextLengthExceeded, Overloaded
@@ -8,50 +10,89 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine import GenerationRequest, TextPrompt
+from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
+from workers.text.pace import LONGEST_S, MIN_CHUNK, STRETCH, Pace
 from workers.text.sampler import RowSampling
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
 
 
-def sequence(serial: int, prompt: int, reply: int) -> Sequence:
+def sequence(serial: int, prompt: list[int], reply: int, scope: bytes = b"") -> Sequence:
     request = GenerationRequest(TextPrompt("x"))
     return Sequence(
-        request, RowSampling(seed=1), [1] * prompt, prompt, reply, lambda ids: "a" * len(ids), serial=serial
+        request,
+        RowSampling(seed=1),
+        list(prompt),
+        len(prompt),
+        reply,
+        lambda ids: "a" * len(ids),
+        serial=serial,
+        hashes=PrefixHashes(scope),
     )
 
 
-class Slots:
-    """What the cache holds: checks that a step reads only what was written, after its moves."""
+def scheduler_of(max_running: int, num_blocks: int, context: int, chunk: int) -> Scheduler:
+    limits = SchedulerLimits(max_running, 100, context)
+    return Scheduler(limits, BlockPool(num_blocks), Pace(max_chunk=chunk))
+
+
+class Memory:
+    """What the cache's positions hold: each is a token and everything before it, so a wrong or stale block shows."""
 
     def __init__(self) -> None:
-        self.content: dict[int, tuple[int, int]] = {}
+        self.content: dict[tuple[int, int], int] = {}
 
     def run(self, step: Step) -> None:
-        for move in step.moves:
-            if move.num_tokens:
-                owner, length = self.content[move.source]
-                assert length >= move.num_tokens
-                self.content[move.target] = (owner, move.num_tokens)
-        for work in (*step.decodes, *step.prefills):
-            owner, length = self.content.get(work.sequence.slot, (-1, 0))
-            assert work.start == 0 or (owner == work.sequence.serial and length >= work.start)
-            self.content[work.sequence.slot] = (work.sequence.serial, work.end)
+        for work in step.works:
+            ids = [*work.sequence.token_ids[: work.end], *work.draft]
+            past = 0
+            for position, token in enumerate(ids):
+                place = (work.sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
+                past = hash((past, token))
+                if position >= work.start:
+                    self.content[place] = past
+                else:
+                    assert self.content.get(place) == past, "a step reads what was never computed, or somebody else's"
 
 
-@settings(max_examples=200, deadline=None)
+def blocks_are_accounted_for(scheduler: Scheduler) -> None:
+    pool = scheduler.pool
+    held = [block for s in scheduler.running for block in s.blocks]
+    assert all(not s.blocks for s in scheduler.waiting)
+    assert pool.num_in_use == len(set(held)), "a block is leaked, or held twice by one sequence"
+    assert 0 <= pool.num_available <= pool.num_blocks
+
+
+@settings(max_examples=250, deadline=None)
 @given(
-    requests=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(0, 20)), min_size=1, max_size=25),
-    leaves=st.dictionaries(st.integers(0, 24), st.integers(0, 60), max_size=8),
+    requests=st.lists(
+        st.tuples(st.integers(1, 90), st.integers(1, 40), st.integers(0, 20), st.integers(0, 2)),
+        min_size=1,
+        max_size=20,
+    ),
+    leaves=st.dictionaries(st.integers(0, 19), st.integers(0, 60), max_size=8),
+    lost_at=st.integers(0, 200),
     max_running=st.integers(1, 6),
-    budget=st.integers(100, 300),
-    chunk=st.integers(1, 40),
+    num_blocks=st.integers(8, 24),
+    chunk=st.integers(16, 64),
+    seed=st.integers(0, 2**16),
 )
-def test_everyone_is_served_or_leaves_and_the_budget_holds(
-    requests: list[tuple[int, int, int]], leaves: dict[int, int], max_running: int, budget: int, chunk: int
+def test_everyone_is_served_or_leaves_and_no_block_leaks(
+    requests: list[tuple[int, int, int, int]],
+    leaves: dict[int, int],
+    lost_at: int,
+    max_running: int,
+    num_blocks: int,
+    chunk: int,
+    seed: int,
 ) -> None:
-    limits = SchedulerLimits(max_running, 100, budget, 90, chunk)
-    scheduler, slots = Scheduler(limits), Slots()
-    everyone = [sequence(i, prompt, reply) for i, (prompt, reply, _) in enumerate(requests)]
+    rng = random.Random(seed)
+    scheduler, memory = scheduler_of(max_running, num_blocks, 128, chunk), Memory()
+    # Few different prompts, so that prefixes are shared; each scope has its own.
+    everyone = [
+        sequence(i, [7 + scope] * (prompt // 2) + [i % 3] * (prompt - prompt // 2), reply, bytes([scope]))
+        for i, (prompt, reply, _, scope) in enumerate(requests)
+    ]
     arrivals = sorted(range(len(requests)), key=lambda i: requests[i][2])
     done: set[int] = set()
     for clock in range(20_000):
@@ -61,52 +102,144 @@ def test_everyone_is_served_or_leaves_and_the_budget_holds(
             if when == clock and index < len(everyone) and index not in done and index not in arrivals:
                 scheduler.remove(everyone[index])
                 done.add(index)
+        if clock == lost_at:
+            scheduler.preempt_all()
+            memory = Memory()
         step = scheduler.schedule()
-        slots.run(step)
-        assert [s.slot for s in scheduler.running] == list(range(len(scheduler.running)))
+        assert step or not (scheduler.running or scheduler.waiting), "there is work and nobody runs"
+        blocks_are_accounted_for(scheduler)
         assert len(scheduler.running) <= max_running
-        assert sum(w.end - w.start for w in step.prefills) <= chunk
-        for work in (*step.decodes, *step.prefills):
-            work.sequence.num_computed_tokens = work.end
-        assert scheduler.held_tokens <= budget
-        for work in (*step.decodes, *step.prefills):
-            if work.yields_token:
-                work.sequence.accept(5, is_eos=False, logprob=None)
-                if work.sequence.finish_reason:
-                    scheduler.remove(work.sequence)
-                    done.add(work.sequence.serial)
+        memory.run(step)
+        for work in step.works:
+            if not work.yields_token:
+                scheduler.computed(work, 0)
+                continue
+            right = rng.randint(0, len(work.draft))
+            alive = True
+            for token in [*work.draft[:right], rng.randrange(3)]:
+                work.sequence.accept(token, is_eos=False, logprob=None)
+                alive = work.sequence.finish_reason is None
+                if not alive:
+                    break
+            scheduler.computed(work, min(right, work.sequence.num_tokens - work.end - 1))
+            work.sequence.draft = tuple(rng.randrange(3) for _ in range(rng.randint(0, 3)))
+            if not alive:
+                scheduler.remove(work.sequence)
+                done.add(work.sequence.serial)
         if len(done) == len(everyone):
             break
     assert len(done) == len(everyone), "somebody was never served"
     assert not scheduler.running
     assert not scheduler.waiting
+    assert scheduler.pool.num_in_use == 0
+
+
+def serve_alone(scheduler: Scheduler, one: Sequence) -> int:
+    """Run one sequence to its first token; return how many prompt tokens were computed."""
+    scheduler.add(one)
+    computed = 0
+    while one.num_generated_tokens == 0:
+        step = scheduler.schedule()
+        computed += step.num_prompt_tokens
+        for work in step.works:
+            if work.yields_token:
+                one.accept(3, is_eos=False, logprob=None)
+            scheduler.computed(work, 0)
+    scheduler.remove(one)
+    return computed
+
+
+def test_a_prompt_with_a_known_beginning_computes_only_the_rest() -> None:
+    scheduler = scheduler_of(4, 64, 512, 512)
+    prompt = list(range(100))
+    assert serve_alone(scheduler, sequence(0, prompt, 1)) == 100
+    later = sequence(1, [*prompt, *range(200, 220)], 1)
+    assert serve_alone(scheduler, later) == 120 - 96
+    assert later.num_cached_tokens == 96
+    # The same prompt again must still run its last token.
+    assert serve_alone(scheduler, sequence(2, prompt[:96], 1)) == 16
+
+
+def test_prompts_of_different_scopes_share_nothing() -> None:
+    scheduler = scheduler_of(4, 64, 512, 512)
+    prompt = list(range(100))
+    serve_alone(scheduler, sequence(0, prompt, 1, b"alice"))
+    assert serve_alone(scheduler, sequence(1, prompt, 1, b"bob")) == 100
+    assert serve_alone(scheduler, sequence(2, prompt, 1, b"alice")) == 4
+
+
+def test_inputs_that_are_not_tokens_are_part_of_the_prefix() -> None:
+    tokens = [1] * 48
+    cat, dog = PrefixHashes(b"", [(20, b"cat")]).of(tokens, 3), PrefixHashes(b"", [(20, b"dog")]).of(tokens, 3)
+    assert cat[0] == dog[0]
+    assert cat[1] != dog[1]
+    assert cat[2] != dog[2]
+
+
+def test_known_blocks_are_evicted_when_their_memory_is_needed_the_oldest_first() -> None:
+    scheduler = scheduler_of(1, 8, 128, 512)
+    first, second = list(range(33)), list(range(500, 533))
+    serve_alone(scheduler, sequence(0, first, 1))
+    serve_alone(scheduler, sequence(1, second, 1))
+    serve_alone(scheduler, sequence(2, [9] * 80, 1))
+    assert serve_alone(scheduler, sequence(3, second, 1)) == 1
+    assert serve_alone(scheduler, sequence(4, first, 1)) == 33
 
 
 def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
-    scheduler = Scheduler(SchedulerLimits(4, 10, 1000, 500, 16))
-    talker, reader = sequence(0, 4, 50), sequence(1, 100, 5)
+    scheduler = scheduler_of(4, 64, 500, 16)
+    talker, reader = sequence(0, [1] * 4, 50), sequence(1, [2] * 100, 5)
     scheduler.add(talker)
-    step = scheduler.schedule()
-    talker.num_computed_tokens = step.prefills[0].end
+    (work,) = scheduler.schedule().works
+    scheduler.computed(work, 0)
     talker.accept(5, is_eos=False, logprob=None)
     scheduler.add(reader)
-    for _ in range(6):
+    chunks = []
+    while reader.num_computed_tokens < 100:
         step = scheduler.schedule()
-        assert [w.sequence for w in step.decodes] == [talker]
-        assert sum(w.end - w.start for w in step.prefills) <= 16
-        for work in (*step.decodes, *step.prefills):
-            work.sequence.num_computed_tokens = work.end
-        talker.accept(5, is_eos=False, logprob=None)
-    assert reader.num_computed_tokens == 96
+        assert [w.sequence for w in step.works[: step.num_decodes]] == [talker]
+        for work in step.works:
+            if work.sequence is talker:
+                talker.accept(5, is_eos=False, logprob=None)
+            else:
+                chunks.append(work.num_rows)
+            scheduler.computed(work, 0)
+    assert max(chunks) == 16
+    assert sum(chunks) == 100
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_before_any_work() -> None:
-    scheduler = Scheduler(SchedulerLimits(4, 10, 1000, 500, 16))
-    with pytest.raises(ContextLengthExceeded, match="500"):
-        scheduler.check(500, 0)
+def test_a_prompt_that_can_never_fit_is_refused() -> None:
+    scheduler = scheduler_of(2, 20, 500, 16)
+    with pytest.raises(ContextLengthExceeded, match="320"):
+        scheduler.check(320, 0)
+    with pytest.raises(ContextLengthExceeded):
+        scheduler_of(2, 200, 500, 16).check(500, 0)
 
 
 def test_a_full_queue_is_refused() -> None:
-    scheduler = Scheduler(SchedulerLimits(2, 3, 1000, 500, 16))
+    scheduler = Scheduler(SchedulerLimits(2, 3, 1000), BlockPool(32), Pace())
     with pytest.raises(Overloaded):
         scheduler.check(5, 5)
+
+
+def taught(base_s: float, token_s: float) -> Pace:
+    pace = Pace()
+    for _ in range(40):
+        pace.observe(8, 0, base_s)
+        pace.observe(8, 64, base_s + 64 * token_s)
+    return pace
+
+
+def test_a_newcomer_stretches_the_steps_of_running_streams_only_so_far() -> None:
+    pace = taught(0.040, 0.001)
+    assert pace.chunk_tokens(8, 1) * pace.token_s <= (STRETCH - 1) * 0.040 * 1.05
+
+
+def test_many_newcomers_go_before_few_streams() -> None:
+    pace = taught(0.010, 0.001)
+    assert pace.chunk_tokens(8, 40) > 3 * pace.chunk_tokens(8, 1)
+    assert pace.chunk_tokens(8, 4000) * pace.token_s <= LONGEST_S * 1.05
+
+
+def test_a_slow_machine_still_takes_a_few_prompt_tokens_each_step() -> None:
+    assert taught(0.010, 0.5).chunk_tokens(8, 1) == MIN_CHUNK

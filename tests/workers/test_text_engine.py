@@ -158,7 +158,7 @@ async def test_a_failing_step_costs_only_the_request_that_makes_it_fail(
         run = engine._runner.run
 
         def poisoned(step: Any) -> torch.Tensor:
-            if any(tuple(w.sequence.token_ids[:2]) == poison for w in (*step.decodes, *step.prefills)):
+            if any(tuple(w.sequence.token_ids[:2]) == poison for w in step.works):
                 raise RuntimeError("poisoned")
             return run(step)
 

@@ -1,33 +1,55 @@
-"""Our attention function behind transformers' attention interface.
+"""Our attention function behind transformers' attention interface, over a paged cache.
 
-Every model definition of transformers calls one function with this step's queries, keys and values. Ours
-writes the new keys and values to the cache, then attends: all decode rows at once over their slots, and each
-prefill chunk over its own. Tokens of a step come packed in one row: first one token for each decoding slot,
-then the chunks, so that linear layers run once for everybody.
+Every model definition of transformers calls one function with this step's queries, keys and values. Ours writes the new
+keys and values to their blocks, then attends: all works of one row at once, every longer one by itself. A step's tokens
+come packed in one row (`packing.py`), so that linear layers run once for everybody.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from transformers import AttentionInterface
 
-from workers.text.kv_cache import SlotCache
+from workers.text.kv_cache import BLOCK_TOKENS, KVShape
+from workers.text.packing import PackedStep
 
 NAME = "hostler"
 
 
+class PagedCache:
+    """Keys and values of every block: for each layer (blocks * BLOCK_TOKENS, kv_heads, head_dim).
+
+    On the CPU the tensors are reserved address space: memory is committed only where tokens were written.
+    """
+
+    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        size = (shape.num_layers, shape.num_blocks * BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+        self._keys = torch.empty(size, dtype=dtype, device=device)
+        self._values = torch.empty(size, dtype=dtype, device=device)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of one layer, views of (positions, kv_heads, head_dim)."""
+        return self._keys[index], self._values[index]
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One prefill chunk: rows `row … row + length` of the step are tokens `start … start + length` of a slot."""
+    """Rows `row … row + length` of the step are positions `start … start + length` of one sequence.
+
+    Attributes:
+        places: (start + length,) int64: where each of its positions lies in the cache.
+    """
 
     row: int
     length: int
-    slot: int
     start: int
+    places: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -36,45 +58,61 @@ class StepContext:
 
     Attributes:
         cache: where keys and values live.
-        num_decodes: the first rows, one for each.
-        decode_slots: (num_decodes,) int64, ascending.
-        decode_positions: (num_decodes,) int64, each token's position.
-        span_positions: (span,) int64: the same by slot, 0 for slots below the highest that do not decode.
-        length: longest decoding sequence, with its newest token.
-        chunks: prefill chunks in row order.
+        new_places: (rows,) int64: where each row's key and value go.
+        single_places: (singles, longest) int64: where each single row's sequence lies; padded.
+        single_positions: (singles,) int64.
+        chunks: works of several rows, in row order.
         masks: filled by the first layer, read by the rest.
     """
 
-    cache: SlotCache
-    num_decodes: int
-    decode_slots: torch.Tensor
-    decode_positions: torch.Tensor
-    span_positions: torch.Tensor
-    length: int
+    cache: PagedCache
+    new_places: torch.Tensor
+    single_places: torch.Tensor
+    single_positions: torch.Tensor
     chunks: tuple[Chunk, ...]
-    masks: dict[tuple[str, int | None], torch.Tensor | None]
+    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
-    def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask (span, 1, 1, length): each slot sees its own tokens; cached for all layers."""
-        key = ("decode", window)
+    @classmethod
+    def of(cls, packed: PackedStep, cache: PagedCache) -> StepContext:
+        """Lay a packed step out over the cache's blocks."""
+        offsets = np.arange(BLOCK_TOKENS)
+        places = (packed.tables[:, :, None].astype(np.int64) * BLOCK_TOKENS + offsets).reshape(len(packed.tables), -1)
+        owner = np.repeat(np.arange(len(packed.sequences)), packed.sequences[:, 1])
+
+        def there(array: np.ndarray[Any, Any]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(cache.device)
+
+        n = packed.num_singles
+        longest = int(packed.positions[:n].max()) + 1 if n else 0
+        chunks = tuple(
+            Chunk(int(row), int(rows), int(start), there(places[table, : start + rows]))
+            for row, rows, start, table in packed.sequences[n:]
+        )
+        return cls(
+            cache=cache,
+            new_places=there(places[owner, packed.positions]),
+            single_places=there(places[:n, :longest]),
+            single_positions=there(packed.positions[:n]),
+            chunks=chunks,
+        )
+
+    def single_mask(self, window: int | None) -> torch.Tensor | None:
+        """Boolean mask (singles, 1, 1, longest): each row sees its own sequence; None when all see all."""
+        key = (-1, window)
         if key not in self.masks:
-            columns = torch.arange(self.length, device=self.decode_positions.device)
-            last = self.span_positions[:, None]
+            columns = torch.arange(self.single_places.shape[1], device=self.single_places.device)
+            last = self.single_positions[:, None]
             visible = columns <= last
             if window is not None:
                 visible &= columns > last - window
-            if bool(visible.all()):
-                self.masks[key] = None
-            else:
-                mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-                self.masks[key] = mask.masked_fill_(~visible, float("-inf"))[:, None, None, :]
+            self.masks[key] = None if bool(visible.all()) else visible[:, None, None, :]
         return self.masks[key]
 
     def chunk_mask(self, chunk: Chunk, window: int | None) -> torch.Tensor:
         """Boolean mask (1, 1, chunk, start + chunk): causal, perhaps windowed; cached for all layers."""
-        key = (f"chunk {chunk.row}", window)
+        key = (chunk.row, window)
         if key not in self.masks:
-            device = self.decode_positions.device
+            device = chunk.places.device
             rows = torch.arange(chunk.start, chunk.start + chunk.length, device=device)[:, None]
             columns = torch.arange(chunk.start + chunk.length, device=device)[None, :]
             visible = columns <= rows
@@ -93,7 +131,7 @@ def _softcapped(
     logits = torch.matmul(query, key.transpose(-1, -2)) * scale
     logits = cap * torch.tanh(logits / cap)
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+        logits = logits.masked_fill(~mask, float("-inf"))
     return torch.matmul(torch.softmax(logits, dim=-1, dtype=torch.float32).to(value.dtype), value)
 
 
@@ -122,12 +160,13 @@ def attend(
     """
     if step is None:
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    keys, values = step.cache.keys(layer), step.cache.values(layer)
+    keys, values = step.cache.layer(int(module.layer_idx))  # type: ignore[arg-type]
     heads, rows, head_dim = query.shape[1:]
     kv_heads = key.shape[1]
     group = heads // kv_heads
     scale = head_dim**-0.5 if scaling is None else scaling
+    keys[step.new_places] = key[0].transpose(0, 1)
+    values[step.new_places] = value[0].transpose(0, 1)
     output = query.new_empty((rows, heads, head_dim))
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -135,28 +174,20 @@ def attend(
             return _softcapped(q, k, v, mask, scale, softcap)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    n = step.num_decodes
-    if n:
-        keys[step.decode_slots, :, step.decode_positions] = key[0, :, :n].transpose(0, 1)
-        values[step.decode_slots, :, step.decode_positions] = value[0, :, :n].transpose(0, 1)
+    if n := step.single_positions.shape[0]:
         # A key head's group of query heads stands where query positions do: no key is ever repeated.
-        grouped = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, group, head_dim)
-        span = step.span_positions.shape[0]
-        if span > n:
-            scattered = grouped.new_zeros((span, kv_heads, group, head_dim))
-            scattered[step.decode_slots] = grouped
-            grouped = scattered
-        k, v = keys[:span, :, : step.length], values[:span, :, : step.length]
-        attended = run(grouped, k, v, step.decode_mask(sliding_window, query.dtype)).reshape(span, heads, head_dim)
-        output[:n] = attended if span == n else attended[step.decode_slots]
+        q = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, group, head_dim)
+        k, v = keys[step.single_places].transpose(1, 2), values[step.single_places].transpose(1, 2)
+        mask = step.single_mask(sliding_window)
+        if mask is not None:
+            # Padding may be anything an earlier owner left, even NaN, which a mask alone does not silence in a sum.
+            v = v.masked_fill(~mask.transpose(2, 3), 0.0)
+        output[:n] = run(q, k, v, mask).reshape(n, heads, head_dim)
     for chunk in step.chunks:
-        end = chunk.start + chunk.length
         here = slice(chunk.row, chunk.row + chunk.length)
-        keys[chunk.slot, :, chunk.start : end] = key[0, :, here]
-        values[chunk.slot, :, chunk.start : end] = value[0, :, here]
         q = query[:, :, here]
-        k = keys[chunk.slot, :, :end].repeat_interleave(group, dim=0)[None]
-        v = values[chunk.slot, :, :end].repeat_interleave(group, dim=0)[None]
+        k = keys[chunk.places].transpose(0, 1).repeat_interleave(group, dim=0)[None]
+        v = values[chunk.places].transpose(0, 1).repeat_interleave(group, dim=0)[None]
         if chunk.start == 0 and sliding_window is None and softcap is None:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:

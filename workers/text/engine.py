@@ -21,14 +21,16 @@ import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory, Unavailable
 
 from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt, TokenLogprob
-from workers.text.kv_cache import SlotCache
+from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
 from workers.text.loader import LoadedModel
+from workers.text.lookup import Lookup
+from workers.text.pace import Pace
+from workers.text.packing import wanted_rows
 from workers.text.prompts import PromptEncoder
-from workers.text.runner import ModelRunner
+from workers.text.runner import Runner
 from workers.text.sampler import RowSampling, logprobs, sample
-from workers.text.scheduler import Scheduler, SchedulerLimits, Step
+from workers.text.scheduler import Scheduler, SchedulerLimits, Step, Work
 from workers.text.sequence import Sequence
-from workers.text.threads import Threads
 from workers.text.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
@@ -36,27 +38,36 @@ log = logging.getLogger(__name__)
 Outcome = Event | HostlerError
 
 _SWITCH_INTERVAL_S = 0.0002
+# With more sequences than this the products are no longer bound by reading the weights, and guesses are not free.
+_MOST_GUESSING = 2
 
 
 class TextEngine:
-    """Continuous batching for one loaded model. Create and use in one asyncio loop."""
+    """Continuous batching for one loaded model. Create and use in one asyncio loop.
 
-    def __init__(self, loaded: LoadedModel, spec: LoadSpec, threads: Threads) -> None:
+    Args:
+        loaded: what the model is; its weights are the runner's business.
+        spec: limits.
+        runner: runs steps; `adopt` may replace it later.
+    """
+
+    def __init__(self, loaded: LoadedModel, spec: LoadSpec, runner: Runner) -> None:
         self._loaded = loaded
-        self._threads = threads
         self._asyncio = asyncio.get_running_loop()
-        self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.capacity)
+        self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.max_context_tokens)
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._runner = ModelRunner(loaded.model, SlotCache(loaded.kv, loaded.dtype, loaded.device))
+        self._runner = runner
+        self._replacement: Runner | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._scheduler = Scheduler(
             SchedulerLimits(
-                max_running=loaded.kv.num_slots,
+                max_running=spec.max_running,
                 max_queued=spec.max_queued,
-                budget_tokens=loaded.kv.budget_tokens,
-                max_context_tokens=loaded.kv.capacity,
-                prefill_chunk_tokens=spec.prefill_chunk_tokens,
-            )
+                max_context_tokens=loaded.kv.max_context_tokens,
+            ),
+            BlockPool(loaded.kv.num_blocks),
+            Pace(max_chunk=spec.prefill_chunk_tokens),
         )
         self._arrivals: deque[Sequence] = deque()
         self._queues: dict[Sequence, asyncio.Queue[Outcome]] = {}
@@ -80,15 +91,15 @@ class TextEngine:
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
-        cache = self._runner.cache
+        pool, block_bytes = self._scheduler.pool, BLOCK_TOKENS * self._loaded.facts.kv_bytes_per_token
         running = len(self._scheduler.running)
         return EngineStats(
             num_steps=self._num_steps,
             num_running=running,
             num_queued=max(0, len(self._queues) - running),
             max_running=self._scheduler.limits.max_running,
-            kv_used_bytes=self._scheduler.held_tokens * cache.bytes_per_token,
-            kv_reserved_bytes=self._scheduler.limits.budget_tokens * cache.bytes_per_token,
+            kv_used_bytes=pool.num_in_use * block_bytes,
+            kv_reserved_bytes=pool.num_blocks * block_bytes,
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_completion_tokens_total=self._num_completion_tokens,
         )
@@ -131,17 +142,35 @@ class TextEngine:
             self._wake.set()
             self._changed()
 
+    @property
+    def runner(self) -> str:
+        """The name of the runner that serves now."""
+        return self._runner.name
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Own a task that works for this engine; `close` cancels it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def adopt(self, runner: Runner) -> None:
+        """Go over to another runner of the same model, between two steps; running requests are prefilled again."""
+        self._replacement = runner
+        self._wake.set()
+
     async def close(self) -> None:
         """Fail what still runs, end the thread, free the weights."""
         self._closing = True
         self._wake.set()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.to_thread(self._thread.join, 10.0)
         self._encoding.shutdown(wait=False)
+        if not self._thread.is_alive():
+            self._runner.close()
 
     def _new_sequence(self, request: GenerationRequest, ids: list[int]) -> Sequence:
         wanted, defaults = request.sampling, self._loaded.defaults
-        limits = self._scheduler.limits
-        room = min(limits.max_context_tokens, limits.budget_tokens) - len(ids)
+        room = self._scheduler.longest_tokens - len(ids)
         repetition = wanted.repetition_penalty
         rules = RowSampling(
             temperature=_first(wanted.temperature, defaults.get("temperature"), 1.0),
@@ -163,6 +192,8 @@ class TextEngine:
             max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
             decode=self._decode,
             serial=self._serial,
+            hashes=PrefixHashes(request.cache_scope.encode()),
+            lookup=Lookup(ids),
         )
 
     def _decode(self, ids: SequenceOf[int]) -> str:
@@ -181,20 +212,25 @@ class TextEngine:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            now = time.monotonic()
-            for work in step.prefills:
-                work.sequence.scheduled_s = work.sequence.scheduled_s or now
+            began_s = time.monotonic()
             out: list[tuple[Sequence, Outcome]] = []
             for part in self._parts(step):
-                self._run_part(part, out)
+                self._run_part(part, out, began_s)
                 self._num_steps += 1
+            self._scheduler.pace.observe(step.num_decodes, step.num_prompt_tokens, time.monotonic() - began_s)
             self._hand_out(out)
         gone = Unavailable("This model was unloaded while it answered. Try again.")
         self._hand_out([(s, gone) for s in (*self._scheduler.running, *self._scheduler.waiting, *self._arrivals)])
 
     def _take_in(self) -> None:
-        """Drop the cancelled, queue the new."""
+        """Go over to a new runner if there is one, drop the cancelled, queue the new."""
         scheduler = self._scheduler
+        if self._replacement is not None:
+            scheduler.preempt_all()
+            scheduler.pace = Pace(max_chunk=scheduler.pace.max_chunk)
+            replaced, self._runner, self._replacement = self._runner, self._replacement, None
+            replaced.close()
+            log.info("runner replaced", extra={"model": self.facts.model, "runner": self._runner.name})
         for sequence in [s for s in (*scheduler.running, *scheduler.waiting) if s.cancelled]:
             scheduler.remove(sequence)
         while self._arrivals:
@@ -208,56 +244,84 @@ class TextEngine:
         if not self._isolate:
             return [step]
         self._isolate = False
-        singles = [Step((w,), (), ()) for w in step.decodes] + [Step((), (w,), ()) for w in step.prefills]
-        return [Step((), (), step.moves), *singles] if step.moves else singles
+        return [Step((work,), int(index < step.num_decodes)) for index, work in enumerate(step.works)]
 
-    def _run_part(self, step: Step, out: list[tuple[Sequence, Outcome]]) -> None:
-        works = (*step.decodes, *step.prefills)
-        if not works:
-            self._runner.move(step)
-            return
-        torch.set_num_threads(self._threads.for_rows(sum(w.end - w.start for w in works)))
+    def _run_part(self, step: Step, out: list[tuple[Sequence, Outcome]], began_s: float) -> None:
+        for work in step.works:
+            work.sequence.scheduled_s = work.sequence.scheduled_s or began_s
         try:
             logits = self._runner.run(step)
         except Exception as error:  # any failure of the model must cost one request, never the engine
-            log.exception("step failed", extra={"num_sequences": len(works)})
-            if len(works) > 1:
+            log.exception("step failed", extra={"num_sequences": len(step.works)})
+            if len(step.works) > 1:
                 # Cache writes are idempotent: the same step runs again, one sequence at a time.
                 self._isolate = True
             else:
-                self._fail(works[0].sequence, _named(error), out)
+                self._fail(step.works[0].sequence, _named(error), out)
             return
-        for work in works:
-            work.sequence.num_computed_tokens = work.end
-        decodes = sorted(step.decodes, key=lambda w: w.sequence.slot)
-        rows = [w.sequence for w in (*decodes, *step.prefills) if w.yields_token]
-        if rows:
-            self._postprocess(rows, logits, out)
+        first_row = 0
+        rows: dict[Work, int] = {}
+        for work in step.works:
+            if work.yields_token:
+                rows[work] = first_row
+                first_row += wanted_rows(work)
+            else:
+                self._scheduler.computed(work, 0)
+        self._postprocess(rows, logits, out)
 
-    def _postprocess(self, rows: list[Sequence], logits: torch.Tensor, out: list[tuple[Sequence, Outcome]]) -> None:
-        """Sample one token for each row and tell its request; `logits` is (rows, vocab) float32."""
-        raw = {i: logits[i].clone() for i, s in enumerate(rows) if s.request.top_logprobs is not None}
-        tokens = sample(logits, [s.sampling for s in rows], [s.history for s in rows])
-        now = time.monotonic()
-        for index, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
-            if token is None:
-                self._fail(sequence, Internal("The model produced no valid probabilities for this request."), out)
-                continue
-            try:
-                chosen = self._logprob(raw[index], token, sequence) if index in raw else None
-                ends = token in self._loaded.eos_ids and not sequence.request.sampling.ignore_eos
-                delta = sequence.accept(token, is_eos=ends, logprob=chosen)
-            except Exception as error:  # a fault in one reply's bookkeeping stays its own
-                log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})
-                self._fail(sequence, _named(error), out)
-                continue
-            self._num_completion_tokens += 1
-            sequence.first_token_s = sequence.first_token_s or now
-            if delta is not None:
-                out.append((sequence, delta))
-            if sequence.finish_reason is not None:
-                self._scheduler.remove(sequence)
-                out.append((sequence, self._finish(sequence, now)))
+    def _postprocess(self, rows: dict[Work, int], logits: torch.Tensor, out: list[tuple[Sequence, Outcome]]) -> None:
+        """Sample each work's next tokens: one, and one more for each draft token that proves right.
+
+        Args:
+            rows: each work's first row of `logits` (rows, vocab) float32.
+        """
+        checked = 0  # draft tokens of every work still here that proved right
+        guesses = len(self._scheduler.running) <= _MOST_GUESSING
+        while rows:
+            works = list(rows)
+            chosen = torch.tensor([rows[work] + checked for work in works])
+            tokens = self._sample(works, logits[chosen] if len(works) < len(logits) else logits)
+            now_s = time.monotonic()
+            for work, token in zip(works, tokens, strict=True):
+                row = rows[work] + checked
+                alive = self._accept(work.sequence, token, logits[row], now_s, out)
+                if alive and checked < len(work.draft) and work.draft[checked] == token:
+                    continue
+                del rows[work]
+                if token is not None:
+                    self._scheduler.computed(work, checked)
+                if alive:
+                    work.sequence.guess(work.draft, checked, allowed=guesses)
+                else:
+                    self._scheduler.remove(work.sequence)
+            checked += 1
+
+    def _sample(self, works: list[Work], logits: torch.Tensor) -> list[int | None]:
+        sequences = [work.sequence for work in works]
+        return sample(logits, [s.sampling for s in sequences], [s.history for s in sequences])
+
+    def _accept(
+        self, sequence: Sequence, token: int | None, row: torch.Tensor, now_s: float, out: list[tuple[Sequence, Outcome]]
+    ) -> bool:
+        """Give a sequence its next token and tell its request; return whether it goes on."""
+        if token is None:
+            out.append((sequence, Internal("The model produced no valid probabilities for this request.")))
+            return False
+        try:
+            chosen = self._logprob(row, token, sequence) if sequence.request.top_logprobs is not None else None
+            ends = token in self._loaded.eos_ids and not sequence.request.sampling.ignore_eos
+            delta = sequence.accept(token, is_eos=ends, logprob=chosen)
+        except Exception as error:  # a fault in one reply's bookkeeping stays its own
+            log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})
+            out.append((sequence, _named(error)))
+            return False
+        self._num_completion_tokens += 1
+        sequence.first_token_s = sequence.first_token_s or now_s
+        if delta is not None:
+            out.append((sequence, delta))
+        if sequence.finish_reason is not None:
+            out.append((sequence, self._finish(sequence, now_s)))
+        return sequence.finish_reason is None
 
     def _logprob(self, row: torch.Tensor, token: int, sequence: Sequence) -> TokenLogprob:
         value, top = logprobs(row, token, sequence.request.top_logprobs or 0)
@@ -270,6 +334,7 @@ class TextEngine:
             reason=sequence.finish_reason or "stop",
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_completion_tokens=sequence.num_generated_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
             stop=sequence.stop,
             queue_us=int((sequence.scheduled_s - sequence.arrived_s) * 1e6),
             prefill_us=int((sequence.first_token_s - sequence.scheduled_s) * 1e6),

@@ -1,16 +1,20 @@
-"""Keys and values of the running sequences, in slots.
+"""Which cache block holds what: allocation, sharing of equal prefixes, eviction. Pure bookkeeping, no tensors.
 
-One tensor holds every layer: (2, layers, slots, kv_heads, capacity, head_dim). Running sequences always
-occupy slots 0 … n-1, so that a decode step attends over a plain view without gathering; when one leaves, the
-last one moves into its slot. On the CPU the tensor is reserved address space: memory is committed only where
-tokens were written, so resident bytes follow use. The budget is counted in tokens.
+Above: the scheduler. Beside it: each runner keeps keys and values in its own layout, addressed by the block indices
+given here. A block holds `BLOCK_TOKENS` positions of every layer. A full block is known by a hash of everything it
+depends on (all tokens up to its end, the cache scope, pictures), so a later prompt with the same beginning takes it over
+instead of computing it. Blocks nobody uses stay known until their memory is needed, the least recently used first.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
-import torch
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,50 +25,139 @@ class KVShape:
         num_layers: layers that attend.
         num_kv_heads: key/value heads of each.
         head_dim: size of one head.
-        num_slots: most sequences that run at once.
-        capacity: most tokens of one sequence.
-        budget_tokens: most tokens of all sequences together.
+        num_blocks: blocks within the byte budget.
+        max_context_tokens: most tokens of one sequence.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    num_slots: int
-    capacity: int
-    budget_tokens: int
+    num_blocks: int
+    max_context_tokens: int
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
+    def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one token occupies over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
 
-class SlotCache:
-    """The cache of one model. Used by the engine's thread only."""
+def blocks_for(num_tokens: int) -> int:
+    """Return how many blocks hold so many tokens."""
+    return -(-num_tokens // BLOCK_TOKENS)
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.device = device
-        # A virtual reservation on the CPU; on a GPU real memory, so the loader keeps all slots within the budget.
-        self._kv = torch.empty(
-            (2, shape.num_layers, shape.num_slots, shape.num_kv_heads, shape.capacity, shape.head_dim),
-            dtype=dtype,
-            device=device,
-        )
 
-    def keys(self, layer: int) -> torch.Tensor:
-        """Keys of one layer: (slots, kv_heads, capacity, head_dim), a view."""
-        return self._kv[0, layer]
+class PrefixHashes:
+    """Hashes of a sequence's full blocks, each over everything up to its end; grows with the sequence.
 
-    def values(self, layer: int) -> torch.Tensor:
-        """Values of one layer: (slots, kv_heads, capacity, head_dim), a view."""
-        return self._kv[1, layer]
+    Args:
+        root: what else the whole sequence depends on: cache scope, adapter.
+        extras: (position, content hash) of inputs that are not tokens; each enters the block of its position.
+    """
 
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy one sequence's first `num_tokens` from one slot to another."""
-        self._kv[:, :, target, :, :num_tokens] = self._kv[:, :, source, :, :num_tokens]
+    __slots__ = ("_extras", "_hashes", "_root")
+
+    def __init__(self, root: bytes = b"", extras: Iterable[tuple[int, bytes]] = ()) -> None:
+        self._root = root
+        self._hashes: list[bytes] = []
+        self._extras: dict[int, bytes] = {}
+        for position, content in extras:
+            block = position // BLOCK_TOKENS
+            self._extras[block] = self._extras.get(block, b"") + position.to_bytes(8, "little") + content
+
+    def of(self, token_ids: Sequence[int], num_blocks: int) -> list[bytes]:
+        """Return the hashes of the first `num_blocks` blocks of a sequence that must hold as many tokens."""
+        while len(self._hashes) < num_blocks:
+            index = len(self._hashes)
+            digest = blake2b(self._hashes[-1] if self._hashes else self._root, digest_size=16)
+            tokens = token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+            digest.update(array("q", tokens).tobytes())
+            digest.update(self._extras.get(index, b""))
+            self._hashes.append(digest.digest())
+        return self._hashes[:num_blocks]
+
+
+class BlockPool:
+    """The blocks of one model's cache. Used by the engine's thread only.
+
+    Every block is in one of three states: in use (some sequences hold it), known (nobody holds it, its contents may be
+    taken over), or free.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._holders = [0] * num_blocks
+        self._hash: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
+        self._known: OrderedDict[int, None] = OrderedDict()
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token occupies."""
-        return self.shape.bytes_per_token(self.dtype)
+    def num_available(self) -> int:
+        """Blocks that `allocate` could give: free ones and known ones that nobody holds."""
+        return len(self._free) + len(self._known)
+
+    @property
+    def num_in_use(self) -> int:
+        """Blocks that some sequence holds."""
+        return self.num_blocks - self.num_available
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Return the blocks of the longest beginning that is known or in use; holds nothing yet."""
+        found: list[int] = []
+        for digest in hashes:
+            block = self._by_hash.get(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def hold(self, block: int) -> None:
+        """Take part in a block that `match` found."""
+        if self._holders[block] == 0:
+            del self._known[block]
+        self._holders[block] += 1
+
+    def is_held(self, block: int) -> bool:
+        """Whether some sequence holds the block."""
+        return self._holders[block] > 0
+
+    def allocate(self) -> int | None:
+        """Return a block for new contents, held once; None when all are in use."""
+        if self._free:
+            block = self._free.pop()
+        elif self._known:
+            block, _ = self._known.popitem(last=False)
+            self._forget(block)
+        else:
+            return None
+        self._holders[block] = 1
+        return block
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Say that a held block is full and what it holds. When another holds the same, that one stays the known."""
+        if self._hash[block] is None and digest not in self._by_hash:
+            self._hash[block] = digest
+            self._by_hash[digest] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Let go of blocks; the last ones of a prompt are evicted before its first ones."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if self._hash[block] is None:
+                    self._free.append(block)
+                else:
+                    self._known[block] = None
+
+    def clear(self) -> None:
+        """Forget every known block: its contents are lost. Held blocks stay held."""
+        for block in self._known:
+            self._free.append(block)
+        self._known.clear()
+        self._by_hash.clear()
+        self._hash = [None] * self.num_blocks
+
+    def _forget(self, block: int) -> None:
+        digest = self._hash[block]
+        assert digest is not None
+        del self._by_hash[digest]
+        self._hash[block] = None

@@ -15,14 +15,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from workers.engine import LoadSpec, ModelFacts
 from workers.text import attention
-from workers.text.kv_cache import KVShape
-from workers.text.linear import pack
+from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
+from workers.text.native.build import built
+from workers.text.native.describe import FAMILIES
 
 Report = Callable[[str, int, int], None]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DEFAULT_KV_BYTES = 2 * 2**30
-_MIN_SLOTS = 4
+_MIN_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,9 @@ class LoadedModel:
     """A model ready to run.
 
     Attributes:
-        model: the transformers module, in eval mode on its device.
+        model: the transformers module, in eval mode on its device; runners are made of it (`opening.py`).
+        decoder: its text decoder (embedding, layers, norm), and `head`, the output projection.
+        text_config: the decoder's configuration.
         tokenizer: transformers' tokenizer.
         eos_ids: tokens that end a reply.
         defaults: the model's own sampling defaults.
@@ -39,6 +42,9 @@ class LoadedModel:
     """
 
     model: Any
+    decoder: Any
+    head: Any
+    text_config: Any
     tokenizer: Any
     eos_ids: frozenset[int]
     defaults: dict[str, float]
@@ -48,11 +54,19 @@ class LoadedModel:
     dtype: torch.dtype
 
 
-def choose_dtype(wanted: str, config_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the serving dtype: as wanted; else bfloat16 where the processor multiplies it natively, else float32."""
+def choose_dtype(
+    wanted: str, config_dtype: torch.dtype | None, device: torch.device, *, has_kernels: bool = False
+) -> torch.dtype:
+    """Return the serving dtype: as wanted; else bfloat16 where that is fast, else float32.
+
+    Our own kernels (`has_kernels`) read bfloat16 weights on any processor and compute in float32; torch's need a
+    processor that multiplies bfloat16 itself.
+    """
     if wanted != "auto":
         return _DTYPES[wanted]
     if device.type == "cpu":
+        if has_kernels and config_dtype != torch.float32:
+            return torch.bfloat16
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast and config_dtype != torch.float32 else torch.float32
     return config_dtype if config_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -77,7 +91,8 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         raise ModelLoadFailed(
             f"{spec.model} has layers that are not attention ({', '.join(sorted(odd))}): not served yet."
         )
-    dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device)
+    kernels = device.type == "cpu" and text.model_type in FAMILIES and built() is not None
+    dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device, has_kernels=kernels)
     total = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     report("read", 0, total)
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -97,22 +112,31 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
     report("read", total, total)
     num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    pack(model)
     kv = _kv_shape(spec, text, dtype, device)
     facts = ModelFacts(
         model=spec.model,
         engine="text",
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        max_context_tokens=kv.capacity,
+        max_context_tokens=kv.max_context_tokens,
         vocab_size=int(text.vocab_size),
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv.bytes_per_token(dtype),
+        kv_bytes_per_token=kv.bytes_per_token(dtype.itemsize),
     )
     generation = _generation_config(path)
     return LoadedModel(
-        model, tokenizer, _eos_ids(tokenizer, generation, text), _defaults(generation), kv, facts, device, dtype
+        model=model,
+        decoder=model.get_decoder(),
+        head=model.get_output_embeddings(),
+        text_config=text,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(tokenizer, generation, text),
+        defaults=_defaults(generation),
+        kv=kv,
+        facts=facts,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -128,26 +152,15 @@ def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.devic
         context = min(context, spec.max_context_tokens)
     layers = int(text.num_hidden_layers)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
-    budget = (spec.kv_cache_bytes or _DEFAULT_KV_BYTES) // per_token
-    if budget < 64:
+    num_blocks = (spec.kv_cache_bytes or _DEFAULT_KV_BYTES) // (per_token * BLOCK_TOKENS)
+    if num_blocks < _MIN_BLOCKS:
         raise ModelLoadFailed(
-            f"{spec.kv_cache_bytes} bytes of KV cache hold only {budget} tokens of {spec.model}; give it at least "
-            f"{64 * per_token} (kv_cache in the configuration)."
+            f"{spec.kv_cache_bytes} bytes of KV cache hold only {num_blocks * BLOCK_TOKENS} tokens of {spec.model}; give "
+            f"it at least {_MIN_BLOCKS * BLOCK_TOKENS * per_token} (kv_cache in the configuration)."
         )
-    capacity, slots = choose_slots(context, budget, spec.max_running, reserves_lazily=device.type == "cpu")
-    return KVShape(layers, kv_heads, head_dim, slots, capacity, min(budget, capacity * slots))
-
-
-def choose_slots(context: int, budget: int, max_running: int, *, reserves_lazily: bool) -> tuple[int, int]:
-    """Return (capacity in tokens of one slot, number of slots) for a cache of `budget` tokens.
-
-    Where memory is committed only when written, every slot may be as long as the context. Elsewhere all slots together
-    must fit the budget: at least a few of them, so that long contexts do not leave one request alone on the device.
-    """
-    if reserves_lazily:
-        return min(context, budget), max_running
-    capacity = min(context, max(1, budget // min(max_running, _MIN_SLOTS)))
-    return capacity, max(1, min(max_running, budget // capacity))
+    # More than everybody's whole context is never needed.
+    num_blocks = min(num_blocks, spec.max_running * blocks_for(context))
+    return KVShape(layers, kv_heads, head_dim, num_blocks, min(context, num_blocks * BLOCK_TOKENS))
 
 
 def _generation_config(path: Path) -> GenerationConfig:

@@ -1,76 +1,72 @@
-"""Runs one step through the model: packed tokens in, one row of logits for each finished row out.
+"""Runs a step through transformers' own model definition; the seam that every runner fills.
 
-The only place where the model definition is called. Used by the engine's thread.
+Above: the engine's loop. Below: the model, which calls `attention.attend` for each layer with our context.
+`native/runner.py` is the other runner: the same steps in C++ on the CPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from workers.text.attention import Chunk, StepContext
-from workers.text.kv_cache import SlotCache
+from workers.text.attention import PagedCache, StepContext
+from workers.text.packing import PackedStep, pack
 from workers.text.scheduler import Step
+from workers.text.threads import Threads
+
+
+class Runner(Protocol):
+    """A model, its keys and values, and how a `Step` becomes logits. Used by the engine's thread only."""
+
+    @property
+    def name(self) -> str:
+        """What logs and statistics call it."""
+
+    def run(self, step: Step) -> torch.Tensor:
+        """Run one step: keys and values of all its tokens are in the cache afterwards.
+
+        Returns:
+            (rows, vocab) float32 on the CPU: for each work in order, the rows that may yield a token.
+        """
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 class ModelRunner:
-    """A model, its cache, and how a `Step` becomes tensors."""
+    """Transformers' definition with our attention over a paged cache, on any device."""
 
-    def __init__(self, model: Any, cache: SlotCache) -> None:
+    name = "eager"
+
+    def __init__(self, model: Any, cache: PagedCache, threads: Threads) -> None:
         self._model = model
         self._cache = cache
+        self._threads = threads
 
-    @property
-    def cache(self) -> SlotCache:
-        """The cache that steps write to."""
-        return self._cache
-
-    def move(self, step: Step) -> None:
-        """Carry out the step's slot moves, in order."""
-        for move in step.moves:
-            self._cache.move(move.source, move.target, move.num_tokens)
+    def run(self, step: Step) -> torch.Tensor:
+        """Run one step; see `Runner.run`."""
+        return self.run_packed(pack(step))
 
     @torch.inference_mode()
-    def run(self, step: Step) -> torch.Tensor:
-        """Run one step.
-
-        Returns:
-            (rows, vocab) float32 on the CPU: first the decodes, then those prefills whose last token it was.
-        """
-        self.move(step)
-        decodes = sorted(step.decodes, key=lambda w: w.sequence.slot)
-        ids = [w.sequence.token_ids[w.start] for w in decodes]
-        positions = [w.start for w in decodes]
-        rows = list(range(len(decodes)))
-        chunks: list[Chunk] = []
-        for work in step.prefills:
-            chunks.append(Chunk(len(ids), work.end - work.start, work.sequence.slot, work.start))
-            ids.extend(work.sequence.token_ids[work.start : work.end])
-            positions.extend(range(work.start, work.end))
-            if work.yields_token:
-                rows.append(len(ids) - 1)
+    def run_packed(self, packed: PackedStep) -> torch.Tensor:
+        """The same for a packed step."""
+        torch.set_num_threads(self._threads.for_rows(packed.tokens.size))
         device = self._cache.device
-        slots = [w.sequence.slot for w in decodes]
-        span_positions = [0] * (max(slots) + 1 if slots else 0)
-        for slot, work in zip(slots, decodes, strict=True):
-            span_positions[slot] = work.start
-        context = StepContext(
-            cache=self._cache,
-            num_decodes=len(decodes),
-            decode_slots=torch.tensor(slots, dtype=torch.long, device=device),
-            decode_positions=torch.tensor(positions[: len(decodes)], dtype=torch.long, device=device),
-            span_positions=torch.tensor(span_positions, dtype=torch.long, device=device),
-            length=max(span_positions, default=-1) + 1,
-            chunks=tuple(chunks),
-            masks={},
-        )
+
+        def here(array: Any) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, torch.long)
+
         output = self._model(
-            input_ids=torch.tensor([ids], dtype=torch.long, device=device),
-            position_ids=torch.tensor([positions], dtype=torch.long, device=device),
+            input_ids=here(packed.tokens)[None],
+            position_ids=here(packed.positions)[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
-            step=context,
+            logits_to_keep=here(packed.logit_rows),
+            step=StepContext.of(packed, self._cache),
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float().cpu()
+
+    def close(self) -> None:
+        """Let go of the model and the cache."""
+        del self._model, self._cache

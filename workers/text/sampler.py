@@ -93,23 +93,26 @@ def sample(logits: torch.Tensor, rules: Sequence[RowSampling], histories: Sequen
     """Choose one token for each row.
 
     Args:
-        logits: (rows, vocab) float32; rows with penalties or bias are edited in place.
+        logits: (rows, vocab) float32, left as they are.
         rules: one for each row.
         histories: one for each row.
 
     Returns:
         Token ids; None for a row whose logits hold NaN or no finite value (that request must fail, alone).
     """
-    for index, rule in enumerate(rules):
-        if rule.edits_logits:
-            edit_logits(logits[index], rule, histories[index])
     peaks, likeliest = logits.max(dim=-1)
     tokens: list[int | None] = list(likeliest.tolist())
-    for index, peak in enumerate(peaks.tolist()):
+    for index, (rule, peak) in enumerate(zip(rules, peaks.tolist(), strict=True)):
+        row = logits[index]
+        if rule.edits_logits:
+            row = row.clone()
+            edit_logits(row, rule, histories[index])
+            highest, at = row.max(dim=-1)
+            peak, tokens[index] = float(highest), int(at)
         if not math.isfinite(peak):
             tokens[index] = None
-        elif not rules[index].greedy:
-            tokens[index] = _draw(logits[index], rules[index])
+        elif not rule.greedy:
+            tokens[index] = _draw(row, rule)
     return tokens
 
 

@@ -1,13 +1,13 @@
-"""Who runs in the next step: decode everyone, then prefill the eldest in chunks, within the token budget.
+"""Who runs in the next step: decode everyone, then prefill the eldest in chunks, as far as the pace allows.
 
-Pure bookkeeping over `Sequence` objects: no tensors, no clock, no threads. The engine's loop is
+Bookkeeping over `Sequence` objects and cache blocks: no tensors, no clock, no threads. The engine's loop is
 schedule → run → postprocess; this file is the first word of it.
 
 Invariants:
-- running sequences hold slots 0 … n-1, one each;
-- tokens held by running sequences never exceed the cache's budget: when a decode would, the youngest running
-  sequence is preempted (its cache is dropped, it waits at the front and is prefilled again);
-- a sequence that alone would exceed the budget was refused at `add`, so the eldest always makes progress.
+- a sequence holds the blocks of its computed tokens, and of what the next step computes;
+- when a decode finds no block, the youngest running sequence is preempted (its blocks go, it waits at the front and is
+  prefilled again, mostly from blocks that are still known);
+- a sequence that alone would not fit was refused at `check`, so the eldest always makes progress.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from hostler.errors import ContextLengthExceeded, Overloaded
 
+from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, blocks_for
+from workers.text.pace import Pace
 from workers.text.sequence import Sequence
-
-_HEADROOM_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,54 +28,63 @@ class SchedulerLimits:
 
     max_running: int
     max_queued: int
-    budget_tokens: int
     max_context_tokens: int
-    prefill_chunk_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One sequence's share of a step: its tokens `start … end` (exclusive) go through the model."""
+    """One sequence's share of a step: its tokens `start … end` (exclusive) go through the model, then `draft`.
+
+    Attributes:
+        draft: guessed tokens after the last known one; each is checked by the row before it.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
 
     @property
     def yields_token(self) -> bool:
-        """Whether this step completes the known tokens, so that its last row gives a new one."""
+        """Whether this step completes the known tokens, so that its last rows give new ones."""
         return self.end == self.sequence.num_tokens
 
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """The cache must copy `num_tokens` from one slot to another before the step."""
-
-    source: int
-    target: int
-    num_tokens: int
+    @property
+    def num_rows(self) -> int:
+        """Tokens that go through the model."""
+        return self.end - self.start + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the model runs next: decode rows in slot order, then prefill chunks. Empty when nothing runs."""
+    """What the model runs next: decodes, then prefill chunks. Empty when nothing runs."""
 
-    decodes: tuple[Work, ...]
-    prefills: tuple[Work, ...]
-    moves: tuple[Move, ...]
+    works: tuple[Work, ...] = ()
+    num_decodes: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
+        return bool(self.works)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prefill chunks."""
+        return sum(work.num_rows for work in self.works[self.num_decodes :])
 
 
 class Scheduler:
-    """Queues and slots of one engine."""
+    """Queues and cache blocks of one engine."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, pace: Pace) -> None:
         self.limits = limits
+        self.pool = pool
+        self.pace = pace
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._moves: list[Move] = []
+
+    @property
+    def longest_tokens(self) -> int:
+        """Most tokens of one sequence, prompt and reply together."""
+        return min(self.limits.max_context_tokens, self.pool.num_blocks * BLOCK_TOKENS)
 
     def check(self, num_prompt_tokens: int, num_queued: int) -> None:
         """Refuse what can never run, or not now.
@@ -84,11 +93,10 @@ class Scheduler:
             ContextLengthExceeded: the prompt leaves no room for a token.
             Overloaded: the queue is full.
         """
-        limit = min(self.limits.max_context_tokens, self.limits.budget_tokens)
-        if num_prompt_tokens >= limit:
+        if num_prompt_tokens >= self.longest_tokens:
             raise ContextLengthExceeded(
-                f"This prompt has {num_prompt_tokens} tokens; the model takes {limit} for prompt and reply together. "
-                "Shorten the prompt.",
+                f"This prompt has {num_prompt_tokens} tokens; the model takes {self.longest_tokens} for prompt and "
+                "reply together. Shorten the prompt.",
                 param="messages",
             )
         if num_queued >= self.limits.max_queued + self.limits.max_running:
@@ -99,71 +107,114 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is; its slot is free from the next step on."""
-        if sequence.slot >= 0:
-            self._vacate(sequence)
+        """Take a sequence out, wherever it is; its blocks are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._release(sequence)
 
-    @property
-    def held_tokens(self) -> int:
-        """Tokens whose keys and values running sequences hold."""
-        return sum(s.num_computed_tokens for s in self.running)
+    def preempt_all(self) -> None:
+        """Send every running sequence back to the queue, in order: the cache is about to lose its contents."""
+        for sequence in sorted(self.running, key=lambda s: s.serial, reverse=True):
+            self._preempt(sequence)
+        self.pool.clear()
 
     def schedule(self) -> Step:
         """Decide the next step and admit or preempt as it needs."""
-        self._make_room_for_decodes()
-        budget = self.limits.prefill_chunk_tokens
+        step = self._next()
+        while not step and self.running:
+            # Prompts that hold blocks and wait for more: the youngest makes way, so that the eldest goes on.
+            self._preempt(max(self.running, key=lambda s: s.serial))
+            step = self._next()
+        return step
+
+    def _next(self) -> Step:
+        decodes = self._decodes()
+        budget = self.pace.chunk_tokens(len(decodes), len(self.running) - len(decodes) + len(self.waiting))
         prefills: list[Work] = []
-        free_tokens = self.limits.budget_tokens - sum(s.num_tokens + 1 for s in self.running)
-        for sequence in self.running:
-            if not sequence.is_decoding and budget > 0:
-                work = self._chunk(sequence, budget)
+        for sequence in [s for s in self.running if not s.is_decoding]:
+            if budget > 0 and (work := self._chunk(sequence, budget)) is not None:
                 prefills.append(work)
-                budget -= work.end - work.start
+                budget -= work.num_rows
         while self.waiting and budget > 0 and len(self.running) < self.limits.max_running:
             sequence = self.waiting[0]
-            # Headroom, so that whoever is admitted is not preempted a moment later.
-            headroom = _HEADROOM_TOKENS * len(self.running)
-            if self.running and sequence.num_tokens + 1 + headroom > free_tokens:
+            if not self._admit(sequence):
                 break
             self.waiting.popleft()
-            sequence.slot = len(self.running)
             self.running.append(sequence)
-            free_tokens -= sequence.num_tokens + 1
-            work = self._chunk(sequence, budget)
-            prefills.append(work)
-            budget -= work.end - work.start
-        decodes = tuple(Work(s, s.num_computed_tokens, s.num_tokens) for s in self.running if s.is_decoding)
-        moves, self._moves = tuple(self._moves), []
-        return Step(decodes, tuple(prefills), moves)
+            if (work := self._chunk(sequence, budget)) is not None:
+                prefills.append(work)
+                budget -= work.num_rows
+        return Step((*decodes, *prefills), len(decodes))
 
-    @staticmethod
-    def _chunk(sequence: Sequence, budget: int) -> Work:
+    def computed(self, work: Work, num_accepted: int) -> None:
+        """Note that a work's tokens (and so many of its draft) are in the cache, and make full blocks known."""
+        sequence = work.sequence
+        sequence.num_computed_tokens = work.end + num_accepted
+        first, full = work.start // BLOCK_TOKENS, sequence.num_computed_tokens // BLOCK_TOKENS
+        if full > first:
+            hashes = sequence.hashes.of(sequence.token_ids, full)
+            for index in range(first, full):
+                self.pool.publish(sequence.blocks[index], hashes[index])
+
+    def _decodes(self) -> list[Work]:
+        """Give every decoding sequence a block for its newest token; preempt the youngest until all have one."""
+        decodes: list[Work] = []
+        for sequence in sorted((s for s in self.running if s.is_decoding), key=lambda s: s.serial):
+            while sequence.blocks and not self._grow(sequence, sequence.num_tokens):
+                self._preempt(max(self.running, key=lambda s: s.serial))
+            if not sequence.blocks:
+                continue  # it was the youngest itself
+            draft = sequence.draft
+            while draft and not self._grow(sequence, sequence.num_tokens + len(draft)):
+                draft = draft[:-1]
+            decodes.append(Work(sequence, sequence.num_computed_tokens, sequence.num_tokens, draft))
+        return decodes
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Work | None:
         start = sequence.num_computed_tokens
-        return Work(sequence, start, min(sequence.num_tokens, start + budget))
+        end = min(sequence.num_tokens, start + budget)
+        if not self._grow(sequence, end):
+            # Others grew into the room that was there at admission; as many tokens as still fit, or wait.
+            end = min(end, len(sequence.blocks) * BLOCK_TOKENS)
+            if end <= start:
+                return None
+        return Work(sequence, start, end)
 
-    def _make_room_for_decodes(self) -> None:
-        """Preempt the youngest until every running sequence may hold one more token."""
-        while len(self.running) > 1:
-            needed = sum(s.num_tokens + 1 for s in self.running)
-            if needed <= self.limits.budget_tokens:
-                return
-            youngest = max(self.running, key=lambda s: s.serial)
-            self._vacate(youngest)
-            youngest.num_computed_tokens = 0
-            self.waiting.appendleft(youngest)
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take over what is known of a waiting sequence's prompt, if the rest of it would fit, too."""
+        reusable = (sequence.num_tokens - 1) // BLOCK_TOKENS  # the last token must run: its logits are wanted
+        found = self.pool.match(sequence.hashes.of(sequence.token_ids, reusable))
+        # What running prompts still need is theirs; a block of headroom each, so that whoever is admitted is not
+        # preempted a moment later.
+        promised = sum(max(0, blocks_for(s.num_tokens + 1) - len(s.blocks)) + 1 for s in self.running)
+        needed = blocks_for(sequence.num_tokens + 1) - len(found) + promised
+        if self.running and needed > self.pool.num_available - sum(not self.pool.is_held(block) for block in found):
+            return False
+        for block in found:
+            self.pool.hold(block)
+        sequence.blocks = found
+        sequence.num_computed_tokens = len(found) * BLOCK_TOKENS
+        if sequence.num_generated_tokens == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        return True
 
-    def _vacate(self, sequence: Sequence) -> None:
-        """Free a slot; the last running sequence moves into it, so that slots stay dense."""
-        slot, last = sequence.slot, self.running[-1]
-        if last is not sequence:
-            self._record_move(last, slot)
-            self.running[slot] = last
-        self.running.pop()
-        sequence.slot = -1
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a sequence blocks for so many tokens; False when there are too few."""
+        while len(sequence.blocks) < blocks_for(num_tokens):
+            block = self.pool.allocate()
+            if block is None:
+                return False
+            sequence.blocks.append(block)
+        return True
 
-    def _record_move(self, moved: Sequence, target: int) -> None:
-        """Note that `moved` goes to slot `target`; earlier moves of the same step stay in order."""
-        self._moves.append(Move(moved.slot, target, moved.num_computed_tokens))
-        moved.slot = target
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed_tokens = 0

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from workers.engine import GenerationRequest, TextDelta, TokenLogprob
 from workers.text.detokenizer import Decode, Detokenizer
+from workers.text.kv_cache import PrefixHashes
+from workers.text.lookup import Lookup
 from workers.text.sampler import History, RowSampling
 from workers.text.stops import StopMatcher
 
@@ -24,7 +26,11 @@ class Sequence:
         num_prompt_tokens: length of the prompt part.
         num_computed_tokens: leading tokens whose keys and values are in the cache.
         max_tokens: most tokens to generate.
-        slot: row in the cache; -1 while waiting.
+        hashes: of its full blocks, for the prefix cache.
+        blocks: cache blocks that it holds; none while waiting.
+        num_cached_tokens: prompt tokens that were found in the cache and not computed.
+        draft: guessed next tokens, to be checked by the next step.
+        lookup: where guesses come from; None for none.
         finish_reason: set once, ends the sequence.
     """
 
@@ -35,7 +41,11 @@ class Sequence:
     max_tokens: int
     decode: Decode
     serial: int = 0
-    slot: int = -1
+    hashes: PrefixHashes = field(default_factory=PrefixHashes)
+    blocks: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    draft: tuple[int, ...] = ()
+    lookup: Lookup | None = None
     num_computed_tokens: int = 0
     cancelled: bool = False
     finish_reason: str | None = None
@@ -92,6 +102,12 @@ class Sequence:
             self.finish_reason = "length"
             text += self._tail()
         return self._delta(text)
+
+    def guess(self, drafted: tuple[int, ...], num_right: int, *, allowed: bool) -> None:
+        """Learn how the last draft fared and make the next one, if there may be one."""
+        if self.lookup is not None:
+            self.lookup.learn(len(drafted), num_right)
+            self.draft = self.lookup.guess()[: self.max_tokens - self.num_generated_tokens - 1] if allowed else ()
 
     def _tail(self) -> str:
         """Text still held back when the reply ends."""

@@ -1,0 +1,379 @@
+// One step of a decoder-only transformer over a paged cache: token ids in, logits out, one call.
+//
+// Above: runner.py calls these C functions through ctypes (which releases the interpreter lock for the whole step).
+// Below: linear.h, attention.h. A model is what model.py describes: RMS norms, rotary positions, grouped heads, a gated
+// MLP. Anything else stays with transformers' own definition.
+#include <sys/mman.h>
+
+#include <chrono>
+#include <vector>
+
+#include "attention.h"
+#include "pack.h"
+
+using namespace hostler;
+
+extern "C" {
+
+struct ModelConfig {
+  int32_t layers, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, vocab;
+  int32_t gelu;         // 1: gelu(tanh), 0: silu
+  int32_t cache_kind;   // Kind of keys and values: F32 or BF16
+  int32_t threads;
+  int64_t blocks;
+  float eps, embed_scale, attention_scale, residual_scale, logit_scale;
+};
+
+// Rows of a step are tokens; a sequence owns `rows` consecutive ones from `first_row`, at positions `start` on.
+struct SequenceRows {
+  int32_t first_row, rows, start, table;
+};
+
+struct Step {
+  int32_t rows, sequences, logit_rows, overrides, table_stride, threads;
+  const int32_t* tokens;         // (rows,)
+  const SequenceRows* sequence;  // (sequences,)
+  const int32_t* tables;         // (tables, table_stride) block indices
+  const float* const* cosines;   // one (rows, rotary_dim / 2) array for each kind of rotary positions
+  const float* const* sines;
+  const int32_t* logit_row;      // (logit_rows,)
+  float* logits;                 // (logit_rows, vocab)
+  const int32_t* override_row;   // rows whose embedding is given: (overrides,)
+  const float* override_value;   // (overrides, hidden)
+};
+
+}  // extern "C"
+
+namespace {
+
+enum Which { QKV, OUT, GATE_UP, DOWN, WEIGHTS };
+enum Vector { ATTENTION_NORM, ATTENTION_POST_NORM, MLP_NORM, MLP_POST_NORM, QUERY_NORM, KEY_NORM, VECTORS };
+enum Stage { LINEAR, ATTENTION, HEAD, OTHER, STAGES };
+
+struct Layer {
+  Weight weight[WEIGHTS];
+  std::vector<float> vector[VECTORS];
+  int window = 0, rope = 0;  // 0: no window; -1: no rotary positions
+};
+
+using Clock = std::chrono::steady_clock;
+
+struct Model {
+  ModelConfig config;
+  Pool pool;
+  std::vector<Layer> layers;
+  Weight head;
+  Weight embedding;  // empty when the head is the embedding too
+  std::vector<float> final_norm;
+  Cache cache;
+  size_t cache_bytes = 0;
+  Buffer<float> x, normed, qkv, attended, gated;
+  size_t capacity = 0;
+  double seconds[STAGES] = {};
+
+  explicit Model(const ModelConfig& c) : config(c), pool(c.threads), layers(c.layers) {
+    cache.kind = Kind(c.cache_kind), cache.kv_heads = c.kv_heads, cache.head_dim = c.head_dim, cache.blocks = c.blocks;
+    cache_bytes = size_t(c.layers) * c.blocks * c.kv_heads * 2 * cache.half();
+    // Address space only: the system commits a page when a position is first written to it.
+    void* p = mmap(nullptr, cache_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    cache.data = static_cast<uint8_t*>(p);
+  }
+  ~Model() { munmap(cache.data, cache_bytes); }
+
+  int qkv_width() const { return (config.heads + 2 * config.kv_heads) * config.head_dim; }
+
+  void reserve(size_t rows) {
+    if (rows <= capacity) return;
+    x = allocate<float>(rows * config.hidden);
+    normed = allocate<float>(rows * config.hidden);
+    qkv = allocate<float>(rows * qkv_width());
+    attended = allocate<float>(rows * config.heads * config.head_dim);
+    gated = allocate<float>(rows * ((config.intermediate + kPanel - 1) / kPanel * kPanel));
+    capacity = rows;
+  }
+};
+
+void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
+  vf squares = {};
+  for (int i = 0; i < n; i += W) squares += load(x + i) * load(x + i);
+  const float scale = 1.0f / std::sqrt(sum(squares) / float(n) + eps);
+  for (int i = 0; i < n; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+// Runs body(row) for each row: here when they are few, else on the pool in blocks.
+template <class Body>
+void each_row(Pool& pool, int rows, const Body& body) {
+  constexpr int kRowsPerChunk = 4;
+  if (rows <= kRowsPerChunk) {
+    for (int r = 0; r < rows; ++r) body(r);
+    return;
+  }
+  pool.run((rows + kRowsPerChunk - 1) / kRowsPerChunk, [&](int chunk) {
+    for (int r = chunk * kRowsPerChunk; r < std::min(rows, (chunk + 1) * kRowsPerChunk); ++r) body(r);
+  });
+}
+
+float widened(const Weight& w, int row, int input) {
+  const uint8_t* panel = w.panel(row / kPanel);
+  const int c = row % kPanel;
+  if (w.kind == Kind::I8) {
+    return reinterpret_cast<const int8_t*>(panel)[size_t(input / 4) * kPanel * 4 + c * 4 + input % 4] * w.scales[row];
+  }
+  const size_t index = panel_index(w.kind, input, c);
+  return w.kind == Kind::BF16 ? widen(reinterpret_cast<const bf16*>(panel)[index])
+                              : reinterpret_cast<const float*>(panel)[index];
+}
+
+// Half-split rotation (NeoX): the first rotary_dim / 2 dimensions pair with the next ones.
+void rotate(float* head, const float* cosines, const float* sines, int half) {
+  int i = 0;
+  for (; i + W <= half; i += W) {
+    const vf a = load(head + i), b = load(head + half + i), c = load(cosines + i), s = load(sines + i);
+    store(head + i, a * c - b * s);
+    store(head + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    const float a = head[i], b = head[half + i];
+    head[i] = a * cosines[i] - b * sines[i], head[half + i] = b * cosines[i] + a * sines[i];
+  }
+}
+
+// `normed` (rows, hidden) times w, perhaps normalized, scaled, added to x.
+void add_product(Model& m, const Weight& w, const float* a, size_t lda, int rows, const std::vector<float>& post) {
+  const auto& c = m.config;
+  if (post.empty()) {
+    product(m.pool, w, a, lda, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
+      for (int p = 0; p < panels; ++p)
+        for (int r = 0; r < count; ++r) {
+          float* x = m.x.get() + size_t(row + r) * c.hidden + (panel + p) * kPanel;
+          for (int v = 0; v < kPanel; v += W)
+            store(x + v, load(x + v) + load(out + (p * count + r) * kPanel + v) * c.residual_scale);
+        }
+    });
+    return;
+  }
+  float* target = m.normed.get();
+  product(m.pool, w, a, lda, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
+    for (int p = 0; p < panels; ++p)
+      for (int r = 0; r < count; ++r)
+        std::memcpy(target + size_t(row + r) * c.hidden + (panel + p) * kPanel, out + (p * count + r) * kPanel, 64);
+  });
+  each_row(m.pool, rows, [&](int r) {
+    float *t = target + size_t(r) * c.hidden, *x = m.x.get() + size_t(r) * c.hidden;
+    rms_norm(t, post.data(), c.eps, c.hidden, t);
+    for (int i = 0; i < c.hidden; i += W) store(x + i, load(x + i) + load(t + i) * c.residual_scale);
+  });
+}
+
+struct Item {
+  int32_t sequence, head, first, count;  // queries first … of the sequence's rows * group
+};
+
+void attention(Model& m, const Step& step, const Layer& layer, int index, const std::vector<Item>& items) {
+  const auto& c = m.config;
+  const int group = c.heads / c.kv_heads, width = m.qkv_width();
+  m.pool.run(int(items.size()), [&](int i) {
+    const Item& item = items[i];
+    const SequenceRows& s = step.sequence[item.sequence];
+    Queries q;
+    for (int j = 0; j < item.count; ++j) {
+      const int row = (item.first + j) / group, head = item.head * group + (item.first + j) % group;
+      q.rows[j] = m.qkv.get() + size_t(s.first_row + row) * width + size_t(head) * c.head_dim;
+      q.out[j] = m.attended.get() + (size_t(s.first_row + row) * c.heads + head) * c.head_dim;
+      q.position[j] = s.start + row;
+    }
+    const int32_t* table = step.tables + size_t(s.table) * step.table_stride;
+    if (m.cache.kind == Kind::BF16)
+      attend_rows<BF16Loader>(m.cache, index, item.head, table, q, item.count, layer.window);
+    else
+      attend_rows<F32Loader>(m.cache, index, item.head, table, q, item.count, layer.window);
+  });
+}
+
+// Norms and rotates queries and keys of each row, scales queries, and writes keys and values to the cache.
+void place(Model& m, const Step& step, const Layer& layer, int index, const std::vector<int32_t>& owner) {
+  const auto& c = m.config;
+  const int half = c.rotary_dim / 2;
+  each_row(m.pool, step.rows, [&](int r) {
+    float* row = m.qkv.get() + size_t(r) * m.qkv_width();
+    const SequenceRows& s = step.sequence[owner[r]];
+    for (int h = 0; h < c.heads + c.kv_heads; ++h) {
+      float* head = row + size_t(h) * c.head_dim;
+      const auto& norm = layer.vector[h < c.heads ? QUERY_NORM : KEY_NORM];
+      if (!norm.empty()) rms_norm(head, norm.data(), c.eps, c.head_dim, head);
+      if (layer.rope >= 0)
+        rotate(head, step.cosines[layer.rope] + size_t(r) * half, step.sines[layer.rope] + size_t(r) * half, half);
+      if (h < c.heads)
+        for (int i = 0; i < c.head_dim; i += W) store(head + i, load(head + i) * c.attention_scale);
+    }
+    const int position = s.start + r - s.first_row;
+    const int32_t block = step.tables[size_t(s.table) * step.table_stride + position / kBlock];
+    const bool last = r + 1 == s.first_row + s.rows;
+    for (int h = 0; h < c.kv_heads; ++h) {
+      const float* key = row + size_t(c.heads + h) * c.head_dim;
+      write_position(m.cache, m.cache.block(index, block, h), position % kBlock, key, key + c.kv_heads * c.head_dim, last);
+    }
+  });
+}
+
+void embed(Model& m, const Step& step) {
+  const auto& c = m.config;
+  const Weight& table = m.embedding.data ? m.embedding : m.head;
+  each_row(m.pool, step.rows, [&](int r) {
+    float* x = m.x.get() + size_t(r) * c.hidden;
+    for (int i = 0; i < c.hidden; ++i) x[i] = widened(table, step.tokens[r], i) * c.embed_scale;
+  });
+  for (int o = 0; o < step.overrides; ++o)
+    std::memcpy(m.x.get() + size_t(step.override_row[o]) * c.hidden, step.override_value + size_t(o) * c.hidden,
+                size_t(c.hidden) * 4);
+}
+
+void run(Model& m, const Step& step) {
+  const auto& c = m.config;
+  auto mark = Clock::now();
+  auto took = [&](Stage stage) {
+    const auto now = Clock::now();
+    m.seconds[stage] += std::chrono::duration<double>(now - mark).count();
+    mark = now;
+  };
+  m.pool.limit(step.threads);
+  m.reserve(step.rows);
+  std::vector<Item> items;
+  std::vector<int32_t> owner(step.rows);
+  const int group = c.heads / c.kv_heads, width = m.qkv_width();
+  for (int s = 0; s < step.sequences; ++s) {
+    const int queries = step.sequence[s].rows * group;
+    for (int first = 0; first < queries; first += kRows)
+      for (int h = 0; h < c.kv_heads; ++h) items.push_back({s, h, first, std::min(kRows, queries - first)});
+    for (int r = 0; r < step.sequence[s].rows; ++r) owner[step.sequence[s].first_row + r] = s;
+  }
+  embed(m, step);
+  float *x = m.x.get(), *normed = m.normed.get();
+  auto norm_rows = [&](const std::vector<float>& weight) {
+    each_row(m.pool, step.rows, [&](int r) {
+      rms_norm(x + size_t(r) * c.hidden, weight.data(), c.eps, c.hidden, normed + size_t(r) * c.hidden);
+    });
+  };
+  const size_t gated_width = size_t(m.layers[0].weight[GATE_UP].panels) / 2 * kPanel;
+  for (int l = 0; l < c.layers; ++l) {
+    const Layer& layer = m.layers[l];
+    norm_rows(layer.vector[ATTENTION_NORM]);
+    took(OTHER);
+    product(m.pool, layer.weight[QKV], normed, c.hidden, step.rows, 1,
+            [&](int row, int count, int panel, int panels, const float* out) {
+              for (int p = 0; p < panels; ++p)
+                for (int r = 0; r < count; ++r)
+                  std::memcpy(m.qkv.get() + size_t(row + r) * width + (panel + p) * kPanel,
+                              out + (p * count + r) * kPanel, 64);
+            });
+    took(LINEAR);
+    place(m, step, layer, l, owner);
+    attention(m, step, layer, l, items);
+    took(ATTENTION);
+    add_product(m, layer.weight[OUT], m.attended.get(), size_t(c.heads) * c.head_dim, step.rows,
+                layer.vector[ATTENTION_POST_NORM]);
+    took(LINEAR);
+    norm_rows(layer.vector[MLP_NORM]);
+    took(OTHER);
+    product(m.pool, layer.weight[GATE_UP], normed, c.hidden, step.rows, 2,
+            [&](int row, int count, int panel, int panels, const float* out) {
+              for (int p = 0; p < panels; p += 2)
+                for (int r = 0; r < count; ++r) {
+                  float* target = m.gated.get() + size_t(row + r) * gated_width + (panel + p) / 2 * kPanel;
+                  const float *g = out + (p * count + r) * kPanel, *u = g + count * kPanel;
+                  for (int v = 0; v < kPanel; v += W)
+                    store(target + v, (c.gelu ? gelu_tanh(load(g + v)) : silu(load(g + v))) * load(u + v));
+                }
+            });
+    add_product(m, layer.weight[DOWN], m.gated.get(), gated_width, step.rows, layer.vector[MLP_POST_NORM]);
+    took(LINEAR);
+  }
+  for (int i = 0; i < step.logit_rows; ++i)
+    rms_norm(x + size_t(step.logit_row[i]) * c.hidden, m.final_norm.data(), c.eps, c.hidden, normed + size_t(i) * c.hidden);
+  took(OTHER);
+  product(m.pool, m.head, normed, c.hidden, step.logit_rows, 1,
+          [&](int row, int count, int panel, int panels, const float* out) {
+            for (int p = 0; p < panels; ++p)
+              for (int r = 0; r < count; ++r) {
+                const int first = (panel + p) * kPanel, n = std::min(kPanel, c.vocab - first);
+                float* target = step.logits + size_t(row + r) * c.vocab + first;
+                for (int i = 0; i < n; ++i) target[i] = out[(p * count + r) * kPanel + i] * c.logit_scale;
+              }
+          });
+  took(HEAD);
+}
+
+Weight& weight_of(Model& m, int layer, int which) {
+  if (layer >= 0) return m.layers[layer].weight[which];
+  return which == 0 ? m.head : m.embedding;
+}
+
+}  // namespace
+
+extern "C" {
+
+Model* hostler_model_new(const ModelConfig* config) try {
+  return new Model(*config);
+} catch (const std::exception&) {
+  return nullptr;
+}
+
+void hostler_model_free(Model* m) { delete m; }
+
+// Packs `count` row-major sources stacked along the outputs. Layer -1: which 0 is the head, 1 an embedding of its own.
+int hostler_set_weight(Model* m, int layer, int which, int kind, int count, const void* const* data, const int32_t* rows,
+                       int k, int is_bf16, int interleave) try {
+  std::vector<Source> sources;
+  for (int i = 0; i < count; ++i) sources.push_back({data[i], is_bf16 != 0, rows[i], k});
+  weight_of(*m, layer, which) = pack(m->pool, Kind(kind), sources.data(), count, interleave != 0);
+  return 0;
+} catch (const std::exception&) {
+  return -1;
+}
+
+int hostler_set_bias(Model* m, int layer, int which, const float* bias, int n) try {
+  Weight& w = weight_of(*m, layer, which);
+  w.bias = allocate<float>(size_t(w.panels) * kPanel);
+  std::fill_n(w.bias.get(), size_t(w.panels) * kPanel, 0.0f);
+  std::copy_n(bias, n, w.bias.get());
+  return 0;
+} catch (const std::exception&) {
+  return -1;
+}
+
+// Layer -1: the final norm.
+void hostler_set_vector(Model* m, int layer, int which, const float* values, int n) {
+  (layer < 0 ? m->final_norm : m->layers[layer].vector[which]).assign(values, values + n);
+}
+
+void hostler_set_layer(Model* m, int layer, int window, int rope) {
+  m->layers[layer].window = window, m->layers[layer].rope = rope;
+}
+
+int hostler_step(Model* m, const Step* step) try {
+  run(*m, *step);
+  return 0;
+} catch (const std::exception&) {
+  return -1;
+}
+
+// Gives the memory of cache blocks back to the system; their contents are lost.
+void hostler_release_blocks(Model* m, const int32_t* blocks, int count) {
+  const size_t bytes = m->cache.half() * 2 * m->config.kv_heads, page = size_t(sysconf(_SC_PAGESIZE));
+  for (int l = 0; l < m->config.layers; ++l)
+    for (int i = 0; i < count; ++i) {
+      auto begin = uintptr_t(m->cache.block(l, blocks[i], 0)), end = begin + bytes;
+      begin = (begin + page - 1) / page * page, end = end / page * page;
+      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    }
+}
+
+// Seconds spent in linear layers, attention, the head and the rest since the last call.
+void hostler_seconds(Model* m, double* out) {
+  for (int i = 0; i < STAGES; ++i) out[i] = m->seconds[i], m->seconds[i] = 0;
+}
+
+int hostler_vector_floats() { return W; }
+
+}  // extern "C"

@@ -1,0 +1,181 @@
+"""Reads from a transformers module what `decoder.cpp` must know of it, or says why the kernels cannot run it.
+
+Above: `runner.py`. Below: transformers' modules, read only. The kernels know one shape of decoder: RMS norms, rotary
+positions in halves, grouped heads, a gated MLP. The families below have it; a description is proved against the module's
+own output before it serves (see `runner.py`), so a family that changes its arithmetic is noticed, not served wrongly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FAMILIES = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"})
+_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+_ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+
+
+class NotSupported(Exception):
+    """The kernels cannot run this model; the message says what stands against it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's tensors, each as the module holds it.
+
+    Attributes:
+        qkv, out, gate_up, down: (outputs, inputs) weights, those of one product together.
+        qkv_bias, out_bias: in the same order; empty for none.
+        norms: attention, after attention, MLP, after MLP, query, key; None where there is none.
+        window: positions that a query sees, 0 for all.
+        rope: which of the description's frequencies; -1 for no rotary positions.
+    """
+
+    qkv: tuple[torch.Tensor, ...]
+    out: torch.Tensor
+    gate_up: tuple[torch.Tensor, torch.Tensor]
+    down: torch.Tensor
+    qkv_bias: tuple[torch.Tensor, ...]
+    out_bias: tuple[torch.Tensor, ...]
+    norms: tuple[torch.Tensor | None, ...]
+    window: int
+    rope: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary frequencies (rotary_dim / 2,) float32, and what cosines and sines are multiplied by."""
+
+    frequencies: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Everything the kernels need of one model."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    gelu: bool
+    eps: float
+    embed_scale: float
+    attention_scale: float
+    residual_scale: float
+    logit_scale: float
+    ropes: tuple[Rope, ...]
+    layers: tuple[Layer, ...]
+    final_norm: torch.Tensor
+    head: torch.Tensor
+    embedding: torch.Tensor | None
+
+
+def describe(decoder: Any, head: Any, config: Any) -> Description:
+    """Return the description of a text decoder.
+
+    Args:
+        decoder: the module with `embed_tokens`, `layers`, `norm`, `rotary_emb`.
+        head: the output projection.
+        config: its text configuration.
+
+    Raises:
+        NotSupported: the kernels lack something that this model has.
+    """
+    if config.model_type not in FAMILIES:
+        raise NotSupported(f"models of type {config.model_type} run through transformers' own definition")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in _ACTIVATIONS:
+        raise NotSupported(f"activation {activation}")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            raise NotSupported(name)
+    attention = decoder.layers[0].self_attn
+    ropes, rope_of = _ropes(decoder, config)
+    embedding = decoder.embed_tokens
+    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+    scale = getattr(embedding, "embed_scale", None)
+    described = Description(
+        hidden=int(config.hidden_size),
+        heads=int(config.num_attention_heads),
+        kv_heads=int(config.num_key_value_heads),
+        head_dim=int(attention.head_dim),
+        intermediate=int(config.intermediate_size),
+        vocab=int(head.weight.shape[0]),
+        gelu=_ACTIVATIONS[activation],
+        eps=float(config.rms_norm_eps),
+        embed_scale=float(getattr(config, "embedding_multiplier", 1.0))
+        * (1.0 if scale is None else float(scale.to(embedding.weight.dtype))),
+        attention_scale=float(attention.scaling),
+        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        logit_scale=1.0 / float(getattr(config, "logits_scaling", 1.0)),
+        ropes=ropes,
+        layers=tuple(_layer(layer, rope_of(i), config) for i, layer in enumerate(decoder.layers)),
+        final_norm=_norm(decoder.norm),
+        head=head.weight,
+        embedding=None if tied else embedding.weight,
+    )
+    _check(described)
+    return described
+
+
+def _check(d: Description) -> None:
+    if d.hidden % 16 or d.head_dim % 16 or d.intermediate % 4 or d.head_dim > 512 or d.heads % d.kv_heads:
+        raise NotSupported(f"sizes {d.hidden}, {d.head_dim}, {d.intermediate}")
+    if any(n is not None and n.numel() not in (d.hidden, d.head_dim) for layer in d.layers for n in layer.norms):
+        raise NotSupported("norms over all heads together")
+    if any(2 * rope.frequencies.numel() != 2 * d.ropes[0].frequencies.numel() for rope in d.ropes):
+        raise NotSupported("rotary positions of different sizes")
+
+
+def _ropes(decoder: Any, config: Any) -> tuple[tuple[Rope, ...], Any]:
+    rotary = decoder.rotary_emb
+    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+    if odd := sorted(set(kinds.values()) - _ROPES):
+        raise NotSupported(f"rotary positions of type {', '.join(odd)}")
+    prefixes = [f"{kind}_" if kind else "" for kind in sorted(kinds)]
+    ropes = tuple(
+        Rope(getattr(rotary, f"{p}inv_freq").float().cpu(), float(getattr(rotary, f"{p}attention_scaling")))
+        for p in prefixes
+    )
+    if len(ropes) == 1:
+        return ropes, lambda _: 0
+    order = sorted(kinds)
+    return ropes, lambda index: order.index(config.layer_types[index])
+
+
+def _norm(module: Any) -> torch.Tensor:
+    """A norm's factor; Gemma's modules hold it less one."""
+    weight = module.weight.detach().float()
+    return weight + 1.0 if type(module).__name__.startswith("Gemma") else weight
+
+
+def _layer(layer: Any, rope: int, config: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    if any(getattr(m, "bias", None) is not None for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        raise NotSupported("biases in the MLP")
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm]
+    else:
+        norms = [layer.input_layernorm, None, layer.post_attention_layernorm, None]
+    norms += [getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
+    window = attention.sliding_window if hasattr(attention, "sliding_window") else None
+    if config.model_type in ("mistral", "ministral") and window is None:
+        window = getattr(config, "sliding_window", None)
+    return Layer(
+        qkv=tuple(p.weight for p in projections),
+        out=attention.o_proj.weight,
+        gate_up=(mlp.gate_proj.weight, mlp.up_proj.weight),
+        down=mlp.down_proj.weight,
+        qkv_bias=tuple(p.bias for p in projections if p.bias is not None),
+        out_bias=(attention.o_proj.bias,) if attention.o_proj.bias is not None else (),
+        norms=tuple(None if n is None else _norm(n) for n in norms),
+        window=int(window or 0),
+        rope=rope if getattr(attention, "use_rope", True) else -1,
+    )

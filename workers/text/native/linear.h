@@ -1,0 +1,267 @@
+// Matrix products of a few rows with packed weights. Above: decoder.cpp, attention.h. Below: pool.h, vec.h.
+//
+// A weight matrix (N outputs, K inputs) is cut into panels of 16 outputs; within a panel all outputs of one input stand
+// together, so a product streams the panel once, contiguously. Rows go in tiles of up to 6 whose sums stay in registers.
+// Activations and sums are float32; weights widen as they are read:
+//   F32   K x 16 floats
+//   BF16  K/2 x 16 x 2: two inputs side by side, so that a shift or a mask widens them (or one dot-product instruction)
+//   I8    K/4 x 16 x 4 bytes, one float32 scale for each output
+//   I4    for each 32 inputs: 16 float32 scales, then 4 x 16 x 8 half bytes
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "pool.h"
+#include "vec.h"
+
+namespace hostler {
+
+enum class Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+constexpr int kGroup = 32;        // inputs that share an I4 scale
+constexpr int kRows = 6;          // most rows in a tile
+constexpr int kExpandRows = 16;   // from so many rows on, a quantized panel is widened once for all of them
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(size_t count) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, std::max<size_t>(count * sizeof(T), 64)) != 0) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+struct Weight {
+  Kind kind = Kind::F32;
+  int n = 0, k = 0, panels = 0;
+  size_t stride = 0;  // bytes of a panel
+  Buffer<uint8_t> data;
+  Buffer<float> scales;  // I8: (panels, 16)
+  Buffer<float> bias;    // (panels, 16), or none
+  const uint8_t* panel(int p) const { return data.get() + size_t(p) * stride; }
+};
+
+inline size_t panel_stride(Kind kind, int k) {
+  switch (kind) {
+    case Kind::F32: return size_t(k) * kPanel * 4;
+    case Kind::BF16: return size_t(k) * kPanel * 2;
+    case Kind::I8: return size_t(k) * kPanel;
+    default: return size_t((k + kGroup - 1) / kGroup) * (kPanel * 4 + kGroup / 2 * kPanel);
+  }
+}
+
+// A loader reads a panel in steps of kStep inputs; at(panel, k, j, v) gives vector v of input k + j, widened to float32.
+struct F32Loader {
+  static constexpr int kStep = 2;
+  static vf at(const uint8_t* panel, int k, int j, int v) {
+    return load(reinterpret_cast<const float*>(panel) + size_t(k + j) * kPanel + v * W);
+  }
+};
+struct BF16Loader {
+  static constexpr int kStep = 2;
+  static vf at(const uint8_t* panel, int k, int j, int v) {
+    const vu both = *reinterpret_cast<const vu_any*>(panel + size_t(k) * kPanel * 2 + v * W * 4);
+    return j == 0 ? (vf)(both << 16) : (vf)(both & 0xffff0000u);
+  }
+};
+struct I8Loader {
+  static constexpr int kStep = 4;
+  static vf at(const uint8_t* panel, int k, int j, int v) {
+    const vi four = *reinterpret_cast<const vi_any*>(panel + size_t(k) * kPanel + v * W * 4);
+    return __builtin_convertvector(four << (24 - 8 * j) >> 24, vf);
+  }
+};
+struct I4Loader {
+  static constexpr int kStep = 8;
+  static constexpr size_t kGroupBytes = kPanel * 4 + kGroup / 2 * kPanel;
+  static vf at(const uint8_t* panel, int k, int j, int v) {
+    const uint8_t* group = panel + size_t(k / kGroup) * kGroupBytes;
+    const vf scale = load(reinterpret_cast<const float*>(group) + v * W);
+    const vi eight = *reinterpret_cast<const vi_any*>(group + kPanel * 4 + size_t(k % kGroup) / 2 * kPanel + v * W * 4);
+    return __builtin_convertvector(eight << (28 - 4 * j) >> 28, vf) * scale;
+  }
+};
+
+// Adds to acc[r][p] the products of MR rows of `a` (k inputs each) with NP panels that are `stride` bytes apart.
+template <class Loader, int MR, int NP>
+inline __attribute__((always_inline)) void accumulate(vf (&acc)[MR][NP][V], const uint8_t* panel, size_t stride,
+                                                      const float* a, size_t lda, int k) {
+  for (int i = 0; i < k; i += Loader::kStep) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Loader::kStep; ++j) {
+      vf w[NP][V];
+#pragma GCC unroll 8
+      for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          w[p][v] = Loader::at(panel + p * stride, i, j, v);
+          if (MR > 1) hold(w[p][v]);
+        }
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const float x = a[r * lda + i + j];
+#pragma GCC unroll 8
+        for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) acc[r][p][v] += w[p][v] * x;
+      }
+    }
+  }
+}
+
+// Computes out[p][r][16] for MR rows and NP panels.
+template <class Loader, int MR, int NP>
+struct Tile {
+  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out) {
+    vf acc[MR][NP][V] = {};
+    accumulate<Loader, MR, NP>(acc, panel, stride, a, lda, k);
+    for (int p = 0; p < NP; ++p)
+      for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < V; ++v) store(out + (p * MR + r) * kPanel + v * W, acc[r][p][v]);
+  }
+};
+
+// How many panels a tile of so many rows takes: enough independent sums to hide an addition's latency, few enough that
+// they stay in registers.
+constexpr int wide(int rows) {
+  if (V == 1) return rows == 1 ? 8 : 4;
+  if (V == 2) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+  return rows == 1 ? 2 : 1;
+}
+constexpr int kWide = 8;
+
+#if defined(__AVX512BF16__)
+// One instruction for two inputs; `a` holds bfloat16 pairs, rounded once by the caller, and lda counts pairs.
+struct DotLoader {};
+template <int MR, int NP>
+struct Tile<DotLoader, MR, NP> {
+  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out) {
+    __m512 acc[MR][NP];
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) acc[r][p] = _mm512_setzero_ps();
+    const auto* pairs = reinterpret_cast<const int32_t*>(a);
+    for (int i = 0; i < k / 2; ++i) {
+      __m512i w[NP];
+#pragma GCC unroll 8
+      for (int p = 0; p < NP; ++p) w[p] = _mm512_loadu_si512(panel + p * stride + size_t(i) * 64);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pairs[r * lda + i]);
+#pragma GCC unroll 8
+        for (int p = 0; p < NP; ++p) acc[r][p] = _mm512_dpbf16_ps(acc[r][p], x, (__m512bh)w[p]);
+      }
+    }
+    for (int p = 0; p < NP; ++p)
+      for (int r = 0; r < MR; ++r) _mm512_storeu_ps(out + (p * MR + r) * kPanel, acc[r][p]);
+  }
+};
+#endif
+
+// `panels` panels from `panel` on, one tile of MR rows; out[p][r][16].
+template <class Loader, int MR>
+void panels_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int k, float* out) {
+  constexpr int NP = wide(MR);
+  int p = 0;
+  for (; p + NP <= panels; p += NP)
+    Tile<Loader, MR, NP>::run(panel + p * stride, stride, a, lda, k, out + p * MR * kPanel);
+  for (; p < panels; ++p) Tile<Loader, MR, 1>::run(panel + p * stride, stride, a, lda, k, out + p * MR * kPanel);
+}
+
+template <class Loader>
+void rows_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int rows, int k, float* out) {
+  switch (rows) {
+    case 1: return panels_of<Loader, 1>(panel, stride, panels, a, lda, k, out);
+    case 2: return panels_of<Loader, 2>(panel, stride, panels, a, lda, k, out);
+    case 3: return panels_of<Loader, 3>(panel, stride, panels, a, lda, k, out);
+    case 4: return panels_of<Loader, 4>(panel, stride, panels, a, lda, k, out);
+    case 5: return panels_of<Loader, 5>(panel, stride, panels, a, lda, k, out);
+    default: return panels_of<Loader, 6>(panel, stride, panels, a, lda, k, out);
+  }
+}
+
+template <class Loader>
+void widen_panel(const uint8_t* panel, int k, float* out) {
+  for (int i = 0; i < k; i += Loader::kStep)
+#pragma GCC unroll 8
+    for (int j = 0; j < Loader::kStep; ++j)
+      for (int v = 0; v < V; ++v) store(out + size_t(i + j) * kPanel + v * W, Loader::at(panel, i, j, v));
+}
+
+// Multiplies `rows` rows of `a` (row r at a + r * lda) with a weight. `done(row, rows, panel, panels, out)` takes each
+// finished piece, out[p][r][16], bias and scale applied; `unit` panels always come in one piece. Runs on the pool.
+template <class Done>
+void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done) {
+  const int step = std::max(unit, rows < kRows ? wide(rows) : unit);
+  const int tiles = (rows + kRows - 1) / kRows;
+  const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
+  const bool expand = quantized && rows >= kExpandRows;
+  const float* pairs = nullptr;
+  size_t pair_lda = 0;
+#if defined(__AVX512BF16__)
+  thread_local Buffer<bf16> rounded;
+  thread_local size_t rounded_size = 0;
+  if (w.kind == Kind::BF16) {
+    if (rounded_size < size_t(rows) * w.k) rounded = allocate<bf16>(rounded_size = size_t(rows) * w.k);
+    bf16* target = rounded.get();
+    pool.run((rows + 7) / 8, [&, target](int block) {
+      for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r)
+        for (int i = 0; i < w.k; ++i) target[size_t(r) * w.k + i] = narrow(a[r * lda + i]);
+    });
+    pairs = reinterpret_cast<const float*>(target), pair_lda = w.k / 2;
+  }
+#endif
+  pool.run((w.panels + step - 1) / step, [&](int item) {
+    const int first = item * step, panels = std::min(step, w.panels - first);
+    alignas(64) float out[kWide * kRows * kPanel];
+    thread_local Buffer<float> wide_panels;
+    thread_local size_t wide_size = 0;
+    if (expand) {
+      const size_t needed = size_t(panels) * w.k * kPanel;
+      if (wide_size < needed) wide_panels = allocate<float>(wide_size = needed);
+      for (int p = 0; p < panels; ++p) {
+        float* target = wide_panels.get() + size_t(p) * w.k * kPanel;
+        if (w.kind == Kind::I8) widen_panel<I8Loader>(w.panel(first + p), w.k, target);
+        else widen_panel<I4Loader>(w.panel(first + p), w.k, target);
+      }
+    }
+    for (int t = 0; t < tiles; ++t) {
+      const int row = int(int64_t(rows) * t / tiles), count = int(int64_t(rows) * (t + 1) / tiles) - row;
+      const float* x = a + row * lda;
+      const uint8_t* panel = w.panel(first);
+      if (expand) {
+        const auto* data = reinterpret_cast<const uint8_t*>(wide_panels.get());
+        rows_of<F32Loader>(data, size_t(w.k) * kPanel * 4, panels, x, lda, count, w.k, out);
+      } else if (w.kind == Kind::F32) {
+        rows_of<F32Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+      } else if (w.kind == Kind::I8) {
+        rows_of<I8Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+      } else if (w.kind == Kind::I4) {
+        rows_of<I4Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+      } else {
+#if defined(__AVX512BF16__)
+        rows_of<DotLoader>(panel, w.stride, panels, pairs + row * pair_lda, pair_lda, count, w.k, out);
+#else
+        (void)pairs, (void)pair_lda;
+        rows_of<BF16Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+#endif
+      }
+      for (int p = 0; p < panels; ++p)
+        for (int r = 0; r < count; ++r)
+          for (int v = 0; v < V; ++v) {
+            float* o = out + (p * count + r) * kPanel + v * W;
+            vf x_v = load(o);
+            if (w.scales) x_v *= load(w.scales.get() + (first + p) * kPanel + v * W);
+            if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
+            store(o, x_v);
+          }
+      done(row, count, first, panels, out);
+    }
+  });
+}
+
+}  // namespace hostler

@@ -1,0 +1,70 @@
+"""A step as arrays: its tokens packed in one row, where each stands, and which rows' logits are wanted.
+
+Above: the runners. Below: numpy. Pure. Works of a single token come first, so that a runner may treat them alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.text.scheduler import Step, Work
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """What a runner needs of a step.
+
+    Attributes:
+        tokens: (rows,) ids, those of one work together.
+        positions: (rows,) of each in its sequence.
+        sequences: (works, 4): first row, number of rows, position of the first row, its row of `tables`.
+        tables: (works, most blocks) block indices of each sequence, in order, padded with 0.
+        logit_rows: (wanted,) rows whose logits are wanted, in the order of the step's works.
+        num_singles: leading works of one row.
+    """
+
+    tokens: Ints
+    positions: Ints
+    sequences: Ints
+    tables: Ints
+    logit_rows: Ints
+    num_singles: int
+
+
+def wanted_rows(work: Work) -> int:
+    """Return how many rows of logits a work gives: one for each new token it may yield."""
+    return 1 + len(work.draft) if work.yields_token else 0
+
+
+def pack(step: Step) -> PackedStep:
+    """Return a step's arrays."""
+    order = sorted(range(len(step.works)), key=lambda i: step.works[i].num_rows > 1)
+    num_rows = sum(work.num_rows for work in step.works)
+    tokens, positions = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
+    sequences = np.empty((len(order), 4), np.int32)
+    tables = np.zeros((len(order), max(len(work.sequence.blocks) for work in step.works)), np.int32)
+    first_row: dict[int, int] = {}
+    row = 0
+    for index, at in enumerate(order):
+        work = step.works[at]
+        known = work.end - work.start
+        tokens[row : row + known] = work.sequence.token_ids[work.start : work.end]
+        if work.draft:
+            tokens[row + known : row + work.num_rows] = work.draft
+        positions[row : row + work.num_rows] = np.arange(work.start, work.start + work.num_rows)
+        sequences[index] = (row, work.num_rows, work.start, index)
+        tables[index, : len(work.sequence.blocks)] = work.sequence.blocks
+        first_row[at] = row
+        row += work.num_rows
+    rows = [
+        first_row[at] + work.end - work.start - 1 + i
+        for at, work in enumerate(step.works)
+        for i in range(wanted_rows(work))
+    ]
+    singles = sum(work.num_rows == 1 for work in step.works)
+    return PackedStep(tokens, positions, sequences, tables, np.asarray(rows, np.int32), singles)
