@@ -65,7 +65,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it."""
+    """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
+
+    Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
+    """
 
     prompt: Prompt
     request_id: str = ""
@@ -73,6 +76,7 @@ class GenerationRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(s for s in message.stop if s),
         top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
+        cache_scope=message.cache_scope,
     )
 
 
