@@ -98,10 +98,11 @@ class RayEffects:
 
     async def find_workers(self) -> tuple[FoundWorker, ...]:
         """Return the living workers of an earlier orchestrator; remove sockets that nobody serves."""
-        ray = await self._ray()
-        async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
-            names = await asyncio.to_thread(ray.util.list_named_actors)
         placements = {p.worker_id: p for p in self.recall().placements}
+        names = await self._named_actors()
+        if names is None:  # Those that we remember are asked all the same: to load a model twice would be worse.
+            ids = [i for i in placements if self._run_dir.worker_socket(i).exists()]
+            return tuple(await asyncio.gather(*(self._find(i, placements[i]) for i in ids)))
         ids = [name.removeprefix(ACTOR_PREFIX) for name in names if name.startswith(ACTOR_PREFIX)]
         if not self._owns_ray:  # On a shared cluster others' workers have the same prefix.
             ids = [i for i in ids if i in placements or self._run_dir.worker_socket(i).exists()]
@@ -111,6 +112,17 @@ class RayEffects:
             if path not in living:
                 path.unlink(missing_ok=True)
         return tuple(await asyncio.gather(*(self._find(i, placements.get(i)) for i in ids)))
+
+    async def _named_actors(self) -> list[str] | None:
+        """Return the names of all living actors; None when Ray is up but does not say."""
+        ray = await self._ray()
+        try:
+            async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
+                names: list[str] = await asyncio.to_thread(ray.util.list_named_actors)
+        except Exception:
+            log.exception("Ray could not list its actors")
+            return None
+        return names
 
     async def _find(self, worker_id: str, placement: Placement | None) -> FoundWorker:
         client = WorkerClient(self.address(worker_id), None)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,22 @@ import pytest
 from hostler.config import build
 from hostler.rundir import RunDir
 
+from orchestrator.effects import Memory, Placement
 from orchestrator.effects_ray import RayEffects
 from orchestrator.process_id import ProcessId
+from workers.server import serve
 
 
 class FakeRay:
-    """Ray's two calls, with what `get_actor` raises."""
+    """The few calls of Ray that we make, all of which fail with one error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
         self.asked: list[str] = []
+        self.util = self
+
+    def list_named_actors(self) -> list[str]:
+        raise self.error
 
     def get_actor(self, name: str) -> Any:
         self.asked.append(name)
@@ -93,3 +100,25 @@ async def test_a_worker_is_ended_while_ray_is_not_there(
     async with asyncio.timeout(10):
         await effects.kill("w3")
     assert not identity.is_alive
+
+
+async def test_a_remembered_worker_is_found_even_when_ray_cannot_list_its_actors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the model would be loaded a second time beside the living worker."""
+    effects = effects_with(FakeRay(TimeoutError()), tmp_path, monkeypatch)
+    placed = Placement("w4", 9, "echo", "cpu", 1000, "because", 5)
+    effects.remember(Memory(9, (placed, replace(placed, worker_id="gone", generation=8))))
+    socket = RunDir(tmp_path).worker_socket("w4")
+    serving = asyncio.create_task(serve(str(socket), 9, "w4"))
+    try:
+        async with asyncio.timeout(10):
+            while not socket.exists():
+                await asyncio.sleep(0.01)
+            (found,) = await effects.find_workers()
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    assert (found.worker_id, found.placement) == ("w4", placed)
+    assert found.report is not None
+    assert (found.report.generation, found.report.pid) == (9, os.getpid())
