@@ -195,6 +195,7 @@ def plan(port: int | None, model: str, as_json: bool) -> None:
             "feasible": answer.feasible,
             "device": answer.device or None,
             "needed_bytes": answer.needed_bytes,
+            "quantize": answer.quantize or None,
             "evict_models": list(answer.evict_models),
             "reason": answer.reason,
         }
@@ -205,7 +206,8 @@ def plan(port: int | None, model: str, as_json: bool) -> None:
         return
     verdict = f"would go to {values['device']}" if values["feasible"] else "does not fit now"
     needs = f": needs {status.size(values['needed_bytes'])}" if values["needed_bytes"] else ""
-    _say(f"{model} {verdict}{needs}")
+    weights = f" with {values['quantize']} weights" if values["quantize"] and needs else ""
+    _say(f"{model} {verdict}{needs}{weights}")
     if values["evict_models"]:
         _say(f"  after unloading {', '.join(values['evict_models'])}")
     if values["reason"]:

@@ -36,6 +36,7 @@ def model_json(route: pb.ModelRoute) -> dict[str, Any]:
         "num_replicas": len(route.replicas),
         "architecture": route.info.architecture or None,
         "dtype": route.info.dtype or None,
+        "quantize": route.quantize or None,
         "num_parameters": route.info.num_parameters or None,
         "weight_bytes": route.info.weight_bytes or None,
         "max_context_tokens": route.info.max_context_tokens or None,
@@ -197,17 +198,17 @@ def draw_models(served: list[dict[str, Any]] | None, stored: list[dict[str, Any]
 
     parts: list[RenderableType] = []
     if served is not None:
-        table = _table(
-            "SERVED", "STATE", "ALIASES", "ENGINE", "PARAMETERS", "CONTEXT", "NOTE", right=("PARAMETERS", "CONTEXT")
-        )
+        columns = ("SERVED", "STATE", "ALIASES", "ENGINE", "PARAMETERS", "WEIGHTS", "CONTEXT", "NOTE")
+        table = _table(*columns, right=("PARAMETERS", "CONTEXT"))
         for m in served:
             parameters = f"{m['num_parameters'] / 1e6:,.0f} M" if m["num_parameters"] else "-"
             state = Text(m["state"], style=_STATE_STYLES.get(m["state"], ""))
             note = Text(m["failure"] or "", style="red")
             context = str(m["max_context_tokens"] or "-")
-            table.add_row(
-                m["name"], state, ", ".join(m["aliases"]) or "-", m["engine"] or "-", parameters, context, note
-            )
+            # The quantization is configured, so known before the first load; the dtype is the worker's choice.
+            weights = m["quantize"] or m["dtype"] or "-"
+            aliases = ", ".join(m["aliases"]) or "-"
+            table.add_row(m["name"], state, aliases, m["engine"] or "-", parameters, weights, context, note)
         parts += [table, Text()]
     if stored:
         table = _table("ON DISK", "SIZE", "SOURCE", "REVISION", right=("SIZE",))

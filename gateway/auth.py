@@ -24,11 +24,30 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+KEYLESS_SCOPE = "keyless"
+"""Cache scope of everybody, where no key is demanded: they are all this machine's own."""
+
+
+def scope_of_key(digest: bytes) -> str:
+    """Return the cache scope of the callers that hold one key, from its SHA-256.
+
+    Prompts of different scopes share no cached state in a worker, so that nobody learns from the time to a first token
+    what the holder of another key has asked. Keyed with the digest, so the scope tells nothing of the key, and every
+    gateway process comes to the same one.
+    """
+    return hmac.new(digest, b"hostler cache scope", hashlib.sha256).hexdigest()[:32]
+
+
 class KeyCheck:
     """Compares presented keys with the configured one; holds only its SHA-256."""
 
     def __init__(self, api_key: str) -> None:
         self._digest = hashlib.sha256(api_key.encode()).digest()
+        self._cache_scope = scope_of_key(self._digest)
+
+    def cache_scope(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+        """Return the cache scope of the key that the headers present; None if they present no valid one."""
+        return self._cache_scope if self.allows(headers) else None
 
     def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Return whether `Authorization: Bearer` or `x-api-key` holds the key, in time that says nothing about it."""

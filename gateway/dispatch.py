@@ -70,8 +70,12 @@ class Dispatcher:
         self._ensure_timeout_s = ensure_timeout_s
         self._gone_timeout_s = gone_timeout_s
 
-    async def generate(self, model: str, request: pb.GenerateRequest, request_id: str) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self, model: str, request: pb.GenerateRequest, request_id: str, *, cache_scope: str
+    ) -> AsyncGenerator[Event, None]:
         """Stream one choice. The last event is `finish`. Closing the generator cancels the worker's call at once.
+
+        The caller's `cache_scope` (`doors.cache_scope_of`) is set in `request`: no generation goes without one.
 
         A worker that is lost before its first token costs the client nothing but time: up to three tries. After the
         first token nothing is ever repeated.
@@ -79,6 +83,7 @@ class Dispatcher:
         Raises:
             HostlerError: from the worker, from the orchestrator, or for the loss of either.
         """
+        request.cache_scope = cache_scope
         lost: set[ReplicaKey] = set()
         for attempt in range(1, MAX_TRIES + 1):
             replica = self._pick(model, lost)

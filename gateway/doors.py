@@ -16,7 +16,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.auth import HostCheck, KeyCheck
+from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck
 from gateway.errors import ClientGone, as_hostler_error, error_response
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,16 @@ _ALLOW = {"Allow": "GET, HEAD, OPTIONS, POST"}
 def request_id_of(scope: Scope) -> str:
     """Return the id that `Envelope` gave the request."""
     value: str = scope.get("state", {}).get("request_id", "")
+    return value
+
+
+def cache_scope_of(scope: Scope) -> str:
+    """Return the cache scope that `Gate` gave the caller; it goes with every generation.
+
+    Raises:
+        KeyError: the request did not pass `Gate`, or came in without the key that others need.
+    """
+    value: str = scope["state"]["cache_scope"]
     return value
 
 
@@ -105,7 +115,10 @@ class Envelope:
 
 
 class Gate:
-    """Answers OPTIONS and HEAD, and demands the key of everything else, before any of the body is read."""
+    """Answers OPTIONS and HEAD, and demands the key of everything else, before any of the body is read.
+
+    Whoever comes in has a cache scope from here on (`cache_scope_of`).
+    """
 
     def __init__(self, app: ASGIApp, key_check: KeyCheck | None) -> None:
         self._app = app
@@ -120,14 +133,18 @@ class Gate:
             await Response(status_code=204, headers=_ALLOW)(scope, receive, send)
         elif scope["method"] == "HEAD":
             await Response(status_code=200, headers=_ALLOW)(scope, receive, send)
+        elif (cache_scope := self._cache_scope(scope)) is not None:
+            await self._app({**scope, "state": {**scope.get("state", {}), "cache_scope": cache_scope}}, receive, send)
         elif (error := self._refusal(scope)) is not None:
             await error_response(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> HostlerError | None:
-        if self._key_check is None or self._key_check.allows(scope["headers"]):
-            return None
+    def _cache_scope(self, scope: Scope) -> str | None:
+        return KEYLESS_SCOPE if self._key_check is None else self._key_check.cache_scope(scope["headers"])
+
+    @staticmethod
+    def _refusal(scope: Scope) -> HostlerError | None:
         if scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
             return None
         return InvalidApiKey("Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")

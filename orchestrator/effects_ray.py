@@ -13,14 +13,12 @@ import json
 import logging
 import os
 import secrets
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 from hostler.config import HostlerConfig
 from hostler.errors import HostlerError, Unavailable, WorkerLost
 from hostler.lifecycle.v1 import lifecycle_pb2
@@ -30,6 +28,7 @@ from orchestrator import devices, ray_session
 from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker, Memory, Placement, Report
 from orchestrator.models import Located, ModelSpec
+from orchestrator.process_id import ProcessId
 from orchestrator.store_client import StoreClient
 from orchestrator.worker_client import WorkerClient
 
@@ -46,30 +45,6 @@ RAY_CALL_TIMEOUT_S = 10.0
 EXIT_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _ProcessId:
-    """A pid with the start time that tells the process from a later one of the same number."""
-
-    pid: int
-    started_s: float
-
-    @classmethod
-    def of(cls, pid: int) -> _ProcessId | None:
-        try:
-            return cls(pid, psutil.Process(pid).create_time())
-        except psutil.NoSuchProcess:
-            return None
-
-    def process(self) -> psutil.Process | None:
-        """Return the process if it is still the same one and not yet dead."""
-        try:
-            process = psutil.Process(self.pid)
-            same = process.create_time() == self.started_s and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return None
-        return process if same else None
-
-
 class RayEffects:
     """Effects on this host. Everything runs in the orchestrator's loop; Ray's blocking calls run in threads."""
 
@@ -80,7 +55,7 @@ class RayEffects:
         self._actor_class = actor_class
         self._connected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._clients: dict[str, WorkerClient] = {}
-        self._processes: dict[str, _ProcessId] = {}
+        self._processes: dict[str, ProcessId] = {}
         self._creating: dict[str, asyncio.Future[Any]] = {}
         self._owns_ray = True
 
@@ -123,10 +98,11 @@ class RayEffects:
 
     async def find_workers(self) -> tuple[FoundWorker, ...]:
         """Return the living workers of an earlier orchestrator; remove sockets that nobody serves."""
-        ray = await self._ray()
-        async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
-            names = await asyncio.to_thread(ray.util.list_named_actors)
         placements = {p.worker_id: p for p in self.recall().placements}
+        names = await self._named_actors()
+        if names is None:  # Those that we remember are asked all the same: to load a model twice would be worse.
+            ids = [i for i in placements if self._run_dir.worker_socket(i).exists()]
+            return tuple(await asyncio.gather(*(self._find(i, placements[i]) for i in ids)))
         ids = [name.removeprefix(ACTOR_PREFIX) for name in names if name.startswith(ACTOR_PREFIX)]
         if not self._owns_ray:  # On a shared cluster others' workers have the same prefix.
             ids = [i for i in ids if i in placements or self._run_dir.worker_socket(i).exists()]
@@ -136,6 +112,17 @@ class RayEffects:
             if path not in living:
                 path.unlink(missing_ok=True)
         return tuple(await asyncio.gather(*(self._find(i, placements.get(i)) for i in ids)))
+
+    async def _named_actors(self) -> list[str] | None:
+        """Return the names of all living actors; None when Ray is up but does not say."""
+        ray = await self._ray()
+        try:
+            async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
+                names: list[str] = await asyncio.to_thread(ray.util.list_named_actors)
+        except Exception:
+            log.exception("Ray could not list its actors")
+            return None
+        return names
 
     async def _find(self, worker_id: str, placement: Placement | None) -> FoundWorker:
         client = WorkerClient(self.address(worker_id), None)
@@ -185,37 +172,38 @@ class RayEffects:
         return pid
 
     def _remember_pid(self, worker_id: str, pid: int) -> None:
-        if pid and (process := _ProcessId.of(pid)) is not None:
+        if pid and (process := ProcessId.of(pid)) is not None:
             self._processes[worker_id] = process
 
     async def kill(self, worker_id: str) -> None:
         """End a worker process for certain, and forget its actor and its socket."""
-        await self._forget_actor(worker_id)
-        if (known := self._processes.pop(worker_id, None)) is not None:
-            await asyncio.to_thread(_end, known)
+        known, creating = self._processes.get(worker_id), self._creating.pop(worker_id, None)
+        # First and without Ray: a fenced worker must stop at once, and a frozen one obeys nothing else. Ray sees the
+        # end of a process by itself; it is asked only to end one that we do not know or cannot end.
+        if known is None or not await asyncio.to_thread(known.end, EXIT_TIMEOUT_S):
+            await self._end_actor(worker_id, creating)
+        self._processes.pop(worker_id, None)
         if (client := self._clients.pop(worker_id, None)) is not None:
             await client.close()
         self._run_dir.worker_socket(worker_id).unlink(missing_ok=True)
 
-    async def _forget_actor(self, worker_id: str) -> None:
-        known = self._processes.get(worker_id)
-        if known is not None and (process := known.process()) is not None:
-            # First and without Ray: a fenced worker must stop at once, and a frozen one obeys nothing else.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-        ray = await self._ray()
-        creating = self._creating.pop(worker_id, None)
-
-        def forget(actor: Any) -> None:
+    async def _end_actor(self, worker_id: str, creating: asyncio.Future[Any] | None) -> None:
+        def end(ray: Any, actor: Any) -> None:
             with contextlib.suppress(ValueError):  # No such actor: already gone.
                 ray.kill(actor or ray.get_actor(ACTOR_PREFIX + worker_id), no_restart=True)
 
         try:
             async with asyncio.timeout(RAY_CALL_TIMEOUT_S):
+                ray = await self._ray()
                 actor = await creating if creating is not None else None
-                await asyncio.to_thread(forget, actor)
-        except (TimeoutError, ValueError, ray.exceptions.RayError) as error:
-            log.error("Ray could not end an actor", extra={"worker": worker_id, "error": str(error)[:500]})
+                await asyncio.to_thread(end, ray, actor)
+        except Exception as error:
+            # Not only Ray's own errors: get_actor fails an assertion when the actor dies under it and its creator, an
+            # orchestrator that was killed, had no other. The room of a worker must never stay taken for such a reason.
+            log.error(
+                "Ray could not end an actor",
+                extra={"worker": worker_id, "error": f"{type(error).__name__}: {error}"[:500]},
+            )
 
     # ------------------------------------------------------------ workers
 
@@ -249,9 +237,8 @@ class RayEffects:
     async def unload(self, worker_id: str, generation: int) -> None:
         """Ask the worker to end itself, and give it a moment to do so."""
         await self._client(worker_id, generation).unload()
-        if (known := self._processes.get(worker_id)) is not None and (process := known.process()) is not None:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                await asyncio.to_thread(process.wait, EXIT_TIMEOUT_S)
+        if (known := self._processes.get(worker_id)) is not None:
+            await asyncio.to_thread(known.wait, EXIT_TIMEOUT_S)
 
     # ------------------------------------------------------------ store, devices, memory, clock
 
@@ -279,8 +266,8 @@ class RayEffects:
         """Return what was remembered last; nothing if there is no such file, or not one of ours."""
         try:
             values = json.loads(self._memory_path.read_text(encoding="utf-8"))
-            for worker_id, (pid, started_s) in values["processes"].items():
-                self._processes.setdefault(worker_id, _ProcessId(int(pid), float(started_s)))
+            for worker_id, (pid, start_ticks) in values["processes"].items():
+                self._processes.setdefault(worker_id, ProcessId(int(pid), int(start_ticks)))
             return Memory(int(values["generation"]), tuple(Placement(**p) for p in values["placements"]))
         except FileNotFoundError:
             return Memory()
@@ -290,7 +277,7 @@ class RayEffects:
 
     def remember(self, memory: Memory) -> None:
         """Replace placements.json."""
-        processes = {worker_id: (p.pid, p.started_s) for worker_id, p in self._processes.items()}
+        processes = {worker_id: (p.pid, p.start_ticks) for worker_id, p in self._processes.items()}
         ray_session.write_private(self._memory_path, json.dumps(asdict(memory) | {"processes": processes}))
 
     def now_s(self) -> float:
@@ -300,12 +287,3 @@ class RayEffects:
     def unix_ms(self) -> int:
         """Return wall-clock milliseconds."""
         return int(time.time() * 1000)
-
-
-def _end(known: _ProcessId) -> None:
-    """Kill a process unless it is gone, and wait until it is."""
-    if (process := known.process()) is None:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-        process.kill()
-        process.wait(EXIT_TIMEOUT_S)

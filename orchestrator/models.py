@@ -45,11 +45,12 @@ class ModelSpec:
     engine: int = lifecycle_pb2.ENGINE_KIND_TEXT
     device: str | None = None
     dtype: str = "auto"
+    quantize: str = ""
     max_context_tokens: int = 0
     max_running: int = 16
     max_queued: int = 256
     kv_cache_bytes: int = 0
-    prefill_chunk_tokens: int = 256
+    prefill_chunk_tokens: int = 512
     num_threads: int = 0
     preload: bool = False
     pinned: bool = False
@@ -80,6 +81,7 @@ def from_config(config: ModelConfig) -> ModelSpec:
         engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED if scripted else lifecycle_pb2.ENGINE_KIND_TEXT,
         device=config.device,
         dtype=config.dtype,
+        quantize=config.quantize or "",
         max_context_tokens=config.max_context_tokens,
         max_running=config.max_running,
         max_queued=config.max_queued,
@@ -125,6 +127,7 @@ def load_request(spec: ModelSpec, located: Located, *, device: str, kv_cache_byt
         path=located.path,
         device=device,
         dtype=spec.dtype,
+        quantize=spec.quantize,
         max_context_tokens=spec.max_context_tokens,
         max_running=spec.max_running,
         max_queued=spec.max_queued,

@@ -182,7 +182,7 @@ class Requests:
             refuse(event.reply, self._cluster.not_found(event.model))
         elif (worker := self._cluster.ready(model.spec.name)) is not None:
             reply = policy.Plan(worker.device, (), 0, worker.reserved_bytes, f"already loaded: {worker.reason}")
-            answer(event.reply, wire.plan(reply, self._cluster))
+            answer(event.reply, wire.plan(reply, model, self._cluster))
         elif not model.spec.has_files:
             self.on_planned(events.Planned(event, models.Located("", models.Footprint())))
         else:
@@ -207,11 +207,11 @@ class Requests:
         elif event.located is None:
             reason = f"{model.spec.name} must be fetched first; its size is not known yet"
             refusal = policy.Refusal(policy.Obstacle.BUSY, 0, 0, reason)
-            answer(ask.reply, wire.plan(refusal, self._cluster))
+            answer(ask.reply, wire.plan(refusal, model, self._cluster))
         else:
             demand = self._loading.demand(model, event.located.footprint)
             decision = policy.plan(self._cluster.view(self._effects.now_s()), demand)
-            answer(ask.reply, wire.plan(decision, self._cluster))
+            answer(ask.reply, wire.plan(decision, model, self._cluster))
 
     def stop(self) -> None:
         """End every wait and every load, and drain every worker."""

@@ -64,11 +64,13 @@ class Retiring:
             await effects.unload(worker.id, worker.generation)
         except HostlerError as error:  # It died or froze on the way: the kill below is what counts.
             log.info("a worker did not drain", extra={"worker": worker.id, "error": error.message})
+        except Exception:
+            log.exception("draining a worker failed", extra={"worker": worker.id})
         await self._kill(worker)
 
     async def _kill(self, worker: Worker) -> None:
         try:
             await self._runtime.effects.kill(worker.id)
-        except HostlerError as error:
-            log.error("a worker could not be killed", extra={"worker": worker.id, "error": error.message})
+        except Exception:  # Whatever it is: a worker that never counts as gone keeps its room, and its model away.
+            log.exception("killing a worker failed", extra={"worker": worker.id})
         self._runtime.post(Retired(worker.generation))

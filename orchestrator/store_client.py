@@ -68,7 +68,7 @@ class StoreClient:
             found = next((m for m in list_stored(self._models_dir) if m.name == spec.name), None)
         if found is None:
             return None
-        needs = footprint(found.path, spec.dtype)
+        needs = footprint(found.path, spec.dtype, spec.quantize)
         return Located(
             str(found.path),
             Footprint(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_context_tokens, needs.workspace_bytes),
@@ -83,6 +83,8 @@ class StoreClient:
         command = [sys.executable, "-m", "orchestrator.store", "pull", spec.source, "--json"]
         if spec.revision:
             command += ["--revision", spec.revision]
+        if spec.trust_remote_code:
+            command.append("--trust-remote-code")
         if self._models_dir is not None:
             command += ["--models-dir", str(self._models_dir)]
         environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}

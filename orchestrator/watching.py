@@ -28,6 +28,10 @@ LOADING_SILENCE_S = 20.0
 DEATHS_WINDOW_S = 60.0
 MAX_DEATHS = 3
 OWN_STALL_S = 1.0
+"""A tick that comes later than this after the last one tells of our own stall, not of the workers' silence."""
+STALL_COUNTS_S = 0.5
+"""How much of such a stall counts all the same. Were it nothing, an orchestrator that is starved for long (every tick
+late) would never notice a frozen worker; so it takes a few late ticks in a row with nothing heard between them."""
 
 
 class Watching:
@@ -53,6 +57,9 @@ class Watching:
             why = "its heartbeat stream was closed"
         except HostlerError as error:
             why = f"its heartbeat stream broke: {error.message}"
+        except Exception as error:
+            log.exception("listening to a worker failed", extra={"worker": worker.id})
+            why = f"its heartbeat stream broke ({type(error).__name__})"
         self._runtime.post(events.WatchEnded(worker.generation, why))
 
     # ------------------------------------------------------------ what workers say
@@ -92,9 +99,9 @@ class Watching:
         if stalled_s > OWN_STALL_S:
             # We were frozen ourselves, or starved; the silence is ours, not the workers'.
             for worker in self._cluster.workers.values():
-                worker.heard_at_s += stalled_s
-                worker.advanced_at_s += stalled_s
-            return
+                if worker.heard_at_s:
+                    worker.heard_at_s = min(now_s, worker.heard_at_s + stalled_s - STALL_COUNTS_S)
+                worker.advanced_at_s = min(now_s, worker.advanced_at_s + stalled_s - STALL_COUNTS_S)
         for worker in list(self._cluster.workers.values()):
             if worker.state is WorkerState.LOST or not worker.heard_at_s:
                 continue

@@ -60,6 +60,7 @@ def route(cluster: Cluster, model: Model) -> pb.ModelRoute:
         owned_by=model.spec.owned_by,
         info=model.info,
         failure=model.failure,
+        quantize=model.spec.quantize,
     )
 
 
@@ -81,10 +82,13 @@ def progress(value: Progress) -> pb.EnsureModelResponse:
     )
 
 
-def plan(answer: policy.Plan | policy.Refusal, cluster: Cluster) -> pb.PlanModelResponse:
-    """Return what the policy said; holders are named by their models."""
+def plan(answer: policy.Plan | policy.Refusal, model: Model, cluster: Cluster) -> pb.PlanModelResponse:
+    """Return what the policy said of a model; holders are named by their models."""
+    quantize = model.spec.quantize
     if isinstance(answer, policy.Refusal):
-        return pb.PlanModelResponse(feasible=False, needed_bytes=answer.needed_bytes, reason=answer.reason)
+        return pb.PlanModelResponse(
+            feasible=False, needed_bytes=answer.needed_bytes, reason=answer.reason, quantize=quantize
+        )
     models = {worker.id: worker.model for worker in cluster.workers.values()}
     return pb.PlanModelResponse(
         feasible=True,
@@ -92,6 +96,7 @@ def plan(answer: policy.Plan | policy.Refusal, cluster: Cluster) -> pb.PlanModel
         needed_bytes=answer.needed_bytes,
         evict_models=[models[worker_id] for worker_id in answer.evict],
         reason=answer.reason,
+        quantize=quantize,
     )
 
 

@@ -12,6 +12,9 @@ from typing import Protocol
 
 Json = object
 
+QUANTIZED_KINDS = frozenset({"", "int8", "int4"})
+"""What `LoadSpec.quantize` may be; empty keeps the weights as they are."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
@@ -67,7 +70,7 @@ class SamplingParams:
 class GenerationRequest:
     """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
 
-    Prompts of different `cache_scope` never share cached state.
+    Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
     """
 
     prompt: Prompt

@@ -10,6 +10,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 
 from workers.engine import (
+    QUANTIZED_KINDS,
     ChatPrompt,
     EngineStats,
     Event,
@@ -51,6 +52,7 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(s for s in message.stop if s),
         top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
+        cache_scope=message.cache_scope,
     )
 
 
@@ -208,11 +210,13 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
     """Return the engine's form of a load request.
 
     Raises:
-        UnsupportedParameter: it asks for quantized weights, which no engine has yet.
+        UnsupportedParameter: it asks for weights of a kind that no engine has.
     """
-    if message.quantize:
+    if message.quantize not in QUANTIZED_KINDS:
         raise UnsupportedParameter(
-            f"Quantized weights ({message.quantize[:20]!r}) are not served yet.", param="quantize"
+            f"Weights cannot be quantized to {message.quantize[:20]!r}; {' and '.join(sorted(QUANTIZED_KINDS - {''}))} "
+            "are possible.",
+            param="quantize",
         )
     return LoadSpec(
         model=message.model,
@@ -223,8 +227,9 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
         max_running=message.max_running or 16,
         max_queued=message.max_queued,
         kv_cache_bytes=message.kv_cache_bytes,
-        prefill_chunk_tokens=message.prefill_chunk_tokens or 128,
+        prefill_chunk_tokens=message.prefill_chunk_tokens or 512,
         num_threads=message.num_threads,
+        quantize=message.quantize,
         trust_remote_code=message.trust_remote_code,
     )
 

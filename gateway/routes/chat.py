@@ -16,7 +16,7 @@ from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
 from gateway.dialects.openai_chat.stream import ChunkEncoder
 from gateway.dispatch import Event, Loading, merge
-from gateway.doors import request_id_of
+from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
 from gateway.routing import find_chat_model
 from gateway.services import Services, services_of
@@ -31,13 +31,15 @@ class _Job:
     request: ChatRequest
     model: str
     request_id: str
+    cache_scope: str
     reply_id: str
     created_unix_s: int
 
     def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Return the events of all choices."""
         generate = self.services.dispatcher.generate
-        return merge([generate(self.model, self.request.choice(i), self.request_id) for i in range(self.request.n)])
+        choices = [self.request.choice(i) for i in range(self.request.n)]
+        return merge([generate(self.model, c, self.request_id, cache_scope=self.cache_scope) for c in choices])
 
 
 @router.post("/chat/completions", response_model=None)
@@ -56,6 +58,7 @@ async def create_chat_completion(request: Request) -> Response:
         request=chat,
         model=route.name,
         request_id=request_id_of(request.scope),
+        cache_scope=cache_scope_of(request.scope),
         reply_id=f"chatcmpl-{uuid.uuid4().hex}",
         created_unix_s=int(time.time()),
     )

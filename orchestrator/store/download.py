@@ -18,9 +18,10 @@ from typing import IO, Any
 import httpx
 from hostler.errors import HostlerError, ModelLoadFailed, ModelNotFound, PermissionDenied, Unavailable
 
-from orchestrator.store.hub import Hub, RemoteFile, Snapshot, choose_files, refuse_remote_code
+from orchestrator.store.hub import Hub, RemoteFile, Snapshot, choose_files
 from orchestrator.store.progress import Progress, Report
 from orchestrator.store.publish import require_space
+from orchestrator.store.remote_code import refuse_needed_code
 
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _ATTEMPTS = 5
@@ -65,7 +66,7 @@ def fetch(
                 done += file.num_bytes
             if group is sides and not trust_remote_code:
                 # Before the gigabytes, not after.
-                refuse_remote_code(hub_id, partial)
+                refuse_needed_code(hub_id, partial)
     return snapshot
 
 

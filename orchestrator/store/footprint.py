@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ _SERVED_DTYPE = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "
 _FIXED_WORKSPACE_BYTES = 64 * 2**20
 _CHUNK_TOKENS = 256
 _BATCH = 16
+_INT4_GROUP = 32
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
+_FUSED_EXPERT = re.compile(r"\.experts\.")
+"""Stored one by one, but loaded as one tensor for all experts, which is no linear layer and is not quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,9 @@ class Footprint:
     """Estimated bytes of one loaded model.
 
     Attributes:
-        weight_bytes: every tensor in the serving dtype, a tied output projection counted once.
+        weight_bytes: every tensor in the serving dtype, a tied output projection counted once; of a quantized model
+            the matrices of linear layers in int8 with one float32 scale a row, or int4 with two bytes of scales for
+            each 32 weights. Embeddings, experts and vectors stay in the dtype.
         kv_bytes_per_token: 2 (keys, values) x layers x key-value heads x head size x bytes of the dtype.
         max_context_tokens: what the model was trained for; 0 if its config does not say.
         workspace_bytes: 64 MiB, plus fp32 activations of one 256-token prefill chunk (8 hidden-sized and 3
@@ -142,13 +149,40 @@ def _serving_dtype(dtype: str, config: dict[str, Any], tensors: dict[str, Tensor
     return dtype
 
 
-def footprint(path: Path, dtype: str) -> Footprint:
+def _is_linear(name: str, tensor: TensorHeader) -> bool:
+    """True for a matrix that transformers loads into a linear layer, as far as its name tells."""
+    is_matrix = len(tensor.shape) == 2 and name.endswith(".weight")
+    return is_matrix and not _EMBEDDING.search(name) and not _FUSED_EXPERT.search(name)
+
+
+def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: str) -> int:
+    """Return what one tensor takes in memory."""
+    if tensor.dtype not in _STORED_BYTES:
+        return tensor.num_bytes
+    num_weights = math.prod(tensor.shape)
+    if quantize and _is_linear(name, tensor):
+        rows, columns = tensor.shape
+        if quantize == "int8":
+            return num_weights + 4 * rows
+        if columns % _INT4_GROUP == 0:
+            return num_weights // 2 + 2 * (num_weights // _INT4_GROUP)
+    return num_weights * item_bytes
+
+
+def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
     """Return what the model in directory `path` will take when served in `dtype` ("auto": as its config says).
+
+    Args:
+        path: of the model.
+        dtype: "auto", "bfloat16", "float16" or "float32".
+        quantize: "int8" or "int4" for the weights of linear layers; "" for none.
 
     Raises:
         ModelLoadFailed: files are missing or damaged.
-        InvalidRequest: unknown dtype.
+        InvalidRequest: unknown dtype or quantization.
     """
+    if quantize not in ("", "int8", "int4"):
+        raise InvalidRequest(f"quantize {quantize!r} is not one of int8, int4.", param="quantize")
     outer = read_json(path / "config.json")
     nested = outer.get("text_config")
     config = {**outer, **nested} if isinstance(nested, dict) else outer
@@ -156,10 +190,7 @@ def footprint(path: Path, dtype: str) -> Footprint:
     item_bytes = _SERVED_BYTES[_serving_dtype(dtype, config, tensors)]
     if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
-    weight_bytes = sum(
-        math.prod(tensor.shape) * item_bytes if tensor.dtype in _STORED_BYTES else tensor.num_bytes
-        for tensor in tensors.values()
-    )
+    weight_bytes = sum(_served_bytes(name, tensor, item_bytes, quantize) for name, tensor in tensors.items())
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     heads = _first(config, "num_attention_heads", "n_head")
     layers = _first(config, "num_hidden_layers", "n_layer")

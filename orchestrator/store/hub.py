@@ -6,15 +6,13 @@ its settings and the user's token.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import httpx
-from hostler.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, PermissionDenied, Unavailable
+from hostler.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unavailable
 
 _CONNECT_TIMEOUT_S = 3.0
 _READ_TIMEOUT_S = 30.0
@@ -129,10 +127,11 @@ class HuggingFaceHub:
 def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[RemoteFile], list[RemoteFile]]:
     """Return the files that serving needs: (config and tokenizer, safetensors weights).
 
-    Only the top folder counts, so that copies in other formats (`onnx/`, `original/`) stay where they are.
+    Python files only when they are trusted. Only the top folder counts, so that copies in other formats (`onnx/`,
+    `original/`) stay where they are.
 
     Raises:
-        InvalidRequest: no safetensors weights, or the model is Python code and that is not trusted.
+        InvalidRequest: no safetensors weights, or no config.
     """
     top = [file for file in snapshot.files if "/" not in file.path and not file.path.startswith(".")]
     tensors = [file for file in top if file.path.endswith(".safetensors") and not file.path.startswith("consolidated")]
@@ -151,25 +150,3 @@ def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[Remo
     if not any(file.path == "config.json" for file in sides):
         raise InvalidRequest(f"{snapshot.hub_id} has no config.json, so it is not a transformers model.", param="model")
     return sides, weights
-
-
-def refuse_remote_code(hub_id: str, directory: Path) -> None:
-    """Refuse a model whose config names Python code of its own.
-
-    Raises:
-        InvalidRequest: it does.
-        ModelLoadFailed: its config is not JSON.
-    """
-    for name in ("config.json", "tokenizer_config.json"):
-        path = directory / name
-        if not path.is_file():
-            continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelLoadFailed(f"{name} of {hub_id} is not valid JSON.") from error
-        if isinstance(config, dict) and config.get("auto_map"):
-            raise InvalidRequest(
-                f"{hub_id} brings Python code of its own ({name} has auto_map). Set trust_remote_code to run it.",
-                param="model",
-            )

@@ -66,6 +66,9 @@ class ModelConfig(_Strict):
     engine: Literal["auto", "text", "scripted"] = Field(default="auto", description="Which engine runs it.")
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto")
+    quantize: Literal["int8", "int4"] | None = Field(
+        default=None, description="Weights of linear layers as int8 or int4, less memory and precision; null: as dtype."
+    )
     max_context_tokens: int = Field(default=0, ge=0, le=10_000_000, description="0: the model's own.")
     max_running: int = Field(default=16, ge=1, le=4096, description="Requests in one batch.")
     max_queued: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait beyond those.")

@@ -26,6 +26,7 @@ def status() -> pb.GetStatusResponse:
     device = answer.devices.add(id="cpu", kind=pb.DEVICE_KIND_CPU, name="Some CPU")
     device.budget_bytes, device.reserved_bytes, device.foreign_bytes = 8 * GIB, 2 * GIB, GIB
     ready = answer.models.add(name="tiny", aliases=["org/tiny"], state=pb.MODEL_STATE_READY, engine=1)
+    ready.quantize = "int4"
     ready.info.num_parameters, ready.info.max_context_tokens = 135_000_000, 2048
     answer.models.add(name="broken", state=pb.MODEL_STATE_FAILED, failure="no space left on the disk")
     replica = answer.replicas.add(model="tiny", device="cpu", reserved_bytes=2 * GIB, reason="the only device")
@@ -68,7 +69,12 @@ class FakePlacement(pb_grpc.PlacementServiceServicer):
     def PlanModel(self, request: Any, context: Any) -> pb.PlanModelResponse:  # noqa: N802
         self._known("PlanModel", request.model, context)
         return pb.PlanModelResponse(
-            feasible=True, device="cpu", needed_bytes=3 * GIB, evict_models=["other"], reason="other is idle longest"
+            feasible=True,
+            device="cpu",
+            needed_bytes=3 * GIB,
+            evict_models=["other"],
+            reason="other is idle longest",
+            quantize="int4",
         )
 
     def UnloadModel(self, request: Any, context: Any) -> pb.UnloadModelResponse:  # noqa: N802

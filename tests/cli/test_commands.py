@@ -103,8 +103,12 @@ def test_models_json_joins_the_server_s_and_the_disk_s(
         ("tiny", "ready", None),
         ("broken", "failed", "no space left on the disk"),
     ]
+    assert [m["quantize"] for m in values["served"]] == ["int4", None]
     assert values["stored"][0]["name"] == "tiny"
-    assert "ON DISK" in hostler("models").stdout
+    monkeypatch.setenv("COLUMNS", "160")
+    text = hostler("models").stdout
+    assert "ON DISK" in text
+    assert "int4" in text
 
 
 def test_load_follows_the_progress(hostler: Hostler, server: FakeServer) -> None:
@@ -134,6 +138,8 @@ def test_unload_plan_and_pin_as_json(hostler: Hostler, server: FakeServer) -> No
     assert json.loads(hostler("unload", "tiny", "--json").stdout) == {"model": "tiny", "num_unloaded": 1}
     plan = json.loads(hostler("plan", "tiny", "--json").stdout)
     assert (plan["feasible"], plan["device"], plan["evict_models"]) == (True, "cpu", ["other"])
+    assert plan["quantize"] == "int4"
+    assert "needs 3.0 GiB with int4 weights" in hostler("plan", "tiny").stdout
     assert json.loads(hostler("pin", "tiny", "--json").stdout) == {"model": "tiny", "pinned": True}
     assert server.placement.pinned == {"tiny": True}
     hostler("unpin", "tiny")

@@ -144,6 +144,19 @@ def test_the_example_shows_and_explains_every_key() -> None:
     assert bare == []
 
 
+def test_quantization_is_one_of_two_or_none(place: Path) -> None:
+    (place / "hostler.yaml").write_text("models: [{name: a, quantize: int8}, {name: b, quantize: null}, {name: c}]")
+    assert [model.quantize for model in resolve().models] == ["int8", None, None]
+    (place / "hostler.yaml").write_text("models: [{name: a, quantize: int3}]")
+    with pytest.raises(ConfigError, match=r"models\.0\.quantize: .*'int8' or 'int4'"):
+        resolve()
+
+
+def test_an_editor_is_told_the_quantizations() -> None:
+    kinds = ModelConfig.model_json_schema()["properties"]["quantize"]["anyOf"]
+    assert {"enum": ["int8", "int4"], "type": "string"} in kinds
+
+
 def test_an_editor_may_take_a_size_for_a_number_or_a_text() -> None:
     kinds = ModelConfig.model_json_schema()["properties"]["kv_cache"]["anyOf"]
     assert {kind["type"] for kind in kinds} == {"integer", "string"}

@@ -28,7 +28,7 @@ class FakeWorker:
     def __init__(self, worker_id: str, generation: int, device: str) -> None:
         self.id, self.generation, self.device = worker_id, generation, device
         self.request: life.LoadRequest | None = None
-        self.reports: asyncio.Queue[life.WatchResponse | HostlerError | None] = asyncio.Queue()
+        self.reports: asyncio.Queue[life.WatchResponse | Exception | None] = asyncio.Queue()
         self.num_steps = 0
         self.draining = self.unloaded = self.killed = False
 
@@ -44,7 +44,7 @@ class FakeWorker:
             )
         )
 
-    def break_stream(self, error: HostlerError | None = None) -> None:
+    def break_stream(self, error: Exception | None = None) -> None:
         self.reports.put_nowait(error)
 
 
@@ -63,6 +63,8 @@ class FakeEffects:
         self.load_errors: list[HostlerError] = []
         self.spawn_errors: list[HostlerError] = []
         self.fetch_error: HostlerError | None = None
+        self.kill_error: Exception | None = None
+        self.drain_error: Exception | None = None
         self.cancelled: list[str] = []
 
     def hold(self, name: str) -> asyncio.Event:
@@ -141,13 +143,15 @@ class FakeEffects:
     async def watch(self, worker_id: str, generation: int) -> AsyncIterator[life.WatchResponse]:
         worker = self.workers[generation]
         while (report := await worker.reports.get()) is not None:
-            if isinstance(report, HostlerError):
+            if isinstance(report, Exception):
                 raise report
             yield report
 
     async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:
         self.workers[generation].draining = True
         await self._pass("drain")
+        if self.drain_error is not None:
+            raise self.drain_error
         return 0
 
     async def unload(self, worker_id: str, generation: int) -> None:
@@ -159,6 +163,8 @@ class FakeEffects:
         for worker in self.workers.values():
             if worker.id == worker_id:
                 worker.killed = True
+        if self.kill_error is not None:
+            raise self.kill_error
 
 
 class Caller:

@@ -22,7 +22,7 @@ from hostler.placement.v1 import placement_pb2 as pb
 from hostler.placement.v1 import placement_pb2_grpc
 from hostler.rundir import RunDir
 
-pytestmark = [pytest.mark.journey, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.journey, pytest.mark.timeout(170)]
 
 MODELS = [
     {"name": "echo", "engine": "scripted", "preload": True, "kv_cache": "300MB"},
@@ -146,12 +146,12 @@ async def test_workers_survive_the_orchestrator_and_are_replaced_when_they_die(s
 
     # The worker is frozen: fenced, killed, replaced.
     os.kill(pid, signal.SIGSTOP)
-    replaced = await server.until(first.generation, within_s=90)
+    replaced = await server.until(first.generation, within_s=15)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
     # The worker is killed: replaced.
     os.kill(await server.pid("echo"), signal.SIGKILL)
-    again = await server.until(replaced.generation, within_s=60)
+    again = await server.until(replaced.generation, within_s=15)
 
     # Another model takes the room: echo is evicted.
     async with asyncio.timeout(40):

@@ -299,6 +299,20 @@ async def test_a_scripted_model_needs_no_files(start: Start, effects: FakeEffect
     assert (request.engine, request.kv_cache_bytes) == (life.ENGINE_KIND_SCRIPTED, 20 * MB)
 
 
+async def test_the_configured_quantization_reaches_the_worker_the_routes_and_the_plan(
+    start: Start, effects: FakeEffects
+) -> None:
+    rig = await start({"name": "small", "quantize": "int4"}, "plain")
+    assert (await rig.scheduler.plan("small")).quantize == "int4"
+    for name, quantize in (("small", "int4"), ("plain", "")):
+        await rig.ensure(name)
+        request = rig.worker(name).request
+        assert request is not None
+        assert request.quantize == quantize
+        assert (await rig.routes())[name].quantize == quantize
+        assert (await rig.scheduler.plan(name)).quantize == quantize
+
+
 async def test_a_plan_says_what_would_happen_and_changes_nothing(start: Start, effects: FakeEffects) -> None:
     rig = await start("a", "b", budget=60 * MB)
     await rig.ensure("a")

@@ -45,6 +45,40 @@ async def test_a_fenced_worker_leaves_the_routes_before_it_is_dead(start: Start,
     assert not rig.worker("a").killed
 
 
+async def test_a_worker_whose_end_fails_in_an_unforeseen_way_is_replaced_all_the_same(
+    start: Start, effects: FakeEffects
+) -> None:
+    """A past bug: the effect's own exception left the dead worker in the ledger, and its model away for good."""
+    rig = await start("a", budget=60 * MB)
+    await rig.ensure("a")
+    effects.kill_error = AssertionError("from a library")
+    rig.worker("a").break_stream(WorkerLost("connection reset"))
+    await rig.settle()
+    assert [r.generation for r in (await rig.routes())["a"].replicas] == [2]
+
+
+async def test_an_eviction_goes_on_when_its_drain_fails_in_an_unforeseen_way(
+    start: Start, effects: FakeEffects
+) -> None:
+    rig = await start("a", "b", budget=60 * MB)
+    await rig.ensure("a")
+    await rig.advance_heard(3)
+    effects.drain_error = AssertionError("from a library")
+    caller = await rig.ensure("b")
+    assert caller.ready is not None
+    assert rig.worker("a").killed
+
+
+async def test_a_watch_that_fails_in_an_unforeseen_way_ends_like_one_that_breaks(
+    start: Start, effects: FakeEffects
+) -> None:
+    rig = await start("a")
+    await rig.ensure("a")
+    rig.worker("a").break_stream(AssertionError("from a library"))
+    await rig.settle()
+    assert [r.generation for r in (await rig.routes())["a"].replicas] == [2]
+
+
 async def test_a_thawed_worker_cannot_rejoin(start: Start, effects: FakeEffects) -> None:
     rig = await start("a")
     await rig.ensure("a")
@@ -134,6 +168,22 @@ async def test_our_own_stall_is_not_the_workers_silence(start: Start, effects: F
     await rig.advance(30, step_s=30)
     assert not rig.worker("a").killed
     await rig.advance_heard(5)
+    assert rig.worker("a").generation == 1
+
+
+async def test_a_frozen_worker_is_noticed_even_when_every_tick_is_late(start: Start, effects: FakeEffects) -> None:
+    rig = await start("a")
+    await rig.ensure("a")
+    await rig.advance(8, step_s=1.2)
+    assert rig.effects.workers[1].killed
+
+
+async def test_a_talking_worker_is_left_alone_when_every_tick_is_late(start: Start, effects: FakeEffects) -> None:
+    rig = await start("a")
+    await rig.ensure("a")
+    for _ in range(10):
+        rig.worker("a").say()
+        await rig.advance(1.2, step_s=1.2)
     assert rig.worker("a").generation == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,54 @@ def test_weight_bytes_are_those_of_the_loaded_model(architecture: str, tiny_mode
     for dtype in ("float32", "bfloat16", "float16"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         assert footprint(path, dtype).weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _linear_layers(path: Path) -> list[tuple[int, int]]:
+    """Return (rows, columns) of each linear layer that transformers makes, without a projection tied to embeddings."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    embedding = model.get_input_embeddings().weight
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
+    return [(layer.out_features, layer.in_features) for layer in layers]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3"])
+def test_quantized_linear_layers_count_with_their_scales_and_nothing_else_changes(
+    architecture: str, tiny_model_of: Callable[[str], Path]
+) -> None:
+    path = tiny_model_of(architecture)
+    layers = _linear_layers(path)
+    assert layers
+    plain = footprint(path, "bfloat16")
+    kept_bytes = plain.weight_bytes - 2 * sum(rows * columns for rows, columns in layers)
+    int8 = footprint(path, "bfloat16", "int8")
+    assert int8.weight_bytes == kept_bytes + sum(rows * columns + 4 * rows for rows, columns in layers)
+    int4 = footprint(path, "bfloat16", "int4")
+    assert int4.weight_bytes == kept_bytes + sum(n // 2 + n // 16 for n in (rows * columns for rows, columns in layers))
+    for quantized in (int8, int4):
+        assert replace(quantized, weight_bytes=plain.weight_bytes) == plain
+
+
+def test_experts_and_rows_that_int4_groups_do_not_divide_stay_in_the_dtype(copy: Path) -> None:
+    import numpy
+    from safetensors.numpy import save_file
+
+    tensors = {
+        "model.layers.0.mlp.experts.0.up_proj.weight": (8, 64),
+        "model.layers.0.mlp.up_proj.weight": (8, 40),
+        "model.layers.0.mlp.down_proj.weight": (8, 64),
+        "model.layers.0.mlp.down_proj.bias": (8,),
+    }
+    save_file({name: numpy.zeros(shape, numpy.float32) for name, shape in tensors.items()}, copy / SINGLE)
+    assert footprint(copy, "float32", "int4").weight_bytes == 4 * (8 * 64 + 8 * 40 + 8) + 8 * 64 // 2 + 8 * 64 // 16
+    assert footprint(copy, "float32", "int8").weight_bytes == 4 * (8 * 64 + 8) + (8 * 40 + 4 * 8) + (8 * 64 + 4 * 8)
+
+
+def test_an_unknown_quantization_is_refused_by_name(tiny_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="int3"):
+        footprint(tiny_model, "auto", "int3")
 
 
 def test_auto_means_the_dtype_that_the_config_names_else_that_of_the_weights(copy: Path) -> None:

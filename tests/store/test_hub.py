@@ -10,10 +10,13 @@ import pytest
 from hostler.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, PermissionDenied, Unavailable
 
 import orchestrator.store.download as download
+import orchestrator.store.remote_code as remote_code
+from orchestrator.models import ModelSpec
 from orchestrator.store import find
 from orchestrator.store.layout import list_stored, read_manifest
 from orchestrator.store.progress import Progress
 from orchestrator.store.pull import Options, pull
+from orchestrator.store_client import StoreClient
 from tests.store.hub_stand_in import COMMIT, HubStandIn, Repository
 
 WEIGHTS = "model.safetensors"
@@ -145,18 +148,101 @@ def test_only_safetensors_and_text_files_of_the_top_folder_are_taken(
     assert {path.name for path in model.path.iterdir()} == {p.name for p in tiny_model.iterdir()} | {"manifest.json"}
 
 
-def test_a_model_with_its_own_python_code_is_refused_before_its_weights_unless_trusted(
+def with_code(directory: Path, **changes: object) -> Repository:
+    """Return a repository whose config and tokenizer name Python code, which ends whoever runs it."""
+    repository = Repository.of(directory)
+    model = {"auto_map": {"AutoConfig": "m.Config", "AutoModelForCausalLM": "m.Model"}, **changes}
+    tokenizer = {"auto_map": {"AutoTokenizer": ["m.Tokenizer", None]}}
+    for name, values in (("config.json", model), ("tokenizer_config.json", tokenizer)):
+        repository.files[name] = json.dumps(json.loads(repository.files[name]) | values).encode()
+    repository.files["m.py"] = b"raise SystemExit(77)"
+    return repository
+
+
+def test_a_model_that_needs_its_own_python_code_is_refused_before_its_weights_unless_trusted(
     hub: HubStandIn, models_dir: Path, tiny_model: Path
 ) -> None:
-    repository = Repository.of(tiny_model)
-    config = json.loads(repository.files["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "m.Model"}}
-    repository.files |= {"config.json": json.dumps(config).encode(), "m.py": b"print('hello')"}
-    hub.repositories["org/code"] = repository
-    with pytest.raises(InvalidRequest, match="trust_remote_code"):
+    hub.repositories["org/code"] = with_code(tiny_model, model_type="homemade")
+    with pytest.raises(InvalidRequest, match=r"'homemade'.*trust_remote_code: true"):
         pull("org/code", options=Options(models_dir))
-    assert WEIGHTS not in {path for path, _ in hub.served}
+    assert not {WEIGHTS, "m.py"} & {path for path, _ in hub.served}
     model = pull("org/code", options=Options(models_dir, trust_remote_code=True))
     assert (model.path / "m.py").exists()
+
+
+def test_a_model_that_transformers_knows_is_taken_without_its_python_code_and_loads(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    hub.repositories["org/code"] = with_code(tiny_model)
+    model = pull("org/code", options=Options(models_dir))
+    assert "m.py" not in {path for path, _ in hub.served}
+    assert not list(model.path.rglob("*.py"))
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)
+    plain = AutoTokenizer.from_pretrained(tiny_model, local_files_only=True)
+    assert tokenizer("for line in file:")["input_ids"] == plain("for line in file:")["input_ids"]
+    loaded, original = (
+        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, local_files_only=True, dtype=torch.float32)
+        for path in (model.path, tiny_model)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters(), strict=True))
+
+
+def test_a_tokenizer_that_is_only_python_code_is_refused(hub: HubStandIn, models_dir: Path, tiny_model: Path) -> None:
+    repository = with_code(tiny_model)
+    del repository.files["tokenizer.json"]
+    repository.files["vocab.json"] = b"{}"
+    hub.repositories["org/code"] = repository
+    with pytest.raises(InvalidRequest, match=r"no tokenizer\.json.*trust_remote_code: true"):
+        pull("org/code", options=Options(models_dir))
+    assert WEIGHTS not in {path for path, _ in hub.served}
+
+
+@pytest.mark.parametrize("model_type", ["", "--help", "qwen3; id", "../qwen3"])
+def test_a_model_type_that_is_no_name_is_not_asked_for(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_code.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    config = {"model_type": model_type, "auto_map": {"AutoConfig": "m.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidRequest, match="Python code of its own"):
+        remote_code.refuse_needed_code("org/code", tmp_path)
+
+
+def test_when_transformers_cannot_be_asked_the_pull_fails_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_code.sys, "executable", "/bin/false")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "auto_map": {"AutoConfig": "m.Config"}}))
+    with pytest.raises(ModelLoadFailed, match="could not be asked"):
+        remote_code.refuse_needed_code("org/code", tmp_path)
+
+
+async def test_the_orchestrator_s_pull_trusts_the_code_that_the_configuration_trusts(
+    hub: HubStandIn, models_dir: Path, tiny_model: Path
+) -> None:
+    """A past bug: the key reached the worker but not the pull, so such a model could never be fetched."""
+    hub.repositories["org/code"] = with_code(tiny_model, model_type="homemade")
+    client = StoreClient(models_dir)
+    with pytest.raises(InvalidRequest, match="trust_remote_code"):
+        await client.fetch(ModelSpec("code", "org/code"), lambda _: None)
+    await client.fetch(ModelSpec("code", "org/code", trust_remote_code=True), lambda _: None)
+    located = await client.locate(ModelSpec("code", "org/code"))
+    assert located is not None
+    assert (Path(located.path) / "m.py").exists()
+
+
+async def test_a_quantized_model_is_located_with_the_bytes_it_will_take(models_dir: Path, tiny_model: Path) -> None:
+    client = StoreClient(models_dir)
+    sizes = []
+    for quantize in ("", "int8", "int4"):
+        located = await client.locate(ModelSpec("tiny", str(tiny_model), dtype="bfloat16", quantize=quantize))
+        assert located is not None
+        sizes.append(located.footprint.weight_bytes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
 
 
 def test_unknown_models_revisions_and_gated_ones_each_get_their_own_sentence(

@@ -32,7 +32,13 @@ def open_engine(runner_name: str) -> Callable[..., object]:
         from workers.text.native.build import build
         from workers.text.opening import open_eager, open_native
 
-        fields: dict[str, object] = {"model": "tiny", "path": str(path), "dtype": "float32", "num_threads": 1, **options}
+        fields: dict[str, object] = {
+            "model": "tiny",
+            "path": str(path),
+            "dtype": "float32",
+            "num_threads": 1,
+            **options,
+        }
         spec = LoadSpec(**fields)  # type: ignore[arg-type]
         loaded = load(spec, lambda *_: None)
         runner = open_native(loaded, spec, build()) if runner_name == "native" else open_eager(loaded, spec)

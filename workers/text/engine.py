@@ -36,6 +36,7 @@ from workers.text.vocabulary import TokenBytes
 log = logging.getLogger(__name__)
 
 Outcome = Event | HostlerError
+Outcomes = list[tuple[Sequence, Event | HostlerError]]
 
 _SWITCH_INTERVAL_S = 0.0002
 # With more sequences than this the products are no longer bound by reading the weights, and guesses are not free.
@@ -213,7 +214,7 @@ class TextEngine:
                 self._wake.clear()
                 continue
             began_s = time.monotonic()
-            out: list[tuple[Sequence, Outcome]] = []
+            out: Outcomes = []
             for part in self._parts(step):
                 self._run_part(part, out, began_s)
                 self._num_steps += 1
@@ -246,7 +247,7 @@ class TextEngine:
         self._isolate = False
         return [Step((work,), int(index < step.num_decodes)) for index, work in enumerate(step.works)]
 
-    def _run_part(self, step: Step, out: list[tuple[Sequence, Outcome]], began_s: float) -> None:
+    def _run_part(self, step: Step, out: Outcomes, began_s: float) -> None:
         for work in step.works:
             work.sequence.scheduled_s = work.sequence.scheduled_s or began_s
         try:
@@ -269,7 +270,7 @@ class TextEngine:
                 self._scheduler.computed(work, 0)
         self._postprocess(rows, logits, out)
 
-    def _postprocess(self, rows: dict[Work, int], logits: torch.Tensor, out: list[tuple[Sequence, Outcome]]) -> None:
+    def _postprocess(self, rows: dict[Work, int], logits: torch.Tensor, out: Outcomes) -> None:
         """Sample each work's next tokens: one, and one more for each draft token that proves right.
 
         Args:
@@ -301,7 +302,12 @@ class TextEngine:
         return sample(logits, [s.sampling for s in sequences], [s.history for s in sequences])
 
     def _accept(
-        self, sequence: Sequence, token: int | None, row: torch.Tensor, now_s: float, out: list[tuple[Sequence, Outcome]]
+        self,
+        sequence: Sequence,
+        token: int | None,
+        row: torch.Tensor,
+        now_s: float,
+        out: Outcomes,
     ) -> bool:
         """Give a sequence its next token and tell its request; return whether it goes on."""
         if token is None:
@@ -341,16 +347,16 @@ class TextEngine:
             decode_us=int((now - sequence.first_token_s) * 1e6),
         )
 
-    def _fail(self, sequence: Sequence, error: HostlerError, out: list[tuple[Sequence, Outcome]]) -> None:
+    def _fail(self, sequence: Sequence, error: HostlerError, out: Outcomes) -> None:
         self._scheduler.remove(sequence)
         out.append((sequence, error))
 
-    def _hand_out(self, out: list[tuple[Sequence, Outcome]]) -> None:
+    def _hand_out(self, out: Outcomes) -> None:
         """Pass a step's outcomes to the loop in one call."""
         if out and not self._asyncio.is_closed():
             self._asyncio.call_soon_threadsafe(self._deliver, out)
 
-    def _deliver(self, out: list[tuple[Sequence, Outcome]]) -> None:
+    def _deliver(self, out: Outcomes) -> None:
         for sequence, outcome in out:
             if (queue := self._queues.get(sequence)) is not None:
                 queue.put_nowait(outcome)

@@ -2,8 +2,8 @@
 
 Above: the scheduler. Beside it: each runner keeps keys and values in its own layout, addressed by the block indices
 given here. A block holds `BLOCK_TOKENS` positions of every layer. A full block is known by a hash of everything it
-depends on (all tokens up to its end, the cache scope, pictures), so a later prompt with the same beginning takes it over
-instead of computing it. Blocks nobody uses stay known until their memory is needed, the least recently used first.
+depends on (all tokens up to its end, the cache scope, pictures), so a later prompt with the same beginning takes it
+over instead of computing it. Blocks nobody uses stay known until their memory is needed, the least recently used first.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden @ weight.T + bias`."""
-        weight = self._weight
+        weight: torch.Tensor = self._weight
         if self._four_bits:
             weight = torch.stack(((weight << 4) >> 4, weight >> 4), dim=-1).reshape(self.out_features, -1)
         wide = weight.to(hidden.dtype).reshape(self.out_features, -1, self._group) * self._scales.to(hidden.dtype)

@@ -155,8 +155,8 @@ def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.devic
     num_blocks = (spec.kv_cache_bytes or _DEFAULT_KV_BYTES) // (per_token * BLOCK_TOKENS)
     if num_blocks < _MIN_BLOCKS:
         raise ModelLoadFailed(
-            f"{spec.kv_cache_bytes} bytes of KV cache hold only {num_blocks * BLOCK_TOKENS} tokens of {spec.model}; give "
-            f"it at least {_MIN_BLOCKS * BLOCK_TOKENS * per_token} (kv_cache in the configuration)."
+            f"{spec.kv_cache_bytes} bytes of KV cache hold only {num_blocks * BLOCK_TOKENS} tokens of {spec.model}; "
+            f"give it at least {_MIN_BLOCKS * BLOCK_TOKENS * per_token} (kv_cache in the configuration)."
         )
     # More than everybody's whole context is never needed.
     num_blocks = min(num_blocks, spec.max_running * blocks_for(context))

@@ -57,7 +57,7 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
 
 
 def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[Runner, bool]:
-    """Return the best runner that can serve now, and whether compiling the kernels would give a better one. Blocking."""
+    """Return the best runner that can serve now, and whether compiling the kernels would give a better one."""
     may_compile = False
     if loaded.device.type == "cpu":
         try:
@@ -92,8 +92,9 @@ def open_native(loaded: LoadedModel, spec: LoadSpec, library: Path) -> NativeRun
         NotSupported: the kernels do not know this model, or disagree with transformers about it.
     """
     description = describe(loaded.decoder, loaded.head, loaded.text_config)
-    stored = str(loaded.text_config.dtype or loaded.dtype).removeprefix("torch.")
-    plain = "bfloat16" if torch.bfloat16 in (loaded.dtype, stored_dtype(stored)) and spec.dtype != "float32" else "float32"
+    # Weights stored in bfloat16 lose nothing by staying so, even where torch computes in float32: so do the kernels.
+    stored = torch.bfloat16 in (loaded.dtype, loaded.text_config.dtype) and spec.dtype != "float32"
+    plain = "bfloat16" if stored else "float32"
     num_threads = spec.num_threads or len(os.sched_getaffinity(0))
     decoder = NativeDecoder(
         library,
@@ -116,12 +117,6 @@ def open_native(loaded: LoadedModel, spec: LoadSpec, library: Path) -> NativeRun
     return runner
 
 
-def stored_dtype(name: str) -> torch.dtype | None:
-    """Return torch's dtype of that name, if there is one."""
-    found = getattr(torch, name, None)
-    return found if isinstance(found, torch.dtype) else None
-
-
 def _proof_mark(library: Path, loaded: LoadedModel, weights: str) -> Path:
     """A file that says these kernels were proved for this kind of model: once is enough."""
     shape = f"{transformers.__version__} {weights} {loaded.dtype} {loaded.text_config.to_json_string()}"
@@ -133,9 +128,7 @@ def _proved(runner: NativeRunner, loaded: LoadedModel, weights: str) -> bool:
         loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
     )
     every = len(os.sched_getaffinity(0))
-    reference = ModelRunner(
-        loaded.model, PagedCache(shape, loaded.dtype, loaded.device), threads.Threads(every, every)
-    )
+    reference = ModelRunner(loaded.model, PagedCache(shape, loaded.dtype, loaded.device), threads.Threads(every, every))
     steps = probe(int(loaded.head.weight.shape[0]))
     got = torch.cat([runner.run_packed(step) for step in steps])
     expected = torch.cat([reference.run_packed(step) for step in steps])

@@ -1,8 +1,8 @@
 """How many prompt tokens a step may take: learned from how long steps last, so that nobody's stream stalls.
 
 Pure arithmetic over observed steps; the scheduler asks, the engine tells. A step with prompt tokens delays every
-running stream; a step without them delays everyone who waits for a first token. So a lone newcomer may stretch the steps
-of many streams only a little, while many newcomers beside few streams go first.
+running stream; a step without them delays everyone who waits for a first token. So a lone newcomer may stretch the
+steps of many streams only a little, while many newcomers beside few streams go first.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class ChatRequest:
 
     Attributes:
         model: as the client wrote it.
-        generate: the contract's message for the first choice; never mutated (see `choice`).
+        generate: the contract's message for the first choice; mutated by nobody (see `choice`) but the dispatcher,
+            which sets the caller's cache scope, the same for all choices.
         media: kind of media ("image", "audio", "file") → the first field that has it.
         forces_tools: a tool must be called.
         num_text_bytes: at least this much text is in the prompt.

@@ -1,1 +1,1 @@
-"""Kernels for the CPU, written in C++ and compiled for the processor at hand. Above: the text engine's native runner."""
+"""Kernels for the CPU, written in C++ and compiled for the processor at hand. Above: the text engine's runners."""

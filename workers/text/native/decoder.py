@@ -104,7 +104,9 @@ class NativeDecoder:
             for which, biases in ((_QKV, layer.qkv_bias), (_OUT, layer.out_bias)):
                 if biases:
                     values = torch.cat([b.detach().float() for b in biases]).numpy()
-                    self._done(self._library.hostler_set_bias(self._model, index, which, values.ctypes.data, values.size))
+                    self._done(
+                        self._library.hostler_set_bias(self._model, index, which, values.ctypes.data, values.size)
+                    )
             for which, norm in enumerate(layer.norms):
                 if norm is not None:
                     self._vector(index, which, norm)

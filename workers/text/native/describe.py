@@ -1,8 +1,8 @@
 """Reads from a transformers module what `decoder.cpp` must know of it, or says why the kernels cannot run it.
 
 Above: `runner.py`. Below: transformers' modules, read only. The kernels know one shape of decoder: RMS norms, rotary
-positions in halves, grouped heads, a gated MLP. The families below have it; a description is proved against the module's
-own output before it serves (see `runner.py`), so a family that changes its arithmetic is noticed, not served wrongly.
+positions in halves, grouped heads, a gated MLP. The families below have it; a description is proved against the
+module's own output before it serves (see `runner.py`), so a family that changes its arithmetic is noticed, not served wrongly.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _ropes(decoder: Any, config: Any) -> tuple[tuple[Rope, ...], Any]:
 
 def _norm(module: Any) -> torch.Tensor:
     """A norm's factor; Gemma's modules hold it less one."""
-    weight = module.weight.detach().float()
+    weight: torch.Tensor = module.weight.detach().float()
     return weight + 1.0 if type(module).__name__.startswith("Gemma") else weight
 
 

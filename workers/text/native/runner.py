@@ -16,8 +16,8 @@ from workers.text.packing import PackedStep, pack
 from workers.text.scheduler import Step
 
 PROBE_TOKENS = 21
-# Least cosine between the logits of every probed position. bfloat16 rounds differently in the two; quantized weights are
-# compared with unquantized ones.
+# Least cosine between the logits of every probed position. bfloat16 rounds differently in the two; quantized weights
+# are compared with unquantized ones.
 _LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.995, "int8": 0.97, "int4": 0.5}
 
 

@@ -114,6 +114,7 @@ class ModelRoute(_message.Message):
     OWNED_BY_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Public name."""
     state: Global___ModelState.ValueType
@@ -122,6 +123,8 @@ class ModelRoute(_message.Message):
     owned_by: _builtins.str
     failure: _builtins.str
     """Why the last load failed; empty otherwise."""
+    quantize: _builtins.str
+    """Weight-only quantization as configured: "", "int8", "int4"."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -144,10 +147,11 @@ class ModelRoute(_message.Message):
         owned_by: _builtins.str = ...,
         info: _lifecycle_pb2.ModelInfo | None = ...,
         failure: _builtins.str = ...,
+        quantize: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_unix_s", b"created_unix_s", "engine", b"engine", "failure", b"failure", "info", b"info", "name", b"name", "owned_by", b"owned_by", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_unix_s", b"created_unix_s", "engine", b"engine", "failure", b"failure", "info", b"info", "name", b"name", "owned_by", b"owned_by", "quantize", b"quantize", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -302,10 +306,13 @@ class PlanModelResponse(_message.Message):
     NEEDED_BYTES_FIELD_NUMBER: _builtins.int
     EVICT_MODELS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
     feasible: _builtins.bool
     device: _builtins.str
     needed_bytes: _builtins.int
     reason: _builtins.str
+    quantize: _builtins.str
+    """Weight-only quantization that the bytes were counted with: "", "int8", "int4"."""
     @_builtins.property
     def evict_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -316,10 +323,11 @@ class PlanModelResponse(_message.Message):
         needed_bytes: _builtins.int = ...,
         evict_models: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
+        quantize: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "evict_models", b"evict_models", "feasible", b"feasible", "needed_bytes", b"needed_bytes", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "evict_models", b"evict_models", "feasible", b"feasible", "needed_bytes", b"needed_bytes", "quantize", b"quantize", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
