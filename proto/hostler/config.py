@@ -73,7 +73,12 @@ class ModelConfig(_Strict):
     max_running: int = Field(default=16, ge=1, le=4096, description="Requests in one batch.")
     max_queued: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait beyond those.")
     kv_cache: Bytes = Field(default=0, description="Bytes the KV cache may grow to; 0: chosen from the device.")
-    prefill_chunk_tokens: int = Field(default=128, ge=16, le=65536, description="Prompt tokens per step.")
+    prefill_chunk_tokens: int = Field(
+        default=512,
+        ge=16,
+        le=65536,
+        description="Most prompt tokens of one step; the engine takes fewer while others stream.",
+    )
     num_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: chosen.")
     preload: bool = Field(default=False, description="Load at start.")
     pinned: bool = Field(default=False, description="Never evict.")

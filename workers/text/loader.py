@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,26 @@ class LoadedModel:
     facts: ModelFacts
     device: torch.device
     dtype: torch.dtype
+
+    def with_dtype(self, dtype: torch.dtype) -> LoadedModel:
+        """Return the model converted, in place, to another dtype; its cache has as many bytes as before."""
+        if dtype == self.dtype:
+            return self
+        itemsize, was = dtype.itemsize, self.dtype.itemsize
+        num_blocks = max(_MIN_BLOCKS, self.kv.num_blocks * was // itemsize)
+        kv = replace(
+            self.kv,
+            num_blocks=num_blocks,
+            max_context_tokens=min(self.kv.max_context_tokens, num_blocks * BLOCK_TOKENS),
+        )
+        facts = replace(
+            self.facts,
+            dtype=str(dtype).removeprefix("torch."),
+            max_context_tokens=kv.max_context_tokens,
+            weight_bytes=self.facts.weight_bytes * itemsize // was,
+            kv_bytes_per_token=kv.bytes_per_token(itemsize),
+        )
+        return replace(self, model=self.model.to(dtype), kv=kv, facts=facts, dtype=dtype)
 
 
 def choose_dtype(

@@ -22,7 +22,7 @@ from workers.text.attention import PagedCache
 from workers.text.engine import TextEngine
 from workers.text.kv_cache import KVShape, blocks_for
 from workers.text.linear import pack, quantize
-from workers.text.loader import LoadedModel, load
+from workers.text.loader import LoadedModel, choose_dtype, load
 from workers.text.native import build
 from workers.text.native.decoder import NativeDecoder
 from workers.text.native.describe import NotSupported, describe
@@ -42,7 +42,7 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
     """
     loaded = await asyncio.to_thread(load, spec, report)
     report("warm-up", 0, 0)
-    runner, may_compile = await asyncio.to_thread(open_runner, loaded, spec)
+    loaded, runner, may_compile = await asyncio.to_thread(open_runner, loaded, spec)
     engine = TextEngine(loaded, spec, runner)
     log.info("runner chosen", extra={"model": spec.model, "runner": runner.name})
     # The first step of each shape allocates and, eagerly, builds kernels; better now than in somebody's first request.
@@ -56,19 +56,25 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
     return engine
 
 
-def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[Runner, bool]:
-    """Return the best runner that can serve now, and whether compiling the kernels would give a better one."""
+def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[LoadedModel, Runner, bool]:
+    """Return the best runner that can serve now, and whether compiling the kernels would give a better one.
+
+    The model comes back with the dtype that it is served in: one loaded for the kernels, but refused by them, goes over
+    to float32 where torch has no fast bfloat16. Blocking.
+    """
     may_compile = False
     if loaded.device.type == "cpu":
         try:
             library = build.built()
             if library is not None:
-                return open_native(loaded, spec, library), False
+                return loaded, open_native(loaded, spec, library), False
             describe(loaded.decoder, loaded.head, loaded.text_config)
             may_compile = not spec.quantize  # quantized weights replace the ones that the kernels would be packed from
         except NotSupported as reason:
             log.info("no kernels for this model", extra={"model": spec.model, "reason": str(reason)})
-    return open_eager(loaded, spec, keep_weights=may_compile), may_compile
+            if spec.dtype == "auto":
+                loaded = loaded.with_dtype(choose_dtype("auto", loaded.dtype, loaded.device))
+    return loaded, open_eager(loaded, spec, keep_weights=may_compile), may_compile
 
 
 def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = False) -> ModelRunner:

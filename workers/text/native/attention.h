@@ -55,7 +55,7 @@ void weigh(const Cache& cache, int layer, int head, const int32_t* table, int fi
   for (int b = first; b < last; ++b) {
     const uint8_t* values = cache.block(layer, table[b], head) + cache.half() + panel * stride;
     const int positions = std::min(kBlock, (length - b * kBlock + 1) & ~1);
-    accumulate<Loader, MR, NP>(acc, values, stride, p + size_t(b - first) * kBlock, ldp, positions);
+    accumulate<Loader, MR, NP>(acc, values, stride, p + size_t(b - first) * kBlock, ldp, positions, values);
   }
   for (int r = 0; r < MR; ++r)
     for (int q = 0; q < NP; ++q)
@@ -114,7 +114,7 @@ void attend(const Cache& cache, int layer, int head, const int32_t* table, const
   alignas(64) float out[MR * kPanel];
   for (int b = first; b < last; ++b) {
     const uint8_t* keys = cache.block(layer, table[b], head);
-    Tile<Loader, MR, 1>::run(keys, 0, queries, cache.head_dim, cache.head_dim, out);
+    Tile<Loader, MR, 1>::run(keys, 0, queries, cache.head_dim, cache.head_dim, out, keys);
     for (int r = 0; r < MR; ++r) std::memcpy(scores + r * padded + (b - first) * kBlock, out + r * kPanel, kPanel * 4);
   }
   for (int r = 0; r < MR; ++r) {

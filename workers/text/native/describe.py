@@ -2,7 +2,8 @@
 
 Above: `runner.py`. Below: transformers' modules, read only. The kernels know one shape of decoder: RMS norms, rotary
 positions in halves, grouped heads, a gated MLP. The families below have it; a description is proved against the
-module's own output before it serves (see `runner.py`), so a family that changes its arithmetic is noticed, not served wrongly.
+module's own output before it serves (see `runner.py`), so a family that changes its arithmetic is noticed, not
+served wrongly.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 //   F32   K x 16 floats
 //   BF16  K/2 x 16 x 2: two inputs side by side, so that a shift or a mask widens them (or one dot-product instruction)
 //   I8    K/4 x 16 x 4 bytes, one float32 scale for each output
-//   I4    for each 32 inputs: 16 float32 scales, then 4 x 16 x 8 half bytes
+//   I4    for each 32 inputs: 16 bfloat16 pairs (scale, least weight), then 4 x 16 x 8 half bytes
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -81,17 +81,20 @@ struct I4Loader {
   static constexpr size_t kGroupBytes = kPanel * 4 + kGroup / 2 * kPanel;
   static vf at(const uint8_t* panel, int k, int j, int v) {
     const uint8_t* group = panel + size_t(k / kGroup) * kGroupBytes;
-    const vf scale = load(reinterpret_cast<const float*>(group) + v * W);
-    const vi eight = *reinterpret_cast<const vi_any*>(group + kPanel * 4 + size_t(k % kGroup) / 2 * kPanel + v * W * 4);
-    return __builtin_convertvector(eight << (28 - 4 * j) >> 28, vf) * scale;
+    const vu both = *reinterpret_cast<const vu_any*>(group + v * W * 4);
+    const vu eight = *reinterpret_cast<const vu_any*>(group + kPanel * 4 + size_t(k % kGroup) / 2 * kPanel + v * W * 4);
+    const vi q = (vi)((eight >> (4 * j)) & 15u);
+    return __builtin_convertvector(q, vf) * (vf)(both << 16) + (vf)(both & 0xffff0000u);
   }
 };
 
-// Adds to acc[r][p] the products of MR rows of `a` (k inputs each) with NP panels that are `stride` bytes apart.
+// Adds to acc[r][p] the products of MR rows of `a` (k inputs each) with NP panels that are `stride` bytes apart. On the way
+// it calls for the memory at `ahead`, a line for each line of the first panel, so that whoever reads that next finds it.
 template <class Loader, int MR, int NP>
 inline __attribute__((always_inline)) void accumulate(vf (&acc)[MR][NP][V], const uint8_t* panel, size_t stride,
-                                                      const float* a, size_t lda, int k) {
+                                                      const float* a, size_t lda, int k, const uint8_t* ahead) {
   for (int i = 0; i < k; i += Loader::kStep) {
+    __builtin_prefetch(ahead + size_t(i / Loader::kStep) * 64, 0, 2);
 #pragma GCC unroll 8
     for (int j = 0; j < Loader::kStep; ++j) {
       vf w[NP][V];
@@ -117,9 +120,10 @@ inline __attribute__((always_inline)) void accumulate(vf (&acc)[MR][NP][V], cons
 // Computes out[p][r][16] for MR rows and NP panels.
 template <class Loader, int MR, int NP>
 struct Tile {
-  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out) {
+  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out,
+                  const uint8_t* ahead) {
     vf acc[MR][NP][V] = {};
-    accumulate<Loader, MR, NP>(acc, panel, stride, a, lda, k);
+    accumulate<Loader, MR, NP>(acc, panel, stride, a, lda, k, ahead);
     for (int p = 0; p < NP; ++p)
       for (int r = 0; r < MR; ++r)
         for (int v = 0; v < V; ++v) store(out + (p * MR + r) * kPanel + v * W, acc[r][p][v]);
@@ -140,13 +144,15 @@ constexpr int kWide = 8;
 struct DotLoader {};
 template <int MR, int NP>
 struct Tile<DotLoader, MR, NP> {
-  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out) {
+  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out,
+                  const uint8_t* ahead) {
     __m512 acc[MR][NP];
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p) acc[r][p] = _mm512_setzero_ps();
     const auto* pairs = reinterpret_cast<const int32_t*>(a);
     for (int i = 0; i < k / 2; ++i) {
       __m512i w[NP];
+      __builtin_prefetch(ahead + size_t(i) * 64, 0, 2);
 #pragma GCC unroll 8
       for (int p = 0; p < NP; ++p) w[p] = _mm512_loadu_si512(panel + p * stride + size_t(i) * 64);
 #pragma GCC unroll 8
@@ -162,25 +168,28 @@ struct Tile<DotLoader, MR, NP> {
 };
 #endif
 
-// `panels` panels from `panel` on, one tile of MR rows; out[p][r][16].
+// `panels` panels from `panel` on, one tile of MR rows; out[p][r][16]. `distance`: how many bytes ahead to call for memory.
 template <class Loader, int MR>
-void panels_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int k, float* out) {
+void panels_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int k, float* out,
+               size_t distance) {
   constexpr int NP = wide(MR);
   int p = 0;
-  for (; p + NP <= panels; p += NP)
-    Tile<Loader, MR, NP>::run(panel + p * stride, stride, a, lda, k, out + p * MR * kPanel);
-  for (; p < panels; ++p) Tile<Loader, MR, 1>::run(panel + p * stride, stride, a, lda, k, out + p * MR * kPanel);
+  for (; p + NP <= panels; p += NP, panel += NP * stride, out += NP * MR * kPanel)
+    Tile<Loader, MR, NP>::run(panel, stride, a, lda, k, out, panel + distance);
+  for (; p < panels; ++p, panel += stride, out += MR * kPanel)
+    Tile<Loader, MR, 1>::run(panel, stride, a, lda, k, out, panel + distance);
 }
 
 template <class Loader>
-void rows_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int rows, int k, float* out) {
+void rows_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int rows, int k, float* out,
+             size_t distance) {
   switch (rows) {
-    case 1: return panels_of<Loader, 1>(panel, stride, panels, a, lda, k, out);
-    case 2: return panels_of<Loader, 2>(panel, stride, panels, a, lda, k, out);
-    case 3: return panels_of<Loader, 3>(panel, stride, panels, a, lda, k, out);
-    case 4: return panels_of<Loader, 4>(panel, stride, panels, a, lda, k, out);
-    case 5: return panels_of<Loader, 5>(panel, stride, panels, a, lda, k, out);
-    default: return panels_of<Loader, 6>(panel, stride, panels, a, lda, k, out);
+    case 1: return panels_of<Loader, 1>(panel, stride, panels, a, lda, k, out, distance);
+    case 2: return panels_of<Loader, 2>(panel, stride, panels, a, lda, k, out, distance);
+    case 3: return panels_of<Loader, 3>(panel, stride, panels, a, lda, k, out, distance);
+    case 4: return panels_of<Loader, 4>(panel, stride, panels, a, lda, k, out, distance);
+    case 5: return panels_of<Loader, 5>(panel, stride, panels, a, lda, k, out, distance);
+    default: return panels_of<Loader, 6>(panel, stride, panels, a, lda, k, out, distance);
   }
 }
 
@@ -233,21 +242,23 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
       const int row = int(int64_t(rows) * t / tiles), count = int(int64_t(rows) * (t + 1) / tiles) - row;
       const float* x = a + row * lda;
       const uint8_t* panel = w.panel(first);
+      // The last tile of several finds its panels in the cache and has time to fetch the next ones.
+      const size_t distance = tiles > 1 && t == tiles - 1 && first + panels < w.panels ? panels * w.stride : 0;
       if (expand) {
         const auto* data = reinterpret_cast<const uint8_t*>(wide_panels.get());
-        rows_of<F32Loader>(data, size_t(w.k) * kPanel * 4, panels, x, lda, count, w.k, out);
+        rows_of<F32Loader>(data, size_t(w.k) * kPanel * 4, panels, x, lda, count, w.k, out, 0);
       } else if (w.kind == Kind::F32) {
-        rows_of<F32Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+        rows_of<F32Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
       } else if (w.kind == Kind::I8) {
-        rows_of<I8Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+        rows_of<I8Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
       } else if (w.kind == Kind::I4) {
-        rows_of<I4Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+        rows_of<I4Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
       } else {
 #if defined(__AVX512BF16__)
-        rows_of<DotLoader>(panel, w.stride, panels, pairs + row * pair_lda, pair_lda, count, w.k, out);
+        rows_of<DotLoader>(panel, w.stride, panels, pairs + row * pair_lda, pair_lda, count, w.k, out, distance);
 #else
         (void)pairs, (void)pair_lda;
-        rows_of<BF16Loader>(panel, w.stride, panels, x, lda, count, w.k, out);
+        rows_of<BF16Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
 #endif
       }
       for (int p = 0; p < panels; ++p)

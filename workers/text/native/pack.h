@@ -15,8 +15,6 @@ struct Source {
   }
 };
 
-inline int quantized4(float x) { return std::min(7, std::max(-8, int(std::lrintf(x)))); }
-
 // Fills one panel from 16 outputs; row(c) gives output c's inputs or nothing (zeros), k inputs each.
 template <class Row>
 void pack_panel(Kind kind, int k, uint8_t* panel, float* scales, const Row& value) {
@@ -38,21 +36,25 @@ void pack_panel(Kind kind, int k, uint8_t* panel, float* scales, const Row& valu
       for (int i = 0; i < k; ++i)
         out[size_t(i / 4) * kPanel * 4 + c * 4 + i % 4] = int8_t(std::lrintf(value(c, i) * inverse));
     }
-  } else {  // -8 … 7, one scale for each 32 inputs of an output, chosen so that the largest weight is exact
+  } else {  // 0 … 15 between the least and the greatest of 32 inputs of an output
     for (int g = 0; g < k; g += kGroup) {
       uint8_t* group = panel + size_t(g / kGroup) * I4Loader::kGroupBytes;
-      auto* scale = reinterpret_cast<float*>(group);
+      auto* pairs = reinterpret_cast<bf16*>(group);
       uint8_t* bytes = group + kPanel * 4;
       for (int c = 0; c < kPanel; ++c) {
-        float peak = 0;
-        for (int i = g; i < g + kGroup; ++i)
-          if (std::fabs(value(c, i)) > std::fabs(peak)) peak = value(c, i);
-        scale[c] = peak / -8.0f;
-        const float inverse = peak != 0 ? -8.0f / peak : 0.0f;
-        for (int i = 0; i < kGroup; i += 2) {
-          const int low = quantized4(value(c, g + i) * inverse), high = quantized4(value(c, g + i + 1) * inverse);
-          bytes[size_t(i / 8) * kPanel * 4 + c * 4 + i % 8 / 2] = uint8_t((low & 15) | (high & 15) << 4);
+        float least = value(c, g), greatest = least;
+        for (int i = g; i < g + kGroup; ++i) {
+          least = std::min(least, value(c, i)), greatest = std::max(greatest, value(c, i));
         }
+        pairs[2 * c + 1] = narrow(least);
+        least = widen(pairs[2 * c + 1]);
+        pairs[2 * c] = narrow((greatest - least) / 15.0f);
+        const float scale = widen(pairs[2 * c]), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        auto quantized = [&](int i) {
+          return std::min(15, std::max(0, int(std::lrintf((value(c, i) - least) * inverse))));
+        };
+        for (int i = 0; i < kGroup; i += 2)
+          bytes[size_t(i / 8) * kPanel * 4 + c * 4 + i % 8 / 2] = uint8_t(quantized(g + i) | quantized(g + i + 1) << 4);
       }
     }
   }

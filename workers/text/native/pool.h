@@ -64,13 +64,16 @@ class Pool {
     while (claim_and_run()) {
     }
     for (int spins = 0; finished_.load(std::memory_order_acquire) != chunks; ++spins) {
-      if (spins < kSpins) relax(); else sched_yield();
+      // A chunk takes microseconds; yielding hands the core to others for milliseconds. So yield only when the holder
+      // of the last chunk must have lost its own core.
+      if (spins < kWaitSpins) relax(); else sched_yield();
     }
   }
 
  private:
-  static constexpr int kSpins = 2000;
-  static constexpr int kYields = 200;
+  static constexpr int kSpins = 4000;       // of an idle thread: about 0.1 ms
+  static constexpr int kYields = 20;        // before it sleeps
+  static constexpr int kWaitSpins = 20000;  // of the caller, for the last chunk
 
   // word_: epoch (32 bits) | next chunk (16) | number of chunks (16). A claim that succeeds proves that its region is
   // still open, hence that call_ and context_ are this region's.
