@@ -20,7 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory, Unavailable
 
-from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt, TokenLogprob
+from workers.engine import (
+    ChatPrompt,
+    EngineStats,
+    Event,
+    Finish,
+    GenerationRequest,
+    LoadSpec,
+    ModelFacts,
+    Prompt,
+    TokenLogprob,
+)
+from workers.text.embeddings import PromptExtras
 from workers.text.kv_cache import SlotCache
 from workers.text.loader import LoadedModel
 from workers.text.prompts import PromptEncoder
@@ -29,6 +40,7 @@ from workers.text.sampler import RowSampling, logprobs, sample
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
 from workers.text.threads import Threads
+from workers.text.vision import Picture
 from workers.text.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
@@ -45,9 +57,20 @@ class TextEngine:
         self._loaded = loaded
         self._threads = threads
         self._asyncio = asyncio.get_running_loop()
-        self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.capacity)
+        self._vision = loaded.vision
+        self._encoder = PromptEncoder(
+            loaded.tokenizer,
+            loaded.facts.vocab_size,
+            loaded.kv.capacity,
+            image_token=loaded.vision.token if loaded.vision else None,
+        )
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        # Apart from encoding: a text need not wait for somebody's picture.
+        self._seeing = ThreadPoolExecutor(
+            1, thread_name_prefix="vision", initializer=torch.set_num_threads, initargs=(threads.prefill,)
+        )
+        self._num_preparing = 0
         self._runner = ModelRunner(loaded.model, SlotCache(loaded.kv, loaded.dtype, loaded.device))
         self._scheduler = Scheduler(
             SchedulerLimits(
@@ -85,7 +108,7 @@ class TextEngine:
         return EngineStats(
             num_steps=self._num_steps,
             num_running=running,
-            num_queued=max(0, len(self._queues) - running),
+            num_queued=self._num_preparing + max(0, len(self._queues) - running),
             max_running=self._scheduler.limits.max_running,
             kv_used_bytes=self._scheduler.held_tokens * cache.bytes_per_token,
             kv_reserved_bytes=self._scheduler.limits.budget_tokens * cache.bytes_per_token,
@@ -99,7 +122,8 @@ class TextEngine:
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Return the prompt's token ids."""
-        return await self._asyncio.run_in_executor(self._encoding, self._encoder.encode, prompt)
+        ids, _ = await self._encode(prompt)
+        return ids
 
     async def detokenize(self, ids: SequenceOf[int]) -> str:
         """Return the text of token ids."""
@@ -107,11 +131,11 @@ class TextEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Serve one request; see `workers.engine.Engine.generate`."""
-        ids = await self.tokenize(request.prompt)
+        ids, extras = await self._prepare(request.prompt)
         if self._closing:
             raise Unavailable("This model is being unloaded. Try again.")
         self._scheduler.check(len(ids), len(self._queues))
-        sequence = self._new_sequence(request, ids)
+        sequence = self._new_sequence(request, ids, extras)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -131,14 +155,39 @@ class TextEngine:
             self._wake.set()
             self._changed()
 
+    async def _encode(self, prompt: Prompt) -> tuple[list[int], list[Picture]]:
+        """Return a prompt's token ids, and its pictures decoded but not yet looked at."""
+        pictures: list[Picture] = []
+        if isinstance(prompt, ChatPrompt) and prompt.images and self._vision is not None:
+            pictures = await self._asyncio.run_in_executor(self._seeing, self._vision.read, prompt.images)
+        texts = [picture.text for picture in pictures]
+        return await self._asyncio.run_in_executor(self._encoding, self._encoder.encode, prompt, texts), pictures
+
+    async def _prepare(self, prompt: Prompt) -> tuple[list[int], PromptExtras]:
+        """Return a prompt's token ids and, once it is known to fit, the rest of it."""
+        if not isinstance(prompt, ChatPrompt) or not prompt.images:
+            return await self.tokenize(prompt), PromptExtras()
+        self._scheduler.check(0, len(self._queues) + self._num_preparing)
+        self._num_preparing += 1
+        self._changed()
+        try:
+            ids, pictures = await self._encode(prompt)
+            self._scheduler.check(len(ids), len(self._queues))
+            assert self._vision is not None  # else encoding has refused the images
+            return ids, await self._asyncio.run_in_executor(self._seeing, self._vision.place, ids, pictures)
+        finally:
+            self._num_preparing -= 1
+            self._changed()
+
     async def close(self) -> None:
         """Fail what still runs, end the thread, free the weights."""
         self._closing = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join, 10.0)
         self._encoding.shutdown(wait=False)
+        self._seeing.shutdown(wait=False, cancel_futures=True)
 
-    def _new_sequence(self, request: GenerationRequest, ids: list[int]) -> Sequence:
+    def _new_sequence(self, request: GenerationRequest, ids: list[int], extras: PromptExtras) -> Sequence:
         wanted, defaults = request.sampling, self._loaded.defaults
         limits = self._scheduler.limits
         room = min(limits.max_context_tokens, limits.budget_tokens) - len(ids)
@@ -163,6 +212,8 @@ class TextEngine:
             max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
             decode=self._decode,
             serial=self._serial,
+            embeddings=extras.embeddings,
+            rope=extras.rope,
         )
 
     def _decode(self, ids: SequenceOf[int]) -> str:

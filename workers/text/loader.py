@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils.logging import disable_progress_bar
 
 from workers.engine import LoadSpec, ModelFacts
-from workers.text import attention
+from workers.text import attention, vision
 from workers.text.kv_cache import KVShape
 from workers.text.linear import pack
 
@@ -36,6 +36,7 @@ class LoadedModel:
         defaults: the model's own sampling defaults.
         kv: the cache's dimensions.
         facts: what the outside may know.
+        vision: for models that take images.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class LoadedModel:
     facts: ModelFacts
     device: torch.device
     dtype: torch.dtype
+    vision: vision.Vision | None = None
 
 
 def choose_dtype(wanted: str, config_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -82,15 +84,17 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
     report("read", 0, total)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            trust_remote_code=spec.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": dtype,
+            "trust_remote_code": spec.trust_remote_code,
+            "local_files_only": True,
+            "use_safetensors": True,
+        }
+        if vision.is_image_text(config):
+            model = vision.load_model(path, attention.NAME, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention.NAME, **options)
     except Exception as error:  # transformers raises anything here: missing weights, truncated files, unknown types
         raise ModelLoadFailed(f"The weights of {spec.model} cannot be loaded: {type(error).__name__}.") from error
     model = model.train(False).requires_grad_(False).to(device)
@@ -98,6 +102,7 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
     num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     pack(model)
+    eyes = _open_vision(spec, model, tokenizer, path) if vision.serves_images(config) else None
     kv = _kv_shape(spec, text, dtype, device)
     facts = ModelFacts(
         model=spec.model,
@@ -109,11 +114,20 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv.bytes_per_token(dtype),
+        supports_images=eyes is not None,
     )
     generation = _generation_config(path)
-    return LoadedModel(
-        model, tokenizer, _eos_ids(tokenizer, generation, text), _defaults(generation), kv, facts, device, dtype
-    )
+    eos_ids, defaults = _eos_ids(tokenizer, generation, text), _defaults(generation)
+    return LoadedModel(model, tokenizer, eos_ids, defaults, kv, facts, device, dtype, eyes)
+
+
+def _open_vision(spec: LoadSpec, model: Any, tokenizer: Any, path: Path) -> vision.Vision:
+    try:
+        return vision.Vision(model, tokenizer, path)
+    except Exception as error:  # as above: missing files, unknown processors
+        raise ModelLoadFailed(
+            f"The image processor of {spec.model} cannot be loaded: {type(error).__name__}."
+        ) from error
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}

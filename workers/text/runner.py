@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from workers.text.attention import Chunk, StepContext
+from workers.text.embeddings import overlaps, overlay
 from workers.text.kv_cache import SlotCache
-from workers.text.scheduler import Step
+from workers.text.scheduler import Step, Work
 
 
 class ModelRunner:
@@ -43,8 +44,10 @@ class ModelRunner:
         ids = [w.sequence.token_ids[w.start] for w in decodes]
         positions = [w.start for w in decodes]
         rows = list(range(len(decodes)))
+        packed = list(zip(rows, decodes, strict=True))
         chunks: list[Chunk] = []
         for work in step.prefills:
+            packed.append((len(ids), work))
             chunks.append(Chunk(len(ids), work.end - work.start, work.sequence.slot, work.start))
             ids.extend(work.sequence.token_ids[work.start : work.end])
             positions.extend(range(work.start, work.end))
@@ -66,11 +69,36 @@ class ModelRunner:
             masks={},
         )
         output = self._model(
-            input_ids=torch.tensor([ids], dtype=torch.long, device=device),
-            position_ids=torch.tensor([positions], dtype=torch.long, device=device),
+            **self._inputs(torch.tensor([ids], dtype=torch.long, device=device), packed),
+            position_ids=_positions(torch.tensor([positions], dtype=torch.long, device=device), packed),
             use_cache=False,
             logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
             step=context,
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float().cpu()
+
+    def _inputs(self, ids: torch.Tensor, packed: list[tuple[int, Work]]) -> dict[str, torch.Tensor]:
+        """Return the ids (1, rows) or, where pictures stand among them, embeddings (1, rows, hidden).
+
+        Args:
+            packed: each sequence's first row and its work.
+        """
+        seeing = [(row, w) for row, w in packed if overlaps(w.sequence.embeddings, w.start, w.end)]
+        if not seeing:
+            return {"input_ids": ids}
+        hidden = self._model.get_input_embeddings()(ids)
+        for row, work in seeing:
+            overlay(hidden[0], row, work.start, work.end, work.sequence.embeddings)
+        return {"inputs_embeds": hidden}
+
+
+def _positions(plain: torch.Tensor, packed: list[tuple[int, Work]]) -> torch.Tensor:
+    """Return positions (1, rows) or, where a sequence has three-dimensional ones, (3, 1, rows)."""
+    if all(work.sequence.rope is None for _, work in packed):
+        return plain
+    positions = plain.repeat(3, 1)
+    for row, work in packed:
+        if work.sequence.rope is not None:
+            positions[:, row : row + work.end - work.start] = work.sequence.rope.between(work.start, work.end)
+    return positions[:, None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from workers.engine import GenerationRequest, TextDelta, TokenLogprob
 from workers.text.detokenizer import Decode, Detokenizer
+from workers.text.embeddings import EmbeddingSpan, RopePositions
 from workers.text.sampler import History, RowSampling
 from workers.text.stops import StopMatcher
 
@@ -26,6 +27,8 @@ class Sequence:
         max_tokens: most tokens to generate.
         slot: row in the cache; -1 while waiting.
         finish_reason: set once, ends the sequence.
+        embeddings: what replaces token embeddings in the prompt.
+        rope: rotary positions, where they are not the tokens' own.
     """
 
     request: GenerationRequest
@@ -39,6 +42,8 @@ class Sequence:
     num_computed_tokens: int = 0
     cancelled: bool = False
     finish_reason: str | None = None
+    embeddings: tuple[EmbeddingSpan, ...] = ()
+    rope: RopePositions | None = None
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
