@@ -9,6 +9,8 @@ tokens were written, so resident bytes follow use. The budget is counted in toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from mmap import mmap
 
 import torch
 
@@ -45,12 +47,13 @@ class SlotCache:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        # A virtual reservation on the CPU; on a GPU real memory, so the loader keeps all slots within the budget.
-        self._kv = torch.empty(
-            (2, shape.num_layers, shape.num_slots, shape.num_kv_heads, shape.capacity, shape.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        sizes = (2, shape.num_layers, shape.num_slots, shape.num_kv_heads, shape.capacity, shape.head_dim)
+        if device.type == "cpu":
+            # A virtual reservation that reads as zeros: a masked value still counts with weight 0, and 0 times what
+            # an allocator left there may be NaN.
+            self._kv = torch.frombuffer(mmap(-1, prod(sizes) * dtype.itemsize), dtype=dtype).view(sizes)
+        else:  # real memory, so the loader keeps all slots within the budget
+            self._kv = torch.zeros(sizes, dtype=dtype, device=device)
 
     def keys(self, layer: int) -> torch.Tensor:
         """Keys of one layer: (slots, kv_heads, capacity, head_dim), a view."""
