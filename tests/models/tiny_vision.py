@@ -1,7 +1,7 @@
 """Tiny image-text models. Above it: fixtures. Below it: `tiny`, torch, transformers, Pillow.
 
-`llava` is trained to name the colour of a picture, half a minute on one CPU thread, so that its answer depends on what it sees;
-the others have random weights and serve comparisons with transformers' own `generate`. Each is built once into the
+`llava` is trained to name the colour of a picture, half a minute on one CPU thread, so that its answer depends on
+what it sees; the others have random weights and serve comparisons with transformers' own `generate`. Each is built once into the
 cache of `tiny`. `python -m tests.models.tiny_vision` builds them all.
 """
 
@@ -93,16 +93,21 @@ def _llava() -> tuple[Any, Any]:
 
 
 def _llava_next() -> tuple[Any, Any]:
-    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessor
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+    )
     from transformers import Qwen2Config as Text
 
     pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     tower = CLIPVisionConfig(**_TOWER, image_size=SIDE, patch_size=8, projection_dim=32)
-    config = LlavaNextConfig(vision_config=tower, text_config=Text(**_TEXT), image_token_id=_IMAGE_ID, image_grid_pinpoints=pinpoints)
-    size = {"height": SIDE, "width": SIDE}
-    processor = LlavaNextImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=pinpoints
+    config = LlavaNextConfig(
+        vision_config=tower, text_config=Text(**_TEXT), image_token_id=_IMAGE_ID, image_grid_pinpoints=pinpoints
     )
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=pinpoints)
     return LlavaNextForConditionalGeneration(config), processor
 
 
@@ -164,7 +169,13 @@ def _gemma3() -> tuple[Any, Any]:
     layers = ["sliding_attention", "full_attention"]
     text = Text(**_TEXT, head_dim=16, sliding_window=32, layer_types=layers, query_pre_attn_scalar=16)
     tower = SiglipVisionConfig(**_TOWER, image_size=SIDE, patch_size=8)
-    config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_id=_IMAGE_ID, boi_token_index=_IMAGE_ID + 1)
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=tower,
+        mm_tokens_per_image=4,
+        image_token_id=_IMAGE_ID,
+        boi_token_index=_IMAGE_ID + 1,
+    )
     return Gemma3ForConditionalGeneration(config), Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
@@ -304,7 +315,9 @@ def _train(model: Any, image_processor: Any, tokenizer: Any, num_steps: int = 25
             text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
             prompt = tokenizer.encode(text, add_special_tokens=False)
             rows.append((prompt, tokenizer.encode(f"{colour}<|im_end|>", add_special_tokens=False)))
-            pixels.append(picture(colour, seed=16 * step + index, width=rng.randint(24, 60), height=rng.randint(24, 60)))
+            pixels.append(
+                picture(colour, seed=16 * step + index, width=rng.randint(24, 60), height=rng.randint(24, 60))
+            )
         longest = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids = torch.zeros((len(rows), longest), dtype=torch.long)
         labels = torch.full_like(ids, -100)

@@ -16,19 +16,14 @@ _MARK = "hostlerprobe"
 
 
 def roles_in_parts(render: Render) -> frozenset[str]:
-    """Return the roles whose text should be written as `[{"type": "text", "text": …}]`.
-
-    That is the form which the processors' own examples use, so it comes first wherever the template prints it.
-    """
-    user = _part("user", 0)
-    taken = set()
-    if _prints(render, [user], 1):
-        taken.add("user")
-    opening: Message = user if taken else {"role": "user", "content": f"{_MARK}0"}
-    if _prints(render, [opening, _part("assistant", 1), {**opening}], 3):
-        taken.add("assistant")
-    if _prints(render, [_part("system", 1), opening], 2):
-        taken.add("system")
+    """Return the roles whose text must be written as `[{"type": "text", "text": …}]`, because text alone is lost."""
+    taken: set[str] = set()
+    for role, before, after in (("user", [], []), ("assistant", ["user"], ["user"]), ("system", [], ["user"])):
+        others = [[in_parts(_plain(r), frozenset(taken)) for r in roles] for roles in (before, after)]
+        plain = [*others[0], _plain(role), *others[1]]
+        parted = [*others[0], in_parts(_plain(role), frozenset((role,))), *others[1]]
+        if not _prints_all(render, plain) and _prints_all(render, parted):
+            taken.add(role)
     return frozenset(taken)
 
 
@@ -40,14 +35,14 @@ def in_parts(message: Message, roles: frozenset[str]) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
-def _part(role: str, number: int) -> Message:
-    return {"role": role, "content": [{"type": "text", "text": f"{_MARK}{number}"}]}
+def _plain(role: str) -> Message:
+    return {"role": role, "content": _MARK}
 
 
-def _prints(render: Render, messages: Sequence[Message], times: int) -> bool:
-    """Whether the texts come out, and not as the Python list that holds them."""
+def _prints_all(render: Render, messages: Sequence[Message]) -> bool:
+    """Whether every text comes out, and not as the Python list that holds it."""
     try:
         rendered = render(messages)
     except Exception:  # templates may fail in any way on what they do not expect
         return False
-    return rendered.count(_MARK) == times and "'text'" not in rendered and '"text"' not in rendered
+    return rendered.count(_MARK) == len(messages) and "'text'" not in rendered and '"text"' not in rendered

@@ -42,7 +42,7 @@ class PromptEncoder:
         self._control = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._longest_control = len(specials[0]) if specials else 0
         self._in_parts = frozenset[str]()
-        if image_token is not None and getattr(tokenizer, "chat_template", None):
+        if getattr(tokenizer, "chat_template", None):
             self._in_parts = roles_in_parts(lambda messages: self._apply(ChatPrompt(messages)))
 
     def encode(self, prompt: Prompt, image_texts: SequenceOf[str] = ()) -> list[int]:
