@@ -1,8 +1,8 @@
 """Tiny image-text models. Above it: fixtures. Below it: `tiny`, torch, transformers, Pillow.
 
 `llava` is trained to name the colour of a picture, half a minute on one CPU thread, so that its answer depends on
-what it sees; the others have random weights and serve comparisons with transformers' own `generate`. Each is built once into the
-cache of `tiny`. `python -m tests.models.tiny_vision` builds them all.
+what it sees; the others have random weights and serve comparisons with transformers' own `generate`. Each is built
+once into the cache of `tiny`. `python -m tests.models.tiny_vision` builds them all.
 """
 
 from __future__ import annotations
