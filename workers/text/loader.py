@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from workers.engine import LoadSpec, ModelFacts
 from workers.text import attention, vision
 from workers.text.kv_cache import KVShape
 from workers.text.linear import pack
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 
@@ -121,13 +124,15 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
     return LoadedModel(model, tokenizer, eos_ids, defaults, kv, facts, device, dtype, eyes)
 
 
-def _open_vision(spec: LoadSpec, model: Any, tokenizer: Any, path: Path) -> vision.Vision:
+def _open_vision(spec: LoadSpec, model: Any, tokenizer: Any, path: Path) -> vision.Vision | None:
+    """Return the model's eyes; None, with a warning, if its directory lacks what they need: text is still served."""
     try:
         return vision.Vision(model, tokenizer, path)
     except Exception as error:  # as above: missing files, unknown processors
-        raise ModelLoadFailed(
-            f"The image processor of {spec.model} cannot be loaded: {type(error).__name__}."
-        ) from error
+        log.warning(
+            "images not served", extra={"model": spec.model, "reason": f"{type(error).__name__}: {error}"[:300]}
+        )
+        return None
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}

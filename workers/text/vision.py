@@ -31,7 +31,7 @@ from workers.text import images
 from workers.text.embeddings import EmbeddingSpan, PromptExtras, RopePositions
 from workers.text.picture_text import picture_text
 
-TOWERS_KEEP = "sdpa"
+_TOWER_ATTENTION = "sdpa"
 _CACHE_BYTES = 256 * 2**20
 _NOT_FOR_THE_MODEL = ("rows", "cols")
 _ONE_DIMENSIONAL = {"llava", "llava_next", "idefics3", "smolvlm"}
@@ -65,8 +65,12 @@ class _Seen:
 
 
 def is_image_text(config: Any) -> bool:
-    """Tell whether a model's configuration is of a kind that transformers loads as image and text to text."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+    """Tell whether a model's configuration is of a kind that transformers loads as image and text to text.
+
+    Those with an encoder of text are not: their language model is not one that continues a prompt.
+    """
+    has_both = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and has_both and not config.is_encoder_decoder
 
 
 def serves_images(config: Any) -> bool:
@@ -85,7 +89,7 @@ def load_model(path: Path, attention: str, **options: Any) -> Any:
     """Load an image-text model: `attention` in its language model, torch's own in the tower."""
     config = options["config"]
     parts = {"": attention} | {
-        name: attention if name == "text_config" else TOWERS_KEEP for name in type(config).sub_configs
+        name: attention if name == "text_config" else _TOWER_ATTENTION for name in type(config).sub_configs
     }
     return AutoModelForImageTextToText.from_pretrained(path, attn_implementation=parts, **options)
 
