@@ -12,13 +12,12 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 import httpcore
 import httpx
 
 from gateway.addresses import is_public
+from gateway.links import Budget, FetchRefused
 
 MAX_REDIRECTS = 3
 DEADLINE_S = 10.0
@@ -29,31 +28,6 @@ _HEADERS = (("User-Agent", "hostler"), ("Accept", "image/*"), ("Accept-Encoding"
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """(host, port) → its addresses in plain textual form. Raises OSError."""
-
-
-class FetchRefused(Exception):
-    """The address may not or cannot be fetched; says why in words that a stranger may read."""
-
-
-class AcceptStart(Protocol):
-    """Looks at the first bytes of a body, to stop early what is not wanted anyway."""
-
-    def __call__(self, start: bytes) -> bool:
-        """Return whether to go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What one fetch may take.
-
-    Attributes:
-        max_bytes: of the body.
-        num_start_bytes: `accept_start` is asked once with so many bytes, or with the whole body if it is shorter.
-    """
-
-    max_bytes: int
-    num_start_bytes: int
-    accept_start: AcceptStart
 
 
 async def resolve(host: str, port: int) -> list[str]:

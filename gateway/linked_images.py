@@ -1,32 +1,23 @@
 """Images that a request gives by address: fetched, checked, put into the contract's message.
 
-Above: routes, after the request was found good and the model able. Below: `fetch`.
+Above: routes, after the request was found good and the model able. Below: `links`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
-from gateway.fetch import Budget, Fetcher, FetchRefused
+from gateway.links import Budget, Fetch, FetchRefused, Link
 
 MAX_FETCHED_BYTES = 25 * 10**6
 """Of all images of one request together."""
 _AT_ONCE = 4
 _MAX_FETCHING = 32
 _NUM_START_BYTES = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """An image's address, and the field that holds it. Its part in the message has no data yet."""
-
-    url: str
-    name: str
 
 
 def image_type(start: bytes) -> str:
@@ -49,7 +40,7 @@ class LinkedImages:
         fetcher: None where the configuration does not allow fetching.
     """
 
-    def __init__(self, fetcher: Fetcher | None) -> None:
+    def __init__(self, fetcher: Fetch | None) -> None:
         self._fetcher = fetcher
         self._slots = asyncio.Semaphore(_MAX_FETCHING)
 
@@ -84,7 +75,7 @@ class LinkedImages:
                 media.data = data
                 media.mime_type = image_type(data[:_NUM_START_BYTES])
 
-    async def _fetch(self, fetcher: Fetcher, link: Link, max_bytes: int) -> bytes | InvalidRequest:
+    async def _fetch(self, fetcher: Fetch, link: Link, max_bytes: int) -> bytes | InvalidRequest:
         budget = Budget(max_bytes, _NUM_START_BYTES, lambda start: bool(image_type(start)))
         try:
             async with self._slots:

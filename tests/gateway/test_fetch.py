@@ -15,8 +15,9 @@ import httpcore
 import pytest
 
 from gateway.addresses import is_public
-from gateway.fetch import Budget, Fetcher, FetchRefused, resolve
+from gateway.fetch import Fetcher, resolve
 from gateway.linked_images import image_type
+from gateway.links import Budget, FetchRefused
 
 PUBLIC = "93.184.216.34"
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 20

@@ -14,7 +14,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
 from gateway.dialects.openai_chat.stream import ChunkEncoder
-from gateway.linked_images import Link
+from gateway.links import Link
 from tests.gateway.fakes import finish, sse_data, text
 
 USER = {"role": "user", "content": "hi"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -233,10 +234,15 @@ async def test_pictures_are_told_apart_by_content_and_looked_at_once(
 async def test_a_prompt_that_cannot_fit_is_refused_before_the_tower_runs(
     tiny_llava: Path, open_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with open_engine(tiny_llava, max_context_tokens=64) as engine:
-        monkeypatch.delattr(type(engine._loaded.model), "get_image_features")
-        with pytest.raises(ContextLengthExceeded):
-            await reply(engine, chat(*[picture("red")] * 4, "hi"))
+    prompt = chat(*[picture("red")] * 4, "hi")
+    async with open_engine(tiny_llava) as engine:
+        num_tokens = len(await engine.tokenize(prompt))
+    for limit in (num_tokens, num_tokens // 2):
+        async with open_engine(tiny_llava, max_context_tokens=limit) as engine:
+            with monkeypatch.context() as patch:
+                patch.delattr(type(engine._loaded.model), "get_image_features")
+                with pytest.raises(ContextLengthExceeded):
+                    await reply(engine, prompt)
 
 
 async def test_low_detail_takes_no_more_tokens_and_fewer_where_the_processor_cuts_tiles(
@@ -244,8 +250,9 @@ async def test_low_detail_takes_no_more_tokens_and_fewer_where_the_processor_cut
 ) -> None:
     big = noise(9, 900, 700)
     async with open_engine(tiny_vision_model("smolvlm")) as engine:
-        whole, low = [len(await engine.tokenize(chat(big, "x", detail=detail))) for detail in ("high", "low")]
-        assert low < whole
+        asked = [await engine._prepare(chat(big, "x", detail=detail)) for detail in ("high", "low", "auto", "low")]
+        whole, low, again, low_again = [len(ids) for ids, _ in asked]
+        assert low == low_again < whole == again
     async with open_engine(tiny_vision_model("llava")) as engine:
         assert len({len(await engine.tokenize(chat(big, "x", detail=d))) for d in ("auto", "high", "low")}) == 1
 
@@ -264,5 +271,41 @@ async def test_a_model_whose_images_are_not_served_still_talks_and_refuses_them_
     async with open_engine(path) as engine:
         assert not engine.facts.supports_images
         assert (await reply(engine, TokenPrompt(prompt)))[1] == out[0, 50:].tolist()
+        with pytest.raises(HostlerError, match="Image input is not supported"):
+            await reply(engine, chat(picture("red"), "hi"))
+
+
+def copied(source: Path, target: Path, *, without: str = "") -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        if file.name != without:
+            (target / file.name).symlink_to(file)
+    return target
+
+
+async def test_an_older_checkpoint_leaves_the_processor_s_sizes_to_the_model_and_its_template_to_a_file(
+    tiny_llava: Path, tmp_path: Path, open_engine: Callable[..., Any]
+) -> None:
+    path = copied(tiny_llava, tmp_path / "old", without="processor_config.json")
+    (path / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
+    template = (
+        "{% for m in messages %}Q {% for p in m.content %}{% if p.type == 'image' %}<image>{% endif %}{% endfor %}"
+    )
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": template + "{% endfor %}"}))
+    async with open_engine(path) as engine:
+        assert engine.facts.supports_images
+        ids = await engine.tokenize(chat(picture("red"), "unread"))
+        assert ids.count(1024) == 16
+        assert len(ids) < 20
+        assert (await reply(engine, chat(picture("red"), "unread")))[2].num_prompt_tokens == len(ids)
+
+
+async def test_a_directory_without_an_image_processor_serves_text_and_says_that_it_takes_no_images(
+    tiny_llava: Path, tmp_path: Path, open_engine: Callable[..., Any]
+) -> None:
+    path = copied(tiny_llava, tmp_path / "blind", without="preprocessor_config.json")
+    async with open_engine(path) as engine:
+        assert not engine.facts.supports_images
+        assert (await reply(engine, ChatPrompt([{"role": "user", "content": "hello"}])))[2].num_completion_tokens
         with pytest.raises(HostlerError, match="Image input is not supported"):
             await reply(engine, chat(picture("red"), "hi"))

@@ -13,7 +13,7 @@ from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.fields import Fields, show
-from gateway.linked_images import Link
+from gateway.links import Link
 
 _MAX_MIME_CHARS = 128
 _MAX_URL_CHARS = 8192

@@ -9,7 +9,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.openai_chat.media import audio_part, file_part, image_part
 from gateway.fields import Fields, dump_json, show, wrong_type
-from gateway.linked_images import Link
+from gateway.links import Link
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096

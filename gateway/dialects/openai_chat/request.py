@@ -17,7 +17,7 @@ from gateway.dialects.openai_chat.generation_config import read_generation_confi
 from gateway.dialects.openai_chat.messages import parse_messages
 from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
 from gateway.fields import Fields, dump_json, show, wrong_type
-from gateway.linked_images import Link
+from gateway.links import Link
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
