@@ -16,6 +16,8 @@ from hostler.config import HostlerConfig
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
 from gateway.lifetime import Lifetime
+from gateway.linked_images import LinkedImages
+from gateway.links import Fetch
 from gateway.placement import PlacementClient
 from gateway.routing import RouteTable
 from gateway.sse import FIRST_COMMENT_S, PING_S, STALLED_READER_S
@@ -48,6 +50,7 @@ class Services:
     channels: WorkerChannels = field(init=False)
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
+    linked_images: LinkedImages = field(init=False)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -63,6 +66,7 @@ class Services:
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
         )
+        self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
         watching = asyncio.create_task(self.placement.watch(self.table))
         try:
             yield
@@ -72,6 +76,12 @@ class Services:
                 await watching
             await self.channels.close()
             await self.placement.close()
+
+
+def _fetch() -> Fetch:
+    from gateway.fetch import Fetcher  # 200 ms and 6 MB of HTTP client
+
+    return Fetcher()
 
 
 def services_of(request: Request) -> Services:

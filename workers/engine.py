@@ -17,20 +17,36 @@ QUANTIZED_KINDS = frozenset({"", "int8", "int4"})
 
 
 @dataclass(frozen=True, slots=True)
+class ImageInput:
+    """A picture as it was sent.
+
+    Attributes:
+        data: the file's bytes, undecoded and untrusted.
+        detail: "low" allows the engine to look at a smaller version; anything else asks for all of it.
+    """
+
+    data: bytes = field(repr=False)
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """Structured messages, rendered by the model's own template.
 
     Attributes:
         messages: as chat templates expect them: dicts with role, content, perhaps tool_calls, tool_call_id, name.
+            Content is text or, where there are images, a list of `{"type": "text", "text": …}` and `{"type": "image"}`.
         tools: JSON-schema function tools as templates expect them; empty for none.
         template_kwargs: extra template variables.
         continue_final_message: extend the last assistant message instead of opening a new one.
+        images: the pictures of the messages' image parts, in the order of those parts.
     """
 
     messages: Sequence[Mapping[str, Json]]
     tools: Sequence[Mapping[str, Json]] = ()
     template_kwargs: Mapping[str, Json] = field(default_factory=dict)
     continue_final_message: bool = False
+    images: Sequence[ImageInput] = ()
 
 
 @dataclass(frozen=True, slots=True)

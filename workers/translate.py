@@ -16,6 +16,7 @@ from workers.engine import (
     Event,
     Finish,
     GenerationRequest,
+    ImageInput,
     LoadSpec,
     ModelFacts,
     Prompt,
@@ -68,9 +69,11 @@ def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
         refused = ("echo", "Logprobs of the prompt are not available for this model yet.")
     elif message.WhichOneof("prompt") == "chat":
         chat = message.chat
-        kinds = {part.WhichOneof("part") for m in chat.messages for part in m.parts} - {"text", None}
+        kinds = {str(part.WhichOneof("part")) for m in chat.messages for part in m.parts} - {"text", "None"}
+        if facts.supports_images:
+            kinds.discard("image")
         if kinds:
-            refused = ("messages", f"This model reads text only, not {', '.join(sorted(map(str, kinds)))}.")
+            refused = ("messages", f"{' and '.join(sorted(kinds)).capitalize()} input is not supported by this model.")
         elif chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE and not facts.supports_tools:
             refused = ("tools", "This model does not call tools.")
         elif chat.reasoning.HasField("budget_tokens"):
@@ -120,6 +123,12 @@ def chat_prompt(chat: pb.Chat) -> ChatPrompt:
         tools=[_tool(t) for t in chat.tools] if chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE else (),
         template_kwargs=kwargs,
         continue_final_message=chat.continue_final_message,
+        images=[
+            ImageInput(part.image.data, part.image.detail)
+            for message in chat.messages
+            for part in message.parts
+            if part.HasField("image")
+        ],
     )
 
 
@@ -127,7 +136,7 @@ def _message(message: pb.Message) -> dict[str, object]:
     role = _ROLES.get(message.role)
     if role is None:
         raise InvalidRequest("A message has no role.", param="messages")
-    out: dict[str, object] = {"role": role, "content": "".join(p.text for p in message.parts)}
+    out: dict[str, object] = {"role": role, "content": _content(message)}
     if message.tool_calls:
         out["tool_calls"] = [
             {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c.arguments_json)}}
@@ -139,6 +148,15 @@ def _message(message: pb.Message) -> dict[str, object]:
     if message.reasoning:
         out["reasoning_content"] = message.reasoning
     return out
+
+
+def _content(message: pb.Message) -> object:
+    """Text where there is only text, which every template takes; else a list of parts."""
+    if not any(part.HasField("image") for part in message.parts):
+        return "".join(part.text for part in message.parts)
+    return [
+        {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text} for part in message.parts
+    ]
 
 
 def _arguments(text: str) -> object:

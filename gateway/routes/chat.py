@@ -53,6 +53,9 @@ async def create_chat_completion(request: Request) -> Response:
     route = find_chat_model(routes, chat.model)
     if route.HasField("info"):
         check_capabilities(chat, route.info)
+    if chat.links:
+        filling = services.linked_images.fill(chat.generate.chat.messages, chat.links)
+        await services.lifetime.until_gone(request.receive, filling)
     job = _Job(
         services=services,
         request=chat,

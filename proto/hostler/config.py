@@ -103,6 +103,7 @@ class HostlerConfig(_Strict):
     allowed_hosts: tuple[str, ...] = Field(default=(), description="Host headers to accept beyond loopback names.")
     gateways: int = Field(default=0, ge=0, le=64, description="Gateway processes; 0: chosen from the cores.")
     max_body: Bytes = Field(default=8 * 10**6, description="Largest JSON body.")
+    fetch_urls: bool = Field(default=False, description="Fetch images that requests give by http(s) address.")
     models: tuple[ModelConfig, ...] = Field(default=())
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")

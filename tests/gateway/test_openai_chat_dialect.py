@@ -14,6 +14,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
 from gateway.dialects.openai_chat.stream import ChunkEncoder
+from gateway.links import Link
 from tests.gateway.fakes import finish, sse_data, text
 
 USER = {"role": "user", "content": "hi"}
@@ -110,7 +111,7 @@ def test_media_travels_as_bytes() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}},
+        {"type": "image_url", "image_url": {"url": "https://" + "x" * 9000}},
         {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,***"}},
         {"type": "image_url", "image_url": {"url": "data:image/png,raw"}},
@@ -124,6 +125,29 @@ def test_media_that_is_not_in_the_request_is_refused(part: dict[str, Any]) -> No
         parse({"role": "user", "content": [part]})
     assert caught.value.param is not None
     assert caught.value.param.startswith("messages[0].content[0].")
+
+
+def test_addresses_of_images_are_noted_with_the_field_that_holds_them() -> None:
+    inline = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    request = parse(
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "https://example.org/cat.png", "detail": "low"}},
+                inline,
+                {"type": "image_url", "image_url": "HTTP://example.org/dog.png"},
+            ],
+        }
+    )
+    assert request.links == (
+        Link("https://example.org/cat.png", "messages[0].content[0].image_url.url"),
+        Link("HTTP://example.org/dog.png", "messages[0].content[2].image_url"),
+    )
+    images = [part.image for part in request.generate.chat.messages[0].parts]
+    assert [image.data for image in images] == [b"", b"hi", b""]
+    assert images[0].detail == "low"
+    with pytest.raises(InvalidRequest, match="at most 32"):
+        parse({"role": "user", "content": [inline] * 33})
 
 
 def test_tools_keep_the_order_of_their_keys() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import real, tiny
+from tests.models import real, tiny, tiny_vision
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +32,9 @@ def tiny_model_of_each_architecture(request: pytest.FixtureRequest) -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct; mark the test `real_model`."""
     return real.smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny_llava() -> Path:
+    """A tiny LLaVA that names the colour of a picture, fp32; trained for half a minute when it is first asked for."""
+    return tiny_vision.tiny_vision_model("llava")

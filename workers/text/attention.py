@@ -181,7 +181,8 @@ def attend(
         mask = step.single_mask(sliding_window)
         if mask is not None:
             # Padding may be anything an earlier owner left, even NaN, which a mask alone does not silence in a sum.
-            v = v.masked_fill(~mask.transpose(2, 3), 0.0)
+            padding = ~mask.transpose(2, 3)
+            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
         output[:n] = run(q, k, v, mask).reshape(n, heads, head_dim)
     for chunk in step.chunks:
         here = slice(chunk.row, chunk.row + chunk.length)

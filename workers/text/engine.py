@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory, Unavailable
 
 from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt, TokenLogprob
+from workers.text.embeddings import PromptExtras
+from workers.text.intake import Intake
 from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
 from workers.text.loader import LoadedModel
 from workers.text.lookup import Lookup
 from workers.text.pace import Pace
 from workers.text.packing import wanted_rows
-from workers.text.prompts import PromptEncoder
 from workers.text.runner import Runner
 from workers.text.sampler import RowSampling, logprobs, sample
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step, Work
@@ -55,9 +56,8 @@ class TextEngine:
     def __init__(self, loaded: LoadedModel, spec: LoadSpec, runner: Runner) -> None:
         self._loaded = loaded
         self._asyncio = asyncio.get_running_loop()
-        self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.max_context_tokens)
+        self._intake = Intake(loaded, spec.num_threads or len(os.sched_getaffinity(0)), self._note_change)
         self._token_bytes = TokenBytes(loaded.tokenizer)
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._runner = runner
         self._replacement: Runner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -97,7 +97,7 @@ class TextEngine:
         return EngineStats(
             num_steps=self._num_steps,
             num_running=running,
-            num_queued=max(0, len(self._queues) - running),
+            num_queued=self._intake.num_preparing + max(0, len(self._queues) - running),
             max_running=self._scheduler.limits.max_running,
             kv_used_bytes=pool.num_in_use * block_bytes,
             kv_reserved_bytes=pool.num_blocks * block_bytes,
@@ -111,19 +111,19 @@ class TextEngine:
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Return the prompt's token ids."""
-        return await self._asyncio.run_in_executor(self._encoding, self._encoder.encode, prompt)
+        return await self._intake.tokenize(prompt)
 
     async def detokenize(self, ids: SequenceOf[int]) -> str:
         """Return the text of token ids."""
-        return str(await self._asyncio.run_in_executor(self._encoding, self._loaded.tokenizer.decode, list(ids)))
+        return await self._intake.detokenize(ids)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Serve one request; see `workers.engine.Engine.generate`."""
-        ids = await self.tokenize(request.prompt)
+        ids, extras = await self._intake.prepare(request.prompt, self._check)
         if self._closing:
             raise Unavailable("This model is being unloaded. Try again.")
-        self._scheduler.check(len(ids), len(self._queues))
-        sequence = self._new_sequence(request, ids)
+        self._check(len(ids), 0)
+        sequence = self._new_sequence(request, ids, extras)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -165,11 +165,17 @@ class TextEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.to_thread(self._thread.join, 10.0)
-        self._encoding.shutdown(wait=False)
+        self._intake.close()
         if not self._thread.is_alive():
             self._runner.close()
 
-    def _new_sequence(self, request: GenerationRequest, ids: list[int]) -> Sequence:
+    def _check(self, num_prompt_tokens: int, num_preparing: int) -> None:
+        self._scheduler.check(num_prompt_tokens, len(self._queues) + num_preparing)
+
+    def _note_change(self) -> None:
+        self._changed()
+
+    def _new_sequence(self, request: GenerationRequest, ids: list[int], extras: PromptExtras) -> Sequence:
         wanted, defaults = request.sampling, self._loaded.defaults
         room = self._scheduler.longest_tokens - len(ids)
         repetition = wanted.repetition_penalty
@@ -193,7 +199,11 @@ class TextEngine:
             max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
             decode=self._decode,
             serial=self._serial,
-            hashes=PrefixHashes(request.cache_scope.encode()),
+            hashes=PrefixHashes(
+                request.cache_scope.encode(), [(span.start, span.content_hash) for span in extras.embeddings]
+            ),
+            embeddings=extras.embeddings,
+            rope=extras.rope,
             lookup=Lookup(ids),
         )
 

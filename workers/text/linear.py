@@ -86,13 +86,13 @@ class QuantizedLinear(nn.Module):
         return nn.functional.linear(hidden, wide.reshape(self.out_features, -1), self._bias)
 
 
-def quantize(model: Any, kind: str, *, except_for: Any) -> int:
-    """Replace every `nn.Linear` of a model but one (the head) by quantized ones; return how many."""
+def quantize(model: Any, kind: str) -> int:
+    """Replace every `nn.Linear` of a decoder (without its head) by a quantized one; return how many."""
     targets = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child is not except_for
+        if type(child) is nn.Linear
     ]
     for parent, name, child in targets:
         setattr(parent, name, QuantizedLinear(child, kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils.logging import disable_progress_bar
 
 from workers.engine import LoadSpec, ModelFacts
-from workers.text import attention
+from workers.text import attention, vision
 from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
 from workers.text.native.build import built
 from workers.text.native.describe import FAMILIES
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 
@@ -39,6 +42,7 @@ class LoadedModel:
         defaults: the model's own sampling defaults.
         kv: the cache's dimensions.
         facts: what the outside may know.
+        vision: for models that take images.
     """
 
     model: Any
@@ -52,6 +56,7 @@ class LoadedModel:
     facts: ModelFacts
     device: torch.device
     dtype: torch.dtype
+    vision: vision.Vision | None = None
 
     def with_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return the model converted, in place, to another dtype; its cache has as many bytes as before."""
@@ -111,27 +116,31 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         raise ModelLoadFailed(
             f"{spec.model} has layers that are not attention ({', '.join(sorted(odd))}): not served yet."
         )
-    kernels = device.type == "cpu" and text.model_type in FAMILIES and built() is not None
+    # The kernels run decoders only; towers are torch's, and take what is fast for it.
+    kernels = device.type == "cpu" and config is text and text.model_type in FAMILIES and built() is not None
     dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device, has_kernels=kernels)
     total = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     report("read", 0, total)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            trust_remote_code=spec.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": dtype,
+            "trust_remote_code": spec.trust_remote_code,
+            "local_files_only": True,
+            "use_safetensors": True,
+        }
+        if vision.is_image_text(config):
+            model = vision.load_model(path, attention.NAME, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention.NAME, **options)
     except Exception as error:  # transformers raises anything here: missing weights, truncated files, unknown types
         raise ModelLoadFailed(f"The weights of {spec.model} cannot be loaded: {type(error).__name__}.") from error
     model = model.train(False).requires_grad_(False).to(device)
     report("read", total, total)
     num_parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    eyes = _open_vision(spec, model, tokenizer, path) if vision.serves_images(config) else None
     kv = _kv_shape(spec, text, dtype, device)
     facts = ModelFacts(
         model=spec.model,
@@ -143,6 +152,7 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv.bytes_per_token(dtype.itemsize),
+        supports_images=eyes is not None,
     )
     generation = _generation_config(path)
     return LoadedModel(
@@ -157,7 +167,19 @@ def load(spec: LoadSpec, report: Report) -> LoadedModel:
         facts=facts,
         device=device,
         dtype=dtype,
+        vision=eyes,
     )
+
+
+def _open_vision(spec: LoadSpec, model: Any, tokenizer: Any, path: Path) -> vision.Vision | None:
+    """Return the model's eyes; None, with a warning, if its directory lacks what they need: text is still served."""
+    try:
+        return vision.Vision(model, tokenizer, path)
+    except Exception as error:  # as above: missing files, unknown processors
+        log.warning(
+            "images not served", extra={"model": spec.model, "reason": f"{type(error).__name__}: {error}"[:300]}
+        )
+        return None
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}

@@ -80,7 +80,7 @@ def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[LoadedModel, Runne
 def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = False) -> ModelRunner:
     """Return a runner over transformers' definition; its layers are laid out anew unless `keep_weights`."""
     if spec.quantize:
-        quantize(loaded.model, spec.quantize, except_for=loaded.head)
+        quantize(loaded.decoder, spec.quantize)
     elif not keep_weights:
         pack(loaded.model)
     if spec.num_threads:
@@ -97,6 +97,8 @@ def open_native(loaded: LoadedModel, spec: LoadSpec, library: Path) -> NativeRun
     Raises:
         NotSupported: the kernels do not know this model, or disagree with transformers about it.
     """
+    if loaded.vision is not None and loaded.vision.has_three_dimensions:
+        raise NotSupported("positions in three dimensions")
     description = describe(loaded.decoder, loaded.head, loaded.text_config)
     # Weights stored in bfloat16 lose nothing by staying so, even where torch computes in float32: so do the kernels.
     stored = torch.bfloat16 in (loaded.dtype, loaded.text_config.dtype) and spec.dtype != "float32"

@@ -26,6 +26,7 @@ class PackedStep:
         tables: (works, most blocks) block indices of each sequence, in order, padded with 0.
         logit_rows: (wanted,) rows whose logits are wanted, in the order of the step's works.
         num_singles: leading works of one row.
+        placed: each work and its first row.
     """
 
     tokens: Ints
@@ -34,6 +35,7 @@ class PackedStep:
     tables: Ints
     logit_rows: Ints
     num_singles: int
+    placed: tuple[tuple[int, Work], ...] = ()
 
 
 def wanted_rows(work: Work) -> int:
@@ -67,4 +69,5 @@ def pack(step: Step) -> PackedStep:
         for i in range(wanted_rows(work))
     ]
     singles = sum(work.num_rows == 1 for work in step.works)
-    return PackedStep(tokens, positions, sequences, tables, np.asarray(rows, np.int32), singles)
+    placed = tuple((first_row[at], step.works[at]) for at in order)
+    return PackedStep(tokens, positions, sequences, tables, np.asarray(rows, np.int32), singles, placed)

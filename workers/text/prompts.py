@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Any
 
 from hostler.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from jinja2.exceptions import TemplateError
 
 from workers.engine import ChatPrompt, Prompt, TextPrompt
+from workers.text.parts import in_parts, roles_in_parts
 
 # A Unicode noncharacter: never legitimate in text, so it can mark where a control token's spelling was broken up.
 _BREAK = "\ufdd0"
@@ -24,24 +27,40 @@ class PromptEncoder:
         tokenizer: transformers' tokenizer.
         vocab_size: ids at or above it are refused.
         max_context_tokens: longer prompts are refused, very long ones without tokenizing all of it.
+        image_token: what the template writes for an image; None for a model without images.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_context_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, max_context_tokens: int, image_token: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
-        specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self._control = re.compile("|".join(re.escape(s) for s in specials if s.strip())) if specials else None
+        self._image_token = image_token
+        texts = {t.content for t in tokenizer.added_tokens_decoder.values()} | {image_token or ""}
+        specials = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._longest_control = len(specials[0]) if specials else 0
+        self._in_parts = frozenset[str]()
+        if getattr(tokenizer, "chat_template", None):
+            self._in_parts = roles_in_parts(lambda messages: self._apply(ChatPrompt(messages)))
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, image_texts: SequenceOf[str] = ()) -> list[int]:
         """Return the prompt's token ids.
+
+        Args:
+            prompt: what to encode.
+            image_texts: for each image of a chat, what its placeholder in the rendered template becomes.
 
         Raises:
             InvalidRequest: empty, unknown ids, or the template refuses these messages.
             ContextLengthExceeded: longer than the model's context.
         """
         if isinstance(prompt, ChatPrompt):
-            ids = self._encode_text(self._render(prompt), add_special_tokens=False)
+            rendered = self._render(prompt)
+            if prompt.images:
+                rendered = self._expand(rendered, image_texts, len(prompt.images))
+            ids = self._encode_text(rendered, add_special_tokens=False)
         elif isinstance(prompt, TextPrompt):
             ids = self._encode_text(self._neutralize(prompt.text), add_special_tokens=True)
         else:
@@ -61,24 +80,44 @@ class PromptEncoder:
                 "This model has no chat template, so it cannot chat. Use the completions endpoint.", param="messages"
             )
         for message in prompt.messages:
-            if isinstance(content := message.get("content"), str):
-                self._refuse_far_too_long(content)
-        messages = [self._clean(message) for message in prompt.messages]
+            content = message.get("content")
+            for part in content if isinstance(content, list) else [{"text": content}]:
+                if isinstance(text := part.get("text"), str):
+                    self._refuse_far_too_long(text)
+        messages = [in_parts(self._clean(message), self._in_parts) for message in prompt.messages]
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages,
+            rendered = self._apply(replace(prompt, messages=messages))
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {reason[:300]}", param="messages"
+            ) from error
+        return rendered
+
+    def _apply(self, prompt: ChatPrompt) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                prompt.messages,
                 tools=list(prompt.tools) or None,
                 tokenize=False,
                 add_generation_prompt=not prompt.continue_final_message,
                 continue_final_message=prompt.continue_final_message,
                 **prompt.template_kwargs,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+        )
+
+    def _expand(self, rendered: str, image_texts: SequenceOf[str], num_images: int) -> str:
+        """Put each image's tokens where the template put its placeholder; nobody else can have written one."""
+        if self._image_token is None or len(image_texts) != num_images:
+            raise UnsupportedParameter("Image input is not supported by this model.", param="messages")
+        pieces = rendered.split(self._image_token)
+        if len(pieces) != num_images + 1:
             raise InvalidRequest(
-                f"The model's chat template refuses these messages: {reason[:300]}", param="messages"
-            ) from error
-        return str(rendered)
+                f"The model's chat template places {len(pieces) - 1} of these {num_images} images. Send images in user "
+                "messages.",
+                param="messages",
+            )
+        return "".join(piece + text for piece, text in zip(pieces, (*image_texts, ""), strict=True))
 
     def _clean(self, message: Mapping[str, object]) -> dict[str, object]:
         """Break up control tokens in what people wrote; the template's own stay whole."""
@@ -86,7 +125,32 @@ class PromptEncoder:
         content = cleaned.get("content")
         if isinstance(content, str):
             cleaned["content"] = self._neutralize(content)
+        elif isinstance(content, list):
+            cleaned["content"] = self._clean_parts(content)
         return cleaned
+
+    def _clean_parts(self, parts: SequenceOf[Mapping[str, object]]) -> list[dict[str, object]]:
+        """The same for a list of parts, whose texts a template may join, perhaps trimmed."""
+        cleaned = [dict(part) for part in parts]
+        textual = [part for part in cleaned if isinstance(part.get("text"), str)]
+        texts = [str(part["text"]).replace(_BREAK, "") for part in textual]
+        seams = self._forged_seams(texts) | self._forged_seams([text.strip() for text in texts])
+        for index, (part, text) in enumerate(zip(textual, texts, strict=True)):
+            part["text"] = (_BREAK if index in seams else "") + self._neutralize(text)
+        return cleaned
+
+    def _forged_seams(self, texts: SequenceOf[str]) -> set[int]:
+        """Return the texts before which a break must stand, lest a control token come to be across the seam."""
+        if self._control is None:
+            return set()
+        joined, seam, forged = "".join(texts), 0, set()
+        for index, text in enumerate(texts):
+            for start in range(max(0, seam - self._longest_control), seam):
+                match = self._control.match(joined, start)
+                if match is not None and match.end() > seam:
+                    forged.add(index)
+            seam += len(text)
+        return forged
 
     def _neutralize(self, text: str) -> str:
         text = text.replace(_BREAK, "")

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import torch
 
 from workers.text.attention import PagedCache, StepContext
+from workers.text.embeddings import overlaps, overlay
 from workers.text.packing import PackedStep, pack
-from workers.text.scheduler import Step
+from workers.text.scheduler import Step, Work
 from workers.text.threads import Threads
+
+Placed = tuple[tuple[int, Work], ...]
 
 
 class Runner(Protocol):
@@ -58,8 +61,8 @@ class ModelRunner:
             return torch.from_numpy(array).to(device, torch.long)
 
         output = self._model(
-            input_ids=here(packed.tokens)[None],
-            position_ids=here(packed.positions)[None],
+            **self._inputs(here(packed.tokens)[None], packed.placed),
+            position_ids=_positions(here(packed.positions)[None], packed.placed),
             use_cache=False,
             logits_to_keep=here(packed.logit_rows),
             step=StepContext.of(packed, self._cache),
@@ -67,6 +70,28 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits.float().cpu()
 
+    def _inputs(self, ids: torch.Tensor, placed: Placed) -> dict[str, torch.Tensor]:
+        """Return the ids (1, rows) or, where pictures stand among them, embeddings (1, rows, hidden)."""
+        seeing = [(row, w) for row, w in placed if overlaps(w.sequence.embeddings, w.start, w.end)]
+        if not seeing:
+            return {"input_ids": ids}
+        hidden = self._model.get_input_embeddings()(ids)
+        for row, work in seeing:
+            overlay(hidden[0], row, work.start, work.end, work.sequence.embeddings)
+        return {"inputs_embeds": hidden}
+
     def close(self) -> None:
         """Let go of the model and the cache."""
         del self._model, self._cache
+
+
+def _positions(plain: torch.Tensor, placed: Placed) -> torch.Tensor:
+    """Return positions (1, rows) or, where a sequence has three-dimensional ones, (3, 1, rows)."""
+    if all(work.sequence.rope is None for _, work in placed):
+        return plain
+    positions = plain.repeat(3, 1)
+    for row, work in placed:
+        if work.sequence.rope is not None:
+            end = work.start + work.num_rows
+            positions[:, row : row + work.num_rows] = work.sequence.rope.between(work.start, end)
+    return positions[:, None]

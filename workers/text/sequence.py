@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from workers.engine import GenerationRequest, TextDelta, TokenLogprob
 from workers.text.detokenizer import Decode, Detokenizer
+from workers.text.embeddings import EmbeddingSpan, RopePositions
 from workers.text.kv_cache import PrefixHashes
 from workers.text.lookup import Lookup
 from workers.text.sampler import History, RowSampling
@@ -32,6 +33,8 @@ class Sequence:
         draft: guessed next tokens, to be checked by the next step.
         lookup: where guesses come from; None for none.
         finish_reason: set once, ends the sequence.
+        embeddings: what replaces token embeddings in the prompt.
+        rope: rotary positions, where they are not the tokens' own.
     """
 
     request: GenerationRequest
@@ -49,6 +52,8 @@ class Sequence:
     num_computed_tokens: int = 0
     cancelled: bool = False
     finish_reason: str | None = None
+    embeddings: tuple[EmbeddingSpan, ...] = ()
+    rope: RopePositions | None = None
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     first_token_s: float = 0.0

@@ -1,7 +1,7 @@
 """Media parts of a chat message → bytes. Above: `messages`; below: `fields`.
 
-Only bytes that travel inside the request are read: addresses (http, file ids) are refused by name, so the gateway
-opens no connection on a client's word.
+Only bytes that travel inside the request are read here. Addresses of images are noted for `linked_images`, which the
+route asks later; other addresses and file ids are refused by name.
 """
 
 from __future__ import annotations
@@ -13,23 +13,37 @@ from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.fields import Fields, show
+from gateway.links import Link
 
 _MAX_MIME_CHARS = 128
+_MAX_URL_CHARS = 8192
 _NO_CAP = 1 << 62
 
 
-def image_part(part: Fields) -> pb.Part:
-    """Return an image from `{"image_url": {"url": "data:…", "detail": …}}` (or the URL alone)."""
+def image_part(part: Fields, links: list[Link]) -> pb.Part:
+    """Return an image from `{"image_url": {"url": "data:…", "detail": …}}` (or the URL alone).
+
+    An http address is added to `links`, and its part has no data.
+    """
     value = part.raw("image_url")
     if isinstance(value, str):
-        return pb.Part(image=_from_data_url(value, part.name_of("image_url")))
+        return pb.Part(image=_image(value, part.name_of("image_url"), links))
     image = part.required_child("image_url")
     url = image.string("url", _NO_CAP)
     if url is None:
         raise image.missing("url")
-    media = _from_data_url(url, image.name_of("url"))
+    media = _image(url, image.name_of("url"), links)
     media.detail = image.choice("detail", ("auto", "low", "high", "original")) or ""
     return pb.Part(image=media)
+
+
+def _image(url: str, name: str, links: list[Link]) -> pb.Media:
+    if not url[:8].lower().startswith(("http://", "https://")):
+        return _from_data_url(url, name)
+    if len(url) > _MAX_URL_CHARS:
+        raise InvalidRequest(f"Invalid '{name}': an address of more than {_MAX_URL_CHARS} characters.", param=name)
+    links.append(Link(url, name))
+    return pb.Media()
 
 
 def audio_part(part: Fields) -> pb.Part:

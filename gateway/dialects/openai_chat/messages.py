@@ -9,9 +9,11 @@ from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.openai_chat.media import audio_part, file_part, image_part
 from gateway.fields import Fields, dump_json, show, wrong_type
+from gateway.links import Link
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
+MAX_IMAGES = 32
 MAX_TOOL_CALLS = 512
 MAX_NAME_CHARS = 256
 _NO_CAP = 1 << 62  # the body's own cap bounds it
@@ -25,12 +27,12 @@ _ROLES = {
     "function": pb.ROLE_TOOL,
 }
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_MEDIA_PARTS = {"image_url": image_part, "input_audio": audio_part, "file": file_part}
+_MEDIA_PARTS = {"input_audio": audio_part, "file": file_part}
 _MAY_BE_EMPTY = {"assistant", "tool", "function"}
 
 
-def parse_messages(body: Fields) -> list[pb.Message]:
-    """Return the conversation.
+def parse_messages(body: Fields, links: list[Link]) -> list[pb.Message]:
+    """Return the conversation; images given by address are added to `links`, and their parts have no data.
 
     Raises:
         InvalidRequest: missing or empty, or a message that no role and shape explains.
@@ -41,17 +43,26 @@ def parse_messages(body: Fields) -> list[pb.Message]:
     items = body.children("messages", MAX_MESSAGES)
     if not items:
         raise InvalidRequest("Invalid 'messages': empty array. Expected at least one message.", param="messages")
-    return [_message(item) for item in items]
+    messages = [_message(item, links) for item in items]
+    num_images = sum(part.HasField("image") for message in messages for part in message.parts)
+    if num_images > MAX_IMAGES:
+        raise InvalidRequest(
+            f"Invalid 'messages': too many images. Expected at most {MAX_IMAGES}, but got {num_images}.",
+            param="messages",
+        )
+    return messages
 
 
-def _message(item: Fields) -> pb.Message:
+def _message(item: Fields, links: list[Link]) -> pb.Message:
     role = item.raw("role")
     if role is None:
         raise item.missing("role")
     if not isinstance(role, str) or role not in _ROLES:
         names = ", ".join(f"'{name}'" for name in _ROLES)
         raise InvalidRequest(f"Invalid value: {show(role)}. Supported values are: {names}.", param=item.name_of("role"))
-    message = pb.Message(role=_ROLES[role], parts=_parts(item, role), name=item.string("name", MAX_NAME_CHARS) or "")
+    message = pb.Message(
+        role=_ROLES[role], parts=_parts(item, role, links), name=item.string("name", MAX_NAME_CHARS) or ""
+    )
     if role == "assistant":
         message.tool_calls.extend(_tool_calls(item))
         message.reasoning = _text(item, "reasoning_content") or _text(item, "reasoning") or ""
@@ -65,7 +76,7 @@ def _text(item: Fields, field: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _parts(item: Fields, role: str) -> list[pb.Part]:
+def _parts(item: Fields, role: str, links: list[Link]) -> list[pb.Part]:
     content = item.raw("content")
     if content is None:
         if role in _MAY_BE_EMPTY:
@@ -81,13 +92,13 @@ def _parts(item: Fields, role: str) -> list[pb.Part]:
         if isinstance(value, str):
             parts.append(pb.Part(text=value))
         elif isinstance(value, dict):
-            parts.append(_part(Fields(value, name)))
+            parts.append(_part(Fields(value, name), links))
         else:
             raise wrong_type(name, "an object", value)
     return parts
 
 
-def _part(part: Fields) -> pb.Part:
+def _part(part: Fields, links: list[Link]) -> pb.Part:
     kind = part.raw("type")
     if kind is None and isinstance(part.raw("text"), str):
         kind = "text"
@@ -96,9 +107,11 @@ def _part(part: Fields) -> pb.Part:
         if text is None:
             raise part.missing(field)
         return pb.Part(text=text)
+    if kind == "image_url":
+        return image_part(part, links)
     if isinstance(kind, str) and (read := _MEDIA_PARTS.get(kind)):
         return read(part)
-    names = ", ".join(f"'{name}'" for name in ("text", "refusal", *_MEDIA_PARTS))
+    names = ", ".join(f"'{name}'" for name in ("text", "refusal", "image_url", *_MEDIA_PARTS))
     raise InvalidRequest(f"Invalid value: {show(kind)}. Supported values are: {names}.", param=part.name_of("type"))
 
 

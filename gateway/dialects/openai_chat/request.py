@@ -17,6 +17,7 @@ from gateway.dialects.openai_chat.generation_config import read_generation_confi
 from gateway.dialects.openai_chat.messages import parse_messages
 from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
 from gateway.fields import Fields, dump_json, show, wrong_type
+from gateway.links import Link
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -57,8 +58,9 @@ class ChatRequest:
 
     Attributes:
         model: as the client wrote it.
-        generate: the contract's message for the first choice; mutated by nobody (see `choice`) but the dispatcher,
-            which sets the caller's cache scope, the same for all choices.
+        generate: the contract's message for the first choice; mutated only to fill in linked images, and by the
+            dispatcher, which sets the caller's cache scope, the same for all choices (see `choice`).
+        links: images given by address, in the order of the image parts without data.
         media: kind of media ("image", "audio", "file") → the first field that has it.
         forces_tools: a tool must be called.
         num_text_bytes: at least this much text is in the prompt.
@@ -69,6 +71,7 @@ class ChatRequest:
     include_usage: bool
     n: int
     generate: pb.GenerateRequest
+    links: tuple[Link, ...]
     media: dict[str, str]
     forces_tools: bool
     num_text_bytes: int
@@ -102,7 +105,8 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
     if not model:
         raise InvalidRequest("You must provide a model parameter.", param="model")
     _refuse(fields)
-    messages = parse_messages(fields)
+    links: list[Link] = []
+    messages = parse_messages(fields, links)
     tools = parse_tools(fields)
     choice = parse_tool_choice(fields, tools)
     chat = pb.Chat(
@@ -127,6 +131,7 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
             top_logprobs=_top_logprobs(fields),
             constraint=_constraint(fields),
         ),
+        links=tuple(links),
         media=_media(messages),
         forces_tools=choice is not None and choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED,
         num_text_bytes=sum(len(part.text) for message in messages for part in message.parts),

@@ -7,6 +7,8 @@ version or a processor that miscompiles costs speed, never answers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -48,12 +50,28 @@ class NativeRunner:
             tables=packed.tables,
             logit_rows=packed.logit_rows,
             num_threads=self._num_threads,
+            **_pictures(packed),
         )
         return torch.from_numpy(logits)
 
     def close(self) -> None:
         """Free weights and cache."""
         self._decoder.close()
+
+
+def _pictures(packed: PackedStep) -> dict[str, Any]:
+    """The rows of a step that are no token: which, and their embeddings (n, hidden) float32."""
+    rows: list[int] = []
+    values: list[torch.Tensor] = []
+    for first_row, work in packed.placed:
+        for span in work.sequence.embeddings:
+            first, last = max(work.start, span.start), min(work.end, span.end)
+            if first < last:
+                rows.extend(range(first_row + first - work.start, first_row + last - work.start))
+                values.append(span.rows[first - span.start : last - span.start].float())
+    if not rows:
+        return {}
+    return {"override_rows": np.asarray(rows, np.int32), "overrides": torch.cat(values).contiguous().numpy()}
 
 
 def probe(vocab_size: int) -> list[PackedStep]:

@@ -1,0 +1,197 @@
+"""The compiled kernels: which families they take, what they compute, how the engine comes to use them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from workers.engine import Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
+from workers.text.attention import PagedCache
+from workers.text.kv_cache import KVShape, blocks_for
+from workers.text.loader import LoadedModel, load
+from workers.text.native import build
+from workers.text.native.decoder import NativeDecoder
+from workers.text.native.describe import NotSupported, describe
+from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
+from workers.text.opening import open_native, open_text_engine
+from workers.text.runner import ModelRunner
+from workers.text.threads import Threads
+
+VOCABULARY = 1024
+
+
+def opened(path: Path, **fields: Any) -> tuple[LoadedModel, LoadSpec]:
+    spec = LoadSpec(model="tiny", path=str(path), **{"dtype": "float32", "num_threads": 1, **fields})
+    return load(spec, lambda *_: None), spec
+
+
+def decoder_of(loaded: LoadedModel, weights: str, *, cache: str = "float32", num_threads: int = 2) -> NativeRunner:
+    description = describe(loaded.decoder, loaded.head, loaded.text_config)
+    decoder = NativeDecoder(
+        build.build(), description, weights=weights, cache=cache, num_blocks=16, num_threads=num_threads
+    )
+    return NativeRunner(decoder, num_threads)
+
+
+def reference_logits(loaded: LoadedModel) -> torch.Tensor:
+    shape = KVShape(
+        loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
+    )
+    runner = ModelRunner(loaded.model, PagedCache(shape, torch.float32, torch.device("cpu")), Threads(1, 1))
+    return torch.cat([runner.run_packed(step) for step in probe(VOCABULARY)])
+
+
+def logits(runner: NativeRunner) -> torch.Tensor:
+    return torch.cat([runner.run_packed(step) for step in probe(VOCABULARY)])
+
+
+def test_every_tiny_architecture_runs_in_the_kernels_and_agrees(tiny_model_of_each_architecture: Path) -> None:
+    loaded, _ = opened(tiny_model_of_each_architecture)
+    torch.testing.assert_close(logits(decoder_of(loaded, "float32")), reference_logits(loaded), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("weights", "worst"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.6)])
+def test_narrow_weights_stay_near_the_wide_ones(tiny_model: Path, weights: str, worst: float) -> None:
+    loaded, _ = opened(tiny_model)
+    expected = reference_logits(loaded)
+    error = (logits(decoder_of(loaded, weights)) - expected).norm() / expected.norm()
+    assert 0 < float(error) < worst
+
+
+def test_a_row_is_computed_alike_in_any_company_and_by_any_number_of_threads(tiny_model: Path) -> None:
+    loaded, _ = opened(tiny_model)
+    first, *_ = probe(VOCABULARY)
+
+    def last_row(num_threads: int, *, alone: bool) -> np.ndarray[Any, Any]:
+        decoder = decoder_of(loaded, "bfloat16", cache="bfloat16", num_threads=num_threads).decoder
+        rows = 7 if alone else 21
+        return decoder.step(
+            tokens=np.tile(first.tokens, rows // 7),
+            positions=np.tile(first.positions, rows // 7),
+            sequences=np.asarray([[7 * i, 7, 0, i] for i in range(rows // 7)], np.int32),
+            tables=np.arange(rows // 7, dtype=np.int32)[:, None],
+            logit_rows=np.asarray([rows - 1], np.int32),
+            num_threads=num_threads,
+        )
+
+    expected = last_row(1, alone=True)
+    for threads, alone in ((1, False), (2, True), (2, False), (3, False)):
+        np.testing.assert_array_equal(last_row(threads, alone=alone), expected)
+
+
+def test_what_an_earlier_owner_left_in_a_block_reaches_nobody(tiny_model: Path) -> None:
+    loaded, _ = opened(tiny_model)
+    clean, used = decoder_of(loaded, "float32"), decoder_of(loaded, "float32")
+    steps = probe(VOCABULARY)
+    poison = np.full((steps[0].tokens.size, 64), np.nan, np.float32)
+    for step in steps:
+        used.decoder.step(
+            tokens=step.tokens,
+            positions=step.positions,
+            sequences=step.sequences,
+            tables=step.tables,
+            logit_rows=step.logit_rows,
+            num_threads=1,
+            override_rows=np.arange(step.tokens.size, dtype=np.int32),
+            overrides=np.full((step.tokens.size, poison.shape[1]), np.nan, np.float32),
+        )
+    torch.testing.assert_close(logits(used), logits(clean), atol=0, rtol=0)
+
+
+def test_a_disagreement_is_noticed(tiny_model: Path) -> None:
+    loaded, _ = opened(tiny_model)
+    expected = reference_logits(loaded)
+    with torch.no_grad():
+        loaded.decoder.rotary_emb.inv_freq.mul_(1.05)
+    got = logits(decoder_of(loaded, "float32"))
+    assert not agree(got, expected, "float32")
+    assert agree(expected + 1e-6, expected, "float32")
+    assert not agree(torch.full_like(expected, float("nan")), expected, "int4")
+
+
+def test_an_unknown_family_is_left_to_transformers(tiny_model: Path) -> None:
+    loaded, _ = opened(tiny_model)
+    loaded.text_config.model_type = "novel"
+    with pytest.raises(NotSupported, match="novel"):
+        describe(loaded.decoder, loaded.head, loaded.text_config)
+
+
+def test_a_model_taken_by_the_kernels_keeps_no_second_copy_of_its_weights(tiny_model: Path) -> None:
+    loaded, spec = opened(tiny_model)
+    open_native(loaded, spec, build.build())
+    assert sum(p.numel() for p in loaded.decoder.parameters()) == 0
+
+
+@pytest.fixture
+def no_kernels_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOSTLER_KERNELS_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.timeout(300)
+async def test_the_engine_serves_at_once_and_goes_over_to_the_kernels_when_they_are_compiled(
+    tiny_model: Path, no_kernels_yet: Path
+) -> None:
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1)
+    engine = await open_text_engine(spec, lambda *_: None)
+    request = GenerationRequest(
+        TokenPrompt((5, 6, 7)), sampling=SamplingParams(temperature=0, ignore_eos=True), max_tokens=3000
+    )
+
+    async def tokens() -> list[str]:
+        return [event.text async for event in engine.generate(request) if not isinstance(event, Finish)]
+
+    try:
+        assert engine.runner == "eager"
+        across = await tokens()
+        async with asyncio.timeout(240):
+            while engine.runner != "native":
+                await asyncio.sleep(0.05)
+        assert await tokens() == across
+    finally:
+        await engine.close()
+
+
+async def test_without_a_compiler_the_engine_serves_all_the_same(
+    tiny_model: Path, no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1)
+    engine = await open_text_engine(spec, lambda *_: None)
+    try:
+        request = GenerationRequest(TokenPrompt((5, 6)), sampling=SamplingParams(temperature=0), max_tokens=4)
+        events = [event async for event in engine.generate(request)]
+        assert isinstance(events[-1], Finish)
+        assert engine.runner == "eager"
+    finally:
+        await engine.close()
+    with pytest.raises(build.CannotBuild, match="nowhere"):
+        build.build()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+async def test_quantized_weights_answer_with_and_without_kernels(
+    tiny_model: Path, kind: str, runner_name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if runner_name == "eager":
+        monkeypatch.setenv("HOSTLER_KERNELS_DIR", str(tmp_path))
+        monkeypatch.setenv("CXX", "/nowhere/c++")
+    else:
+        build.build()
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1, quantize=kind)
+    engine = await open_text_engine(spec, lambda *_: None)
+    try:
+        assert engine.runner == runner_name
+        request = GenerationRequest(
+            TokenPrompt((5, 6)), sampling=SamplingParams(temperature=0, ignore_eos=True), max_tokens=8
+        )
+        finish = [event async for event in engine.generate(request)][-1]
+        assert isinstance(finish, Finish)
+        assert finish.num_completion_tokens == 8
+    finally:
+        await engine.close()
