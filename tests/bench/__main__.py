@@ -32,6 +32,7 @@ from .scenarios import run_scenarios
 
 MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).resolve().parents[2] / "bench-results"
+_FILE_WIDTH = 200  # columns, where the output is no terminal
 _STREAMS_PER_LEVEL = 1000  # prompt numbers reserved for one level, so that no prompt comes twice in a run
 
 
@@ -153,7 +154,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run the benchmark; return the exit status."""
     chosen = parse()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
     facts = machine()
     if facts["load before"] > 0.7:
         console.print(f"[yellow]This machine is busy (load {facts['load before']}): figures will be low.[/yellow]")

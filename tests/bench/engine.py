@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from workers.engine import Engine, Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
+from workers.engine import Engine, EngineStats, Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
 from workers.text.opening import open_text_engine
 
 from .floor import read_bandwidth_bytes_per_s
@@ -39,7 +39,7 @@ class DecodeFigures:
 
     Attributes:
         step_ms: mean time of a step, by the engine's own count of steps.
-        tokens_per_s: of all rows.
+        tokens_per_s: of all rows, by its count of tokens; above rows / step where steps yield several tokens.
     """
 
     rows: int
@@ -89,14 +89,14 @@ async def decode(engine: Engine, rows: int, steps: int, first_number: int) -> De
     # Those that were taken in first must still be running when the last one has had its share.
     started_steps = rows * -(-PROMPT_TOKENS // 32)
     waiting = rows
-    began: tuple[float, int] | None = None
-    ended: tuple[float, int] | None = None
+    began: tuple[float, EngineStats] | None = None
+    ended: tuple[float, EngineStats] | None = None
 
     async def one(number: int) -> None:
         nonlocal waiting, began, ended
         has_begun = False
         async for event in engine.generate(request(engine, number, PROMPT_TOKENS, steps + started_steps)):
-            now = (time.perf_counter(), engine.stats().num_steps)
+            now = (time.perf_counter(), engine.stats())
             if not has_begun:
                 has_begun = True
                 waiting -= 1
@@ -106,10 +106,12 @@ async def decode(engine: Engine, rows: int, steps: int, first_number: int) -> De
                 ended = now
 
     await asyncio.gather(*(one(first_number + row) for row in range(rows)))
-    if began is None or ended is None or ended[1] <= began[1]:
+    if began is None or ended is None or ended[1].num_steps <= began[1].num_steps:
         raise RuntimeError(f"{rows} rows never decoded all at once: one ended before the last began")
-    step_s = (ended[0] - began[0]) / (ended[1] - began[1])
-    return DecodeFigures(rows, step_s * 1e3, rows / step_s)
+    spent_s = ended[0] - began[0]
+    num_steps = ended[1].num_steps - began[1].num_steps
+    num_tokens = ended[1].num_completion_tokens_total - began[1].num_completion_tokens_total
+    return DecodeFigures(rows, spent_s / num_steps * 1e3, num_tokens / spent_s)
 
 
 async def prefill(engine: Engine, num_prompts: int, num_tokens: int, first_number: int) -> PrefillFigures:

@@ -203,13 +203,13 @@ class Report:
         for grid in self._grids():
             grid.print(console)
         for line in self._step_lines():
-            console.print(f"  {line}", highlight=False, markup=False)
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
         for remark in self.remarks():
-            console.print(f"  · {remark}", highlight=False, markup=False)
+            console.print(f"  · {remark}", highlight=False, markup=False, soft_wrap=True)
         console.print("goals", highlight=False)
         for line in self.goal_lines():
             style = {"✓": "green", "✗": "red"}.get(line[0], "dim")
-            console.print(f"  {line}", style=style, highlight=False, markup=False)
+            console.print(f"  {line}", style=style, highlight=False, markup=False, soft_wrap=True)
 
     def markdown(self) -> str:
         """Return everything as Markdown."""

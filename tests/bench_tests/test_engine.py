@@ -24,7 +24,7 @@ SPEC = LoadSpec("m", "/nowhere")
 
 
 class CountingEngine:
-    """Every token of every request is one step; `order` keeps the prompts as they came."""
+    """Every step yields two tokens of one request, as look-up drafts may; `order` keeps the requests as they came."""
 
     facts = ModelFacts("m", "text", "a", "bfloat16", 2048, vocab_size=1000)
 
@@ -33,12 +33,12 @@ class CountingEngine:
         self.order: list[GenerationRequest] = []
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_steps=self.num_steps)
+        return EngineStats(num_steps=self.num_steps, num_completion_tokens_total=2 * self.num_steps)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         self.order.append(request)
         assert request.max_tokens is not None
-        for _ in range(request.max_tokens):
+        for _ in range(-(-request.max_tokens // 2)):
             self.num_steps += 1
             yield TextDelta("x")
         yield Finish("length", 90, request.max_tokens)
@@ -55,12 +55,12 @@ def test_a_setting_that_means_nothing_is_refused(setting: str) -> None:
         spec_with(SPEC, [setting])
 
 
-async def test_decode_counts_the_engines_own_steps_between_first_token_and_first_end() -> None:
+async def test_decode_goes_by_the_engines_own_count_of_steps_and_tokens() -> None:
     engine = CountingEngine()
     found = await decode(engine, 1, 10, 0)  # type: ignore[arg-type]
     assert found.rows == 1
-    assert found.tokens_per_s == pytest.approx(1e3 / found.step_ms)
-    assert engine.num_steps >= 10
+    assert found.tokens_per_s == pytest.approx(2 * 1e3 / found.step_ms)
+    assert engine.num_steps >= 5
 
 
 async def test_no_two_prompts_of_a_measurement_share_a_beginning() -> None:
