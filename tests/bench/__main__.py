@@ -32,6 +32,8 @@ from .scenarios import run_scenarios
 
 MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).resolve().parents[2] / "bench-results"
+_WARM_UP_TOKENS = 32
+_PATIENCE_S = 90.0  # a load that took longer is the last one that this peer gets in a round
 _FILE_WIDTH = 200  # columns, where the output is no terminal
 _STREAMS_PER_LEVEL = 1000  # prompt numbers reserved for one level, so that no prompt comes twice in a run
 
@@ -94,11 +96,13 @@ class Run:
             first_s = await first_reply(peer, running, started_s)
             self._console.print(f"    first text after {first_s:.2f} s", highlight=False)
             new_tokens = self._report.new_tokens
-            await measure(peer, running, min(streams), _STREAMS_PER_LEVEL * (900 + number), new_tokens)  # not counted
+            await measure(peer, running, min(streams), _STREAMS_PER_LEVEL * (900 + number), _WARM_UP_TOKENS)
             levels = []
             for index, count in enumerate(streams):
                 first_prompt = _STREAMS_PER_LEVEL * (1 + index + number * len(self._streams))
+                began_s = time.perf_counter()
                 level = await measure(peer, running, count, first_prompt, new_tokens)
+                spent_s = time.perf_counter() - began_s
                 levels.append(level)
                 self._console.print(
                     f"    {count:>3} streams: {level.tokens_per_s:7.1f} tokens/s, first token p50 "
@@ -107,6 +111,12 @@ class Run:
                     highlight=False,
                     soft_wrap=True,
                 )
+                if spent_s > _PATIENCE_S and (rest := streams[index + 1 :]):
+                    self._report.notices.append(
+                        f"{peer.name}, round {number + 1}: {count} streams took {spent_s:.0f} s, so that "
+                        f"{', '.join(map(str, rest))} were left out"
+                    )
+                    break
             scenarios: list[ScenarioResult] = []
             if self._with_scenarios and peer.short.startswith("hostler"):
                 scenarios, problems = await run_scenarios(peer, running, _STREAMS_PER_LEVEL * (950 + number))
