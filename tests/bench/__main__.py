@@ -187,9 +187,12 @@ def main() -> int:
         notices=notices,
     )
     run = Run(report, chosen.streams, not (chosen.quick or chosen.no_scenarios), console)
-    for number in range(chosen.rounds):
-        for peer in peers:
-            run.measure_round(peer, number)
+    try:
+        for number in range(chosen.rounds):
+            for peer in peers:
+                run.measure_round(peer, number)
+    except KeyboardInterrupt:  # the server that ran has been stopped; what was measured before it is worth showing
+        notices.append("The run was interrupted: what follows it in the lineup was not measured.")
     if not report.rounds:
         return 1
     report.print(console)
