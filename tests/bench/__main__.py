@@ -1,8 +1,8 @@
-"""`make bench`: starts hostler and each peer in turn on this machine, loads them alike, prints one table.
+"""`make bench`: starts hostler and each peer in turn on this machine, loads them alike, prints one report.
 
-    python -m tests.bench [--quick] [--rounds N] [--streams 1,4,16] [--new-tokens N] [--only hostler] [--model NAME]
+    python -m tests.bench [--quick] [--rounds N] [--streams 1,4,16] [--new-tokens N] [--peers hostler,vllm | --only X]
 
-Rounds alternate (hostler, peer, hostler, peer …) and each starts its server anew, so that drift of the machine
+Rounds alternate (hostler, peer, peer, hostler …) and each starts its server anew, so that drift of the machine
 falls on all alike. Nothing runs beside the one server that is measured.
 """
 
@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,24 @@ import uvloop
 from rich.console import Console
 
 from .floor import client_floor, read_bandwidth_bytes_per_s
+from .lineup import choose, lineup
 from .load import NEW_TOKENS, first_reply, measure
-from .peers import Hostler, Peer, Skip, StoredModel, pull
-from .report import Report, Round
-from .transformers_serve import TransformersServe
+from .peers import Peer, Skip, pull
+from .report import Contestant, Report
+from .results import Round, ScenarioResult
+from .scenarios import run_scenarios
 
 MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).resolve().parents[2] / "bench-results"
-GOAL_TOKENS_RATIO = 2.0
-GOAL_TTFT_RATIO = 4.0
-_WARM_UP_TOKENS = 8
+_WARM_UP_TOKENS = 32
+_PATIENCE_S = 90.0  # a load that took longer is the last one that this peer gets in a round
+_FILE_WIDTH = 200  # columns, where the output is no terminal
 _STREAMS_PER_LEVEL = 1000  # prompt numbers reserved for one level, so that no prompt comes twice in a run
 
 
 def physical_threads() -> int:
     """Return how many threads the machine gives to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def build_peers(model: StoredModel) -> list[Peer]:
-    """Return every peer, hostler first; a new one is added here."""
-    return [Hostler(model), TransformersServe(model.path, physical_threads())]
 
 
 def machine() -> dict[str, Any]:
@@ -62,111 +60,146 @@ def machine() -> dict[str, Any]:
     }
 
 
-async def run_round(peer: Peer, streams: list[int], number: int, new_tokens: int, console: Console) -> Round:
-    """Start the peer, warm it up, measure every level, stop it."""
-    console.print(f"round {number + 1}, {peer.name}", highlight=False)
-    started_s = time.perf_counter()
-    running = peer.start()
-    try:
-        first_s = await first_reply(peer, running, started_s)
-        console.print(f"    first text after {first_s:.2f} s", highlight=False)
-        await measure(
-            peer, running, min(streams), _STREAMS_PER_LEVEL * (900 + number), new_tokens
-        )  # warm-up, not counted
-        levels = []
-        for index, count in enumerate(streams):
-            first_prompt = _STREAMS_PER_LEVEL * (1 + index + number * len(streams))
-            level = await measure(peer, running, count, first_prompt, new_tokens)
-            levels.append(level)
-            console.print(
-                f"    {count:>3} streams: {level.tokens_per_s:7.1f} tokens/s, first token p50 "
-                f"{level.ttft_p50_s * 1e3:6.0f} ms, longest gap {level.max_gap_s * 1e3:5.0f} ms"
-                + (f", {level.failed} FAILED" if level.failed else ""),
-                highlight=False,
-                soft_wrap=True,
-            )
-        return Round(peer.short, first_s, tuple(levels))
-    finally:
-        running.stop()
+def levels_for(peer: Peer, streams: Sequence[int]) -> list[int]:
+    """Return the loads that make sense for this peer."""
+    return [count for count in streams if peer.max_streams is None or count <= peer.max_streams]
 
 
-def prepared(peers: list[Peer], only: str | None, report_notice: list[str], console: Console) -> list[Peer]:
-    """Return the peers that can run here; the others leave a notice."""
+class Run:
+    """One run: measures round after round and keeps what was found in its report."""
+
+    def __init__(self, report: Report, streams: Sequence[int], with_scenarios: bool, console: Console) -> None:
+        self._report = report
+        self._streams = streams
+        self._with_scenarios = with_scenarios
+        self._console = console
+        self._failed: set[str] = set()
+
+    def measure_round(self, peer: Peer, number: int) -> None:
+        """Measure one round of one peer; one that failed to start is not tried again."""
+        if peer.short in self._failed:
+            return
+        try:
+            self._report.rounds.append(uvloop.run(self._round(peer, number)))
+        except (RuntimeError, ValueError) as error:
+            self._failed.add(peer.short)
+            self._console.print(str(error), style="red", markup=False)
+            self._report.notices.append(f"{peer.name}, round {number + 1}: {str(error).splitlines()[0]}")
+
+    async def _round(self, peer: Peer, number: int) -> Round:
+        """Start the peer, warm it up, measure every level, stop it."""
+        self._console.print(f"round {number + 1}, {peer.name}", highlight=False)
+        streams = levels_for(peer, self._streams)
+        started_s = time.perf_counter()
+        running = peer.start()
+        try:
+            first_s = await first_reply(peer, running, started_s)
+            self._console.print(f"    first text after {first_s:.2f} s", highlight=False)
+            new_tokens = self._report.new_tokens
+            await measure(peer, running, min(streams), _STREAMS_PER_LEVEL * (900 + number), _WARM_UP_TOKENS)
+            levels = []
+            for index, count in enumerate(streams):
+                first_prompt = _STREAMS_PER_LEVEL * (1 + index + number * len(self._streams))
+                began_s = time.perf_counter()
+                level = await measure(peer, running, count, first_prompt, new_tokens)
+                spent_s = time.perf_counter() - began_s
+                levels.append(level)
+                self._console.print(
+                    f"    {count:>3} streams: {level.tokens_per_s:7.1f} tokens/s, first token p50 "
+                    f"{level.ttft_p50_s * 1e3:6.0f} ms, longest gap {level.max_gap_s * 1e3:5.0f} ms"
+                    + (f", {level.failed} FAILED" if level.failed else ""),
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                if spent_s > _PATIENCE_S and (rest := streams[index + 1 :]):
+                    self._report.notices.append(
+                        f"{peer.name}, round {number + 1}: {count} streams took {spent_s:.0f} s, so that "
+                        f"{', '.join(map(str, rest))} were left out"
+                    )
+                    break
+            scenarios: list[ScenarioResult] = []
+            if self._with_scenarios and peer.short.startswith("hostler"):
+                scenarios, problems = await run_scenarios(peer, running, _STREAMS_PER_LEVEL * (950 + number))
+                self._report.notices += problems
+                for found in scenarios:
+                    self._console.print(f"    {found.label}: {found.ratio:.2f}× ({found.detail})", highlight=False)
+            return Round(peer.short, number, first_s, tuple(levels), tuple(scenarios))
+        finally:
+            running.stop()
+
+
+def prepared(peers: Sequence[Peer], streams: Sequence[int], notices: list[str], console: Console) -> list[Peer]:
+    """Return the peers that can run here at one of these loads; the others leave a notice."""
     ready = []
     for peer in peers:
-        if only and peer.short != only:
-            continue
         try:
+            if not levels_for(peer, streams):
+                raise Skip(f"it serves at most {peer.max_streams} at a time, and that load was not asked for")
             peer.prepare(console.print)
             ready.append(peer)
         except Skip as reason:
-            report_notice.append(f"{peer.name} was skipped: {reason}")
-            console.print(f"[yellow]{report_notice[-1]}[/yellow]")
+            notices.append(f"{peer.name} was skipped: {reason}")
+            console.print(notices[-1], style="yellow", markup=False)
     return ready
 
 
-def show_goals(report: Report, console: Console) -> None:
-    """Say whether the promises about 16 streams hold in this run."""
-    for short, _ in report.peers[1:]:
-
-        def at_16(item: Round, field: str) -> float:
-            return next((getattr(level, field) for level in item.levels if level.streams == 16), 0.0)
-
-        tokens = report.ratio(lambda item: at_16(item, "tokens_per_s"), short, more_is_better=True)
-        ttft = report.ratio(lambda item: at_16(item, "ttft_p50_s"), short, more_is_better=False)
-        for label, value, goal in (("tokens/s", tokens, GOAL_TOKENS_RATIO), ("first token", ttft, GOAL_TTFT_RATIO)):
-            if value is not None:
-                mark = "[green]✓[/green]" if value >= goal else "[red]✗[/red]"
-                console.print(f"  {mark} 16 streams, {label}: {value:.2f}× of {short}, goal {goal:g}×")
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line's choices; `streams` as numbers."""
+    parser = argparse.ArgumentParser(prog="make bench", description="Measure hostler against its peers here.")
+    parser.add_argument("--quick", action="store_true", help="16 streams only, one round, no scenarios")
+    parser.add_argument("--rounds", type=int, help="rounds of each contestant (default 2)")
+    parser.add_argument("--streams", default="1,4,16", help="numbers of streams at once (default 1,4,16)")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help=f"of each reply (default {NEW_TOKENS})")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--peers", help="short names, hostler's variants among them (default all)")
+    who.add_argument("--only", help="one short name")
+    parser.add_argument("--model", default=MODEL, help=f"catalog name (default {MODEL})")
+    parser.add_argument("--no-scenarios", action="store_true", help="leave out hostler's own scenarios")
+    chosen = parser.parse_args(arguments)
+    chosen.rounds = chosen.rounds or (1 if chosen.quick else 2)
+    chosen.streams = [16] if chosen.quick else sorted({int(part) for part in chosen.streams.split(",")})
+    return chosen
 
 
 def main() -> int:
     """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(prog="make bench", description="Measure hostler against its peers here.")
-    parser.add_argument("--quick", action="store_true", help="16 streams only")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of each peer (default 2)")
-    parser.add_argument("--streams", default="1,4,16", help="numbers of streams at once")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help=f"of each reply (default {NEW_TOKENS})")
-    parser.add_argument("--only", help="one peer's short name: hostler, transformers")
-    parser.add_argument("--model", default=MODEL, help=f"catalog name (default {MODEL})")
-    arguments = parser.parse_args()
-    streams = [16] if arguments.quick else [int(part) for part in arguments.streams.split(",")]
-    console = Console()
+    chosen = parse()
+    console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
     facts = machine()
     if facts["load before"] > 0.7:
         console.print(f"[yellow]This machine is busy (load {facts['load before']}): figures will be low.[/yellow]")
-    try:
-        model = pull(arguments.model, console.print)
-    except Skip as reason:
-        console.print(f"[red]{reason}[/red]")
-        return 1
     notices: list[str] = []
-    peers = prepared(build_peers(model), arguments.only, notices, console)
+    try:
+        model = pull(chosen.model, console.print)
+        wanted = choose(lineup(model, physical_threads()), chosen.only or chosen.peers)
+    except (Skip, ValueError) as reason:
+        console.print(str(reason), style="red", markup=False)
+        return 1
+    peers = prepared(wanted, chosen.streams, notices, console)
     console.print("measuring the machine and the client themselves")
     report = Report(
         machine=facts,
         model=model.name,
-        weight_bytes=model.weight_bytes,
-        new_tokens=arguments.new_tokens,
+        new_tokens=chosen.new_tokens,
         bandwidth_bytes_per_s=read_bandwidth_bytes_per_s(physical_threads()),
         client=uvloop.run(client_floor()),
-        peers=[(peer.short, peer.name) for peer in peers],
+        peers=[Contestant(peer.short, peer.name, peer.step_bytes) for peer in peers],
         notices=notices,
     )
-    for number in range(arguments.rounds):
-        for peer in peers:
-            try:
-                report.rounds.append(uvloop.run(run_round(peer, streams, number, arguments.new_tokens, console)))
-            except (RuntimeError, ValueError) as error:
-                console.print(str(error), style="red", markup=False)
-                notices.append(f"{peer.name}, round {number + 1}: {str(error).splitlines()[0]}")
+    run = Run(report, chosen.streams, not (chosen.quick or chosen.no_scenarios), console)
+    try:
+        for number in range(chosen.rounds):
+            for peer in peers:
+                run.measure_round(peer, number)
+    except KeyboardInterrupt:  # the server that ran has been stopped; what was measured before it is worth showing
+        notices.append("The run was interrupted: what follows it in the lineup was not measured.")
     if not report.rounds:
         return 1
     report.print(console)
-    show_goals(report, console)
     for path in report.save(RESULTS):
         console.print(f"  saved {path.relative_to(RESULTS.parent)}", highlight=False)
-    return 0 if any(item.peer == "hostler" for item in report.rounds) or arguments.only else 1
+    was_wanted = any(peer.short == "hostler" for peer in wanted)
+    return 0 if any(item.peer == "hostler" for item in report.rounds) or not was_wanted else 1
 
 
 if __name__ == "__main__":

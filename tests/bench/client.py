@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ class StreamResult:
         began_s: when the request was written, on the clock of `time.perf_counter`.
         arrivals_s: when each event with text arrived.
         num_tokens: of the reply, as the server counted them; else the number of events with text.
+        is_counted_by_server: whether the server said how many tokens there were.
         error: why it is not a full reply, or "".
     """
 
@@ -32,6 +34,7 @@ class StreamResult:
     arrivals_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     num_prompt_tokens: int = 0
+    is_counted_by_server: bool = False
     text: str = ""
     error: str = ""
 
@@ -54,8 +57,9 @@ class StreamResult:
 class _Exchange(asyncio.Protocol):
     """One request and its streamed reply on one connection; httptools calls the `on_` methods."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes, on_chunk: Callable[[], None] | None) -> None:
         self._request = request
+        self._on_chunk = on_chunk
         self._parser = httptools.HttpResponseParser(self)
         self._now_s = 0.0
         self.began_s = 0.0
@@ -83,6 +87,8 @@ class _Exchange(asyncio.Protocol):
     def on_body(self, chunk: bytes) -> None:
         """Keep the bytes with their time."""
         self.chunks.append((self._now_s, chunk))
+        if self._on_chunk is not None:
+            self._on_chunk()
 
     def on_message_complete(self) -> None:
         """End the exchange as whole."""
@@ -118,6 +124,7 @@ def _read_events(result: StreamResult, chunks: list[tuple[float, bytes]]) -> Non
                     result.error = str(document["error"])
                 if usage := document.get("usage"):
                     result.num_tokens = usage["completion_tokens"]
+                    result.is_counted_by_server = True
                     result.num_prompt_tokens = usage["prompt_tokens"]
                 for choice in document.get("choices") or ():
                     if text := (choice.get("delta") or {}).get("content"):
@@ -128,8 +135,13 @@ def _read_events(result: StreamResult, chunks: list[tuple[float, bytes]]) -> Non
     result.num_tokens = result.num_tokens or num_events
 
 
-async def stream_chat(url: str, body: dict[str, Any], within_s: float) -> StreamResult:
-    """Send one streaming request and return its reply; failures are in `error`, nothing is raised."""
+async def stream_chat(
+    url: str, body: dict[str, Any], within_s: float, on_chunk: Callable[[], None] | None = None
+) -> StreamResult:
+    """Send one streaming request and return its reply; failures are in `error`, nothing is raised.
+
+    `on_chunk` is called in the loop for each piece of the reply's body, as it arrives.
+    """
     address = urlsplit(url)
     host, port = address.hostname or "127.0.0.1", address.port or 80
     payload = orjson.dumps(body)
@@ -143,7 +155,9 @@ async def stream_chat(url: str, body: dict[str, Any], within_s: float) -> Stream
     try:
         async with asyncio.timeout(within_s):
             loop = asyncio.get_running_loop()
-            transport, exchange = await loop.create_connection(lambda: _Exchange(head.encode() + payload), host, port)
+            transport, exchange = await loop.create_connection(
+                lambda: _Exchange(head.encode() + payload, on_chunk), host, port
+            )
             problem = await exchange.ended
     except TimeoutError:
         problem = TimeoutError(f"no end within {within_s:g} s")

@@ -1,11 +1,12 @@
-"""What a measured server is: a small protocol, hostler behind it, and a server that is one process tree.
+"""What a measured server is: a small protocol, the model that all of them serve, and a server that is a process tree.
 
-To add a peer (vLLM, llama.cpp): a class with the four things of `Peer`, and one line in `__main__.PEERS`.
+Above: the peers, one module each. To add one: a class with the members of `Peer`, and a line in `lineup.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from tests.journeys.server import ROOT, Server, Servers
+from tests.journeys.server import ROOT
 
 PULL_WITHIN_S = 900
 
@@ -52,14 +53,26 @@ class Peer(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in the table."""
+        """Its name in notices."""
 
     @property
     def short(self) -> str:
-        """Its name as a key in the results."""
+        """Its name as a column of the table, in goals, and for `--peers`."""
+
+    @property
+    def max_streams(self) -> int | None:
+        """The most streams at once that make sense for it; None for any number."""
+
+    @property
+    def start_within_s(self) -> float:
+        """Seconds from the command to its first reply after which it counts as failed."""
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one decode step must read at the least; known after `prepare`."""
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Install what is missing, once. Raises Skip when that is impossible."""
+        """Install what is missing, once. Raises Skip when it cannot run here."""
 
     def start(self) -> Running:
         """Start it; returns at once, before it answers."""
@@ -85,10 +98,36 @@ class StoredModel:
     name: str
     path: Path
 
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on disk: what one decode step must read at least once."""
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in self._files())
+
+    @property
+    def int8_bytes(self) -> int:
+        """Bytes with every matrix in int8 and a float32 scale for each of its rows; the rest as on disk."""
+        total = 0
+        for file in self._files():
+            for shape, num_bytes in tensors_of(file):
+                total += shape[0] * shape[1] + 4 * shape[0] if len(shape) == 2 else num_bytes
+        return total
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name of these very files, for what is derived from them."""
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files()]
+        return hashlib.sha256(repr((str(self.path), facts)).encode()).hexdigest()[:12]
+
+
+def tensors_of(safetensors: Path) -> list[tuple[tuple[int, ...], int]]:
+    """Return each tensor's shape and bytes, read from the file's header alone."""
+    with safetensors.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    return [(tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]) for entry in tensors]
 
 
 def pull(name: str, say: Callable[[str], None]) -> StoredModel:
@@ -105,69 +144,6 @@ def pull(name: str, say: Callable[[str], None]) -> StoredModel:
     if last.get("stage") != "done":
         raise Skip(f"the model {name} could not be pulled: {last.get('message')}")
     return StoredModel(name, Path(last["path"]))
-
-
-class RunningHostler:
-    """hostler, started as users start it."""
-
-    def __init__(self, server: Server, servers: Servers) -> None:
-        self._server = server
-        self._servers = servers
-
-    @property
-    def url(self) -> str:
-        """Root of its HTTP server."""
-        return self._server.url
-
-    @property
-    def has_ended(self) -> bool:
-        """True when the supervisor is gone."""
-        return self._server.process.poll() is not None
-
-    def processes(self) -> list[psutil.Process]:
-        """Return the supervisor, gateways, orchestrator, Ray and workers."""
-        return self._server.processes()
-
-    def output(self) -> str:
-        """Return the tail of all its logs."""
-        return "\n".join(f"--- {title}\n{text}" for title, text in self._server.log_sections())
-
-    def stop(self) -> None:
-        """Stop it and remove its run directory."""
-        self._servers.stop_all()
-
-
-class Hostler:
-    """`hostler serve` with one model, bf16."""
-
-    name = "hostler"
-    short = "hostler"
-
-    def __init__(self, model: StoredModel, extra_config: str = "") -> None:
-        self._model = model
-        self._config = (
-            f"models:\n  - name: {model.name}\n    dtype: bfloat16\n    preload: true\n    pinned: true\n{extra_config}"
-        )
-
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Nothing to do: this checkout's own environment runs it."""
-
-    def start(self) -> Running:
-        """Start it; returns at once."""
-        servers = Servers()
-        return RunningHostler(servers(config=self._config, wait_ready=False), servers)
-
-    def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
-        """Return a chat request."""
-        return {
-            "model": self._model.name,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ignore_eos": True,
-        }
 
 
 @dataclass

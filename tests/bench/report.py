@@ -1,14 +1,12 @@
-"""What a run of the benchmark found: one table, and the same as JSON and Markdown in bench-results/.
+"""A run of the benchmark for its reader: tables on the console, and the same as JSON and Markdown in bench-results/.
 
-Above: the run (`__main__`). Below: rich. Every ratio is taken within a round and its median shown: figures drift
-with the machine, ratios of neighbours less so.
+Above: the run (`__main__`). Below: `results` and `goals` for what is shown, rich for showing it.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,44 +15,52 @@ from rich.console import Console
 from rich.table import Table
 
 from .floor import ClientFloor
-from .load import Level
+from .goals import judge
+from .results import METRICS, START, Round, ScenarioResult, StepPart, median_figure, ratio, show_s
+
+# Metrics of the second table: how many times better hostler is.
+_COMPARED = ("tokens_per_s", "ttft_p50", "memory")
+_PROMPT_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """One start of one peer: how long until it answered, and each level of load."""
+class Contestant:
+    """A measured server: its column, its full name, and the bytes of weights that its decode step must read."""
 
-    peer: str
-    first_reply_s: float
-    levels: tuple[Level, ...]
+    short: str
+    name: str
+    step_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """One row: how to read it from a level, how to print it, and whether more is better."""
+class Grid:
+    """A table as text: one head for each column; the first two columns are words."""
 
-    label: str
-    read: Callable[[Level], float]
-    show: Callable[[float], str]
-    more_is_better: bool = False
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        lines = ["| " + " | ".join(self.head) + " |", "|---|---|" + "---:|" * (len(self.head) - 2)]
+        return "\n".join([f"**{self.title}**", "", *lines, *("| " + " | ".join(row) + " |" for row in self.rows), ""])
+
+    def print(self, console: Console) -> None:
+        """Print it; a first cell like the one above is left empty."""
+        table = Table(title=self.title)
+        for index, head in enumerate(self.head):
+            table.add_column(head, justify="left" if index < 2 else "right")
+        last = self.rows[0][0] if self.rows else ""
+        for index, row in enumerate(self.rows):
+            if row[0] != last:
+                table.add_section()
+            table.add_row(row[0] if index == 0 or row[0] != last else "", *row[1:])
+            last = row[0]
+        console.print(table)
 
 
-def _ms(value_s: float) -> str:
-    return f"{value_s * 1e3:,.0f} ms" if value_s < 10 else f"{value_s:,.1f} s"
-
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB"
-
-
-METRICS = (
-    Metric("tokens/s, all streams", lambda level: level.tokens_per_s, lambda v: f"{v:,.1f}", more_is_better=True),
-    Metric("first token p50", lambda level: level.ttft_p50_s, _ms),
-    Metric("first token p95", lambda level: level.ttft_p95_s, _ms),
-    Metric("between tokens p50", lambda level: level.inter_token_p50_s, _ms),
-    Metric("longest gap", lambda level: level.max_gap_s, _ms),
-    Metric("memory, all processes", lambda level: float(level.memory_bytes), _gib),
-)
+def _load(streams: int) -> str:
+    return f"{streams} stream" + ("s" if streams > 1 else "")
 
 
 @dataclass(slots=True)
@@ -63,114 +69,161 @@ class Report:
 
     machine: dict[str, Any]
     model: str
-    weight_bytes: int
     new_tokens: int
     bandwidth_bytes_per_s: float
     client: ClientFloor
-    peers: list[tuple[str, str]]
+    peers: list[Contestant]
     rounds: list[Round] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     @property
-    def floor_s(self) -> float:
-        """Seconds that reading every weight once takes: no single stream can have a shorter step."""
-        return self.weight_bytes / self.bandwidth_bytes_per_s
+    def _streams(self) -> list[int]:
+        return sorted({level.streams for item in self.rounds for level in item.levels})
 
-    def of(self, peer: str) -> list[Round]:
-        """Return the rounds of one peer, in order."""
-        return [item for item in self.rounds if item.peer == peer]
+    def figures(self) -> Grid:
+        """Return each contestant's medians over the rounds: start, every metric of every load, scenarios."""
+        rows = [self._row("", "start to first text", START, 0)]
+        for streams in self._streams:
+            rows += [self._row(_load(streams), metric.label, metric.key, streams) for metric in METRICS]
+        for key, example in self._scenarios().items():
+            cells = [self._scenario_cell(peer.short, key) for peer in self.peers]
+            rows.append(["scenarios", f"{example.label} (goal ≤ {example.at_most:g}×)", *cells])
+        title = f"hostler and its peers, {self.machine['cpu']}, {self.machine['cores']} cores"
+        return Grid(title, ["load", "", *(peer.short for peer in self.peers)], rows)
 
-    def ratio(self, read: Callable[[Round], float], peer: str, *, more_is_better: bool) -> float | None:
-        """Return how many times better hostler is than `peer`: the median over paired rounds."""
-        pairs = list(zip(self.of("hostler"), self.of(peer), strict=False))
-        values = [(read(a), read(b)) for a, b in pairs]
-        ratios = [(a / b if more_is_better else b / a) for a, b in values if a > 0 and b > 0]
-        return statistics.median(ratios) if ratios else None
+    def _row(self, load: str, label: str, key: str, streams: int) -> list[str]:
+        show = next((metric.show for metric in METRICS if metric.key == key), show_s)
+        values = [median_figure(self.rounds, peer.short, key, streams) for peer in self.peers]
+        return [load, label, *(show(value) if value is not None else "-" for value in values)]
 
-    def rows(self) -> list[list[str]]:
-        """Return the cells of the table: metric, each peer's median, then hostler's advantage over each peer."""
-        rows = [self._row("", "start to first text", lambda item: item.first_reply_s, _ms)]
-        streams = sorted({level.streams for item in self.rounds for level in item.levels})
-        for count in streams:
-            for metric in METRICS:
+    def _scenarios(self) -> dict[str, ScenarioResult]:
+        return {scenario.key: scenario for item in self.rounds for scenario in item.scenarios}
 
-                def read(item: Round, count: int = count, metric: Metric = metric) -> float:
-                    return next((metric.read(level) for level in item.levels if level.streams == count), 0.0)
+    def _scenario_cell(self, short: str, key: str) -> str:
+        found = [s.ratio for item in self.rounds if item.peer == short for s in item.scenarios if s.key == key]
+        return f"{statistics.median(found):.2f}×" if found else "-"
 
-                label = f"{count} stream" + ("s" if count > 1 else "")
-                rows.append(self._row(label, metric.label, read, metric.show, more_is_better=metric.more_is_better))
-        return rows
+    def advantages(self) -> Grid | None:
+        """Return how many times better hostler is than each peer; None without both."""
+        ours = [peer.short for peer in self.peers if peer.short.startswith("hostler")]
+        theirs = [peer.short for peer in self.peers if peer.short not in ours]
+        if not ours or not theirs:
+            return None
+        rows = []
+        for short in ours:
+            rows.append([short, "start", *(self._times(short, peer, START, 0) for peer in theirs)])
+            for streams in self._streams:
+                for metric in METRICS:
+                    if metric.key in _COMPARED:
+                        label = f"{metric.label}, {_load(streams)}"
+                        cells = [
+                            self._times(short, peer, metric.key, streams, metric.more_is_better) for peer in theirs
+                        ]
+                        rows.append([short, label, *cells])
+        return Grid("how many times better (above 1: better), median of paired rounds", ["", "against", *theirs], rows)
 
-    def _row(
-        self,
-        load: str,
-        label: str,
-        read: Callable[[Round], float],
-        show: Callable[[float], str],
-        *,
-        more_is_better: bool = False,
-    ) -> list[str]:
-        cells = [load, label]
-        for short, _ in self.peers:
-            values = [value for item in self.of(short) if (value := read(item)) > 0]
-            cells.append(show(statistics.median(values)) if values else "-")
-        for short, _ in self.peers[1:]:
-            ratio = self.ratio(read, short, more_is_better=more_is_better)
-            cells.append(f"{ratio:.2f}×" if ratio else "-")
-        return cells
+    def _times(self, ours: str, theirs: str, key: str, streams: int, more_is_better: bool = False) -> str:
+        found = ratio(self.rounds, ours, theirs, key, streams)
+        if found is None:
+            return "-"
+        return f"{found if more_is_better else 1 / found:.2f}×"
 
-    def header(self) -> list[str]:
-        """Return the heads of the columns."""
-        return ["load", "", *(short for short, _ in self.peers), *(f"vs {short}" for short, _ in self.peers[1:])]
+    def floors(self) -> Grid:
+        """Return, for each contestant, what memory bandwidth allows one stream, and how near it comes to that."""
+        rows = []
+        for peer in self.peers:
+            floor_s = peer.step_bytes / self.bandwidth_bytes_per_s
+            found_s = median_figure(self.rounds, peer.short, "inter_token_p50", 1)
+            rows.append(
+                [
+                    peer.short,
+                    peer.name,
+                    f"{peer.step_bytes / 1e6:.0f} MB",
+                    f"{floor_s * 1e3:.1f} ms",
+                    f"{1 / floor_s:.0f}" if floor_s else "-",
+                    show_s(found_s) if found_s else "-",
+                    f"{floor_s / found_s:.0%}" if found_s else "-",
+                ]
+            )
+        title = f"the floor of one stream: weights read once a token at {self.bandwidth_bytes_per_s / 1e9:.1f} GB/s"
+        return Grid(
+            title, ["", "", "weights a step", "floor", "tokens/s at most", "between tokens p50", "of the floor"], rows
+        )
+
+    def step_parts(self) -> dict[str, tuple[StepPart, ...]]:
+        """Return where each contestant's decode step spends its time, from its last round that told."""
+        return {item.peer: item.step_parts for item in self.rounds if item.step_parts}
+
+    def goal_lines(self) -> list[str]:
+        """Return one line for each goal and scenario, each with ✓, ✗ or · (not measured)."""
+        lines = [outcome.line for outcome in judge(self.rounds)]
+        for item in self.rounds:
+            lines += [
+                f"{'✓' if found.is_met else '✗'} {item.peer}, round {item.number + 1}: {found.label}: "
+                f"{found.ratio:.2f}×, goal ≤ {found.at_most:g}× ({found.detail})"
+                for found in item.scenarios
+            ]
+        return lines
 
     def remarks(self) -> list[str]:
-        """Return what a reader must know beside the table."""
-        failed = sum(level.failed for item in self.rounds for level in item.levels)
-        busiest = max((level.client_cpu_share for item in self.rounds for level in item.levels), default=0.0)
-        prompts = [level.num_prompt_tokens for item in self.rounds for level in item.levels if level.num_prompt_tokens]
+        """Return what a reader must know beside the tables."""
+        levels = [(item.peer, level) for item in self.rounds for level in item.levels]
+        failed = sum(level.failed for _, level in levels)
+        busiest = max((level.client_cpu_share for _, level in levels), default=0.0)
+        prompts = {peer: level.num_prompt_tokens for peer, level in levels if level.num_prompt_tokens}
+        uncounted = sorted({peer for peer, level in levels if not level.is_counted_by_server})
+        typical = statistics.median(prompts.values()) if prompts else 0.0
+        odd = {peer: count for peer, count in prompts.items() if abs(count - typical) > _PROMPT_TOLERANCE * typical}
+        num_rounds = max((item.number for item in self.rounds), default=-1) + 1
         return [
-            f"{self.model}, bf16, greedy, {statistics.mean(prompts) if prompts else 0:.0f} prompt tokens, "
-            f"{self.new_tokens} new; {max(len(self.of(short)) for short, _ in self.peers)} round(s), "
-            "each peer started anew in each, in turn.",
-            "'vs' is how many times better hostler is (above 1: better), the median of paired rounds.",
-            f"Floor of one stream: {self.weight_bytes / 1e6:.0f} MB of weights at "
-            f"{self.bandwidth_bytes_per_s / 1e9:.1f} GB/s is {self.floor_s * 1e3:.1f} ms a token, "
-            f"{1 / self.floor_s:.0f} tokens/s.",
+            f"{self.model}, greedy, {typical:.0f} prompt tokens, {self.new_tokens} new; {num_rounds} round(s), "
+            "each contestant started anew in each, in turn.",
             f"The client manages {self.client.events_per_s:,.0f} events/s "
             f"({self.client.cpu_us_per_event:.0f} µs of CPU each); under load it took "
             f"at most {busiest:.1%} of one core.",
+            *([f"Prompt tokens differ: {', '.join(f'{p} {n:.0f}' for p, n in odd.items())}."] if odd else []),
+            *([f"Tokens counted by events, for want of usage: {', '.join(uncounted)}."] if uncounted else []),
             *([f"{failed} streams failed and are not in the figures."] if failed else []),
             *self.notices,
         ]
 
+    def _step_lines(self) -> list[str]:
+        lines = []
+        for peer, parts in self.step_parts().items():
+            total_ms = sum(part.ms for part in parts)
+            shown = ", ".join(f"{part.name} {part.ms:.2f} ms ({part.ms / total_ms:.0%})" for part in parts)
+            lines.append(f"{peer}, a decode step: {total_ms:.2f} ms: {shown}")
+        return lines
+
+    def _grids(self) -> list[Grid]:
+        return [grid for grid in (self.figures(), self.advantages(), self.floors()) if grid is not None]
+
     def print(self, console: Console) -> None:
-        """Print the table and the remarks."""
-        table = Table(title=f"hostler and its peers, {self.machine['cpu']}, {self.machine['cores']} cores")
-        for index, head in enumerate(self.header()):
-            table.add_column(head, justify="left" if index < 2 else "right")
-        last = ""
-        for row in self.rows():
-            if row[0] != last:
-                table.add_section()
-            last, shown = row[0], [row[0] if row[0] != last else "", *row[1:]]
-            table.add_row(*shown)
-        console.print(table)
+        """Print everything."""
+        for grid in self._grids():
+            grid.print(console)
+        for line in self._step_lines():
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
         for remark in self.remarks():
-            console.print(f"  · {remark}", highlight=False, markup=False)
+            console.print(f"  · {remark}", highlight=False, markup=False, soft_wrap=True)
+        console.print("goals", highlight=False)
+        for line in self.goal_lines():
+            style = {"✓": "green", "✗": "red"}.get(line[0], "dim")
+            console.print(f"  {line}", style=style, highlight=False, markup=False, soft_wrap=True)
 
     def markdown(self) -> str:
-        """Return the table and the remarks as Markdown."""
-        head = self.header()
-        lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        """Return everything as Markdown."""
         facts = ", ".join(f"{key} {value}" for key, value in self.machine.items())
-        return "\n".join([*lines, "", *(f"- {remark}" for remark in self.remarks()), f"- {facts}", ""])
+        remarks = [f"- {remark}" for remark in [*self._step_lines(), *self.remarks(), facts]]
+        goals = [f"- {line}" for line in self.goal_lines()]
+        return "\n".join([*(grid.markdown() for grid in self._grids()), *remarks, "", "**goals**", "", *goals, ""])
 
     def save(self, directory: Path) -> list[Path]:
         """Write JSON and Markdown, named by the time of the run; return the paths."""
         directory.mkdir(parents=True, exist_ok=True)
         stem = directory / f"bench-{self.machine['time'].replace(':', '').replace(' ', '-')}"
-        document = {**asdict(self), "floor_s": self.floor_s}
+        outcomes = [{**asdict(o.goal), "measured": o.measured, "is_met": o.is_met} for o in judge(self.rounds)]
+        document = {**asdict(self), "goals": outcomes}
         files = {stem.with_suffix(".json"): json.dumps(document, indent=1), stem.with_suffix(".md"): self.markdown()}
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")

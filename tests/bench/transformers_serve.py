@@ -1,108 +1,104 @@
-"""The peer `transformers serve --continuous-batching`, in an environment of its own, built once and kept.
+"""The peer `transformers serve`, one request at a time or with continuous batching, in an environment of its own.
 
-Above: the run (`__main__`). Below: pip, and the peer's own command line.
+Above: the lineup. Below: `environments`, and the peer's own command line.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tests.journeys.server import free_port
 
-from .peers import Running, Skip, TreeServer
+from .environments import Environment, Say, clean_environment
+from .peers import Running, StoredModel, TreeServer
 
 TRANSFORMERS = "5.23.0"
-ENVIRONMENT = Path.home() / ".cache/hostler/bench/transformers-serve"
-PIP_WITHIN_S = 600
 
 
 class TransformersServe:
-    """`transformers serve` with continuous batching; tuned so that it runs well within a few GiB.
+    """`transformers serve` in bf16; the default mode serves streams one after the other.
 
-    Its cache is sized for 16 streams of 256 tokens and a little more: by default it takes 0.8 of the memory,
-    and since its attention on a CPU masks the whole cache, a larger cache would also make it slower.
-    Sampling is fixed by its first request, so the first one is greedy as all others are.
+    With continuous batching its cache is sized for 16 streams of 256 tokens and a little more: by default it takes
+    0.8 of the memory, and since its attention on a CPU masks the whole cache, a larger cache would also make it
+    slower. Sampling is then fixed by the first request, so the first one is greedy as all others are.
     """
 
-    name = "transformers serve (continuous batching)"
-    short = "transformers"
+    start_within_s = 180.0
 
-    def __init__(self, model_path: Path, threads: int, num_blocks: int = 160, block_size: int = 32) -> None:
-        self._model_path = model_path
+    def __init__(
+        self, model: StoredModel, threads: int, *, continuous: bool, num_blocks: int = 160, block_size: int = 32
+    ) -> None:
+        self._model = model
         self._threads = threads
+        self._continuous = continuous
         self._num_blocks = num_blocks
         self._block_size = block_size
+        self._environment = Environment("transformers-serve")
 
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Build the environment if it is not there.
+    @property
+    def name(self) -> str:
+        """Its name in notices."""
+        return "transformers serve (continuous batching)" if self._continuous else "transformers serve (default)"
 
-        Raises:
-            Skip: pip could not, with its last line.
-        """
-        stamp = ENVIRONMENT / "ready"
+    @property
+    def short(self) -> str:
+        """Its name as a column."""
+        return "transformers-cb" if self._continuous else "transformers"
+
+    @property
+    def max_streams(self) -> int | None:
+        """One stream without batching: more would only wait in line."""
+        return None if self._continuous else 1
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one decode step reads."""
+        return self._model.weight_bytes
+
+    def prepare(self, say: Say) -> None:
+        """Build the environment if it is not there. Raises Skip when pip could not."""
         torch = version("torch")
-        wanted = f"{sys.version.split()[0]} torch=={torch} transformers=={TRANSFORMERS}"
-        if stamp.is_file() and stamp.read_text() == wanted:
-            return
-        say(f"building the environment of {self.name} (once, one to two minutes) in {ENVIRONMENT}")
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
-        pip = [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        serving = f"transformers[serving]=={TRANSFORMERS}"
-        steps = [
-            [sys.executable, "-m", "venv", str(ENVIRONMENT)],
-            [*pip, f"torch=={torch}"],
-            [*pip, f"torch=={torch}", serving, "python-multipart"],
-        ]
-        for step in steps:
-            try:
-                subprocess.run(step, check=True, capture_output=True, text=True, timeout=PIP_WITHIN_S)
-            except (subprocess.SubprocessError, OSError) as error:
-                output = str(getattr(error, "stderr", "") or error).strip()
-                shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-                raise Skip(f"it could not be installed: {output.splitlines()[-1] if output else error}") from None
-        stamp.write_text(wanted)
+
+        def build() -> None:
+            self._environment.make_venv()
+            self._environment.pip(f"torch=={torch}")
+            self._environment.pip(f"torch=={torch}", f"transformers[serving]=={TRANSFORMERS}", "python-multipart")
+
+        recipe = f"{sys.version.split()[0]} torch=={torch} transformers=={TRANSFORMERS}"
+        announce = "building the environment of transformers serve (once, one to two minutes)"
+        self._environment.ensure(recipe, build, say, announce)
 
     def command(self, port: int) -> list[str]:
         """Return the command line that serves on `port`."""
-        options = {
+        options = {"--dtype": "bfloat16", "--device": "cpu", "--host": "127.0.0.1", "--port": port}
+        batching = {
             "--cb-num-blocks": self._num_blocks,
             "--cb-block-size": self._block_size,
             "--cb-max-batch-tokens": 1024,
-            "--dtype": "bfloat16",
-            "--device": "cpu",
-            "--host": "127.0.0.1",
-            "--port": port,
         }
-        flags = [str(part) for pair in options.items() for part in pair]
-        return [str(ENVIRONMENT / "bin/transformers"), "serve", str(self._model_path), "--continuous-batching", *flags]
+        flags = [str(part) for pair in (options | (batching if self._continuous else {})).items() for part in pair]
+        program = [str(self._environment.directory / "bin/transformers"), "serve", str(self._model.path)]
+        return [*program, *(["--continuous-batching"] if self._continuous else []), *flags]
 
     def start(self) -> Running:
         """Start it; returns at once."""
         port = free_port()
+        environment = clean_environment(
+            OMP_NUM_THREADS=str(self._threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+        )
         directory = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "PYTHON"))},
-            "OMP_NUM_THREADS": str(self._threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
         return TreeServer.spawn(self.command(port), environment, port, directory)
 
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """Return a chat request; it has no `ignore_eos`, but an end token that never comes is the same."""
         generation = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": -1}
         return {
-            "model": str(self._model_path),
+            "model": str(self._model.path),
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": max_tokens,
             "temperature": 0,
