@@ -23,6 +23,7 @@ import uvloop
 from rich.console import Console
 
 from .floor import client_floor, read_bandwidth_bytes_per_s
+from .hostler_serve import Hostler
 from .lineup import choose, lineup
 from .load import NEW_TOKENS, first_reply, measure
 from .peers import Peer, Skip, pull
@@ -123,9 +124,10 @@ class Run:
                 self._report.notices += problems
                 for found in scenarios:
                     self._console.print(f"    {found.label}: {found.ratio:.2f}× ({found.detail})", highlight=False)
-            return Round(peer.short, number, first_s, tuple(levels), tuple(scenarios))
         finally:
             running.stop()
+        parts = peer.step_parts() if isinstance(peer, Hostler) and self._with_scenarios else ()
+        return Round(peer.short, number, first_s, tuple(levels), tuple(scenarios), parts)
 
 
 def prepared(peers: Sequence[Peer], streams: Sequence[int], notices: list[str], console: Console) -> list[Peer]:

@@ -2,8 +2,8 @@
 
     python -m tests.bench.engine [--rows 1,4,16] [--steps N] [--set dtype=float32] [--set num_threads=2] [--json]
 
-Above: a reader at a terminal. Below: `workers.engine.Engine` and the function that opens the text engine; nothing of
-the engine's inside. The difference to `tests.bench` is what the way through worker, gateway and socket costs.
+Above: a reader at a terminal, `tests.bench` for the parts of a step. Below: the text engine's public face. The difference to
+`tests.bench` is what the way through worker, gateway and socket costs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
 
 from workers.engine import Engine, EngineStats, Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
+from workers.text.engine import TextEngine
 from workers.text.opening import open_text_engine
 
 from .floor import read_bandwidth_bytes_per_s
@@ -33,6 +35,13 @@ LONG_PROMPT_TOKENS = 1024
 _FIRST_ORDINARY_ID = 300  # below are control tokens and single bytes in the vocabularies that we know
 
 
+class Measured(Engine, Protocol):
+    """An engine that keeps account of its steps."""
+
+    def step_seconds(self) -> dict[str, float]:
+        """Return where the time of all steps since the last call went."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeFigures:
     """Decoding with `rows` requests in the batch, between the last one's first token and the first one's end.
@@ -40,11 +49,13 @@ class DecodeFigures:
     Attributes:
         step_ms: mean time of a step, by the engine's own count of steps.
         tokens_per_s: of all rows, by its count of tokens; above rows / step where steps yield several tokens.
+        parts_ms: where a step's time goes, by the engine's own account.
     """
 
     rows: int
     step_ms: float
     tokens_per_s: float
+    parts_ms: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +88,24 @@ def spec_with(spec: LoadSpec, settings: Sequence[str]) -> LoadSpec:
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
 
-def request(engine: Engine, number: int, num_prompt_tokens: int, max_tokens: int) -> GenerationRequest:
+def request(engine: Measured, number: int, num_prompt_tokens: int, max_tokens: int) -> GenerationRequest:
     """Return a greedy request whose prompt shares nothing with any other number's."""
     ids = random.Random(number).choices(range(_FIRST_ORDINARY_ID, engine.facts.vocab_size), k=num_prompt_tokens)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     return GenerationRequest(TokenPrompt(tuple(ids)), f"bench-{number}", greedy, max_tokens)
 
 
-async def decode(engine: Engine, rows: int, steps: int, first_number: int) -> DecodeFigures:
+async def decode(engine: Measured, rows: int, steps: int, first_number: int) -> DecodeFigures:
     """Run `rows` requests together and time the steps in which all of them decode."""
     # Those that were taken in first must still be running when the last one has had its share.
     started_steps = rows * -(-PROMPT_TOKENS // 32)
     waiting = rows
     began: tuple[float, EngineStats] | None = None
     ended: tuple[float, EngineStats] | None = None
+    parts: dict[str, float] = {}
 
     async def one(number: int) -> None:
-        nonlocal waiting, began, ended
+        nonlocal waiting, began, ended, parts
         has_begun = False
         async for event in engine.generate(request(engine, number, PROMPT_TOKENS, steps + started_steps)):
             now = (time.perf_counter(), engine.stats())
@@ -102,8 +114,9 @@ async def decode(engine: Engine, rows: int, steps: int, first_number: int) -> De
                 waiting -= 1
                 if waiting == 0:
                     began = now
+                    engine.step_seconds()
             if isinstance(event, Finish) and ended is None:
-                ended = now
+                ended, parts = now, engine.step_seconds()
 
     await asyncio.gather(*(one(first_number + row) for row in range(rows)))
     if began is None or ended is None or ended[1].num_steps <= began[1].num_steps:
@@ -111,10 +124,11 @@ async def decode(engine: Engine, rows: int, steps: int, first_number: int) -> De
     spent_s = ended[0] - began[0]
     num_steps = ended[1].num_steps - began[1].num_steps
     num_tokens = ended[1].num_completion_tokens_total - began[1].num_completion_tokens_total
-    return DecodeFigures(rows, spent_s / num_steps * 1e3, num_tokens / spent_s)
+    parts_ms = {name: seconds / num_steps * 1e3 for name, seconds in parts.items()}
+    return DecodeFigures(rows, spent_s / num_steps * 1e3, num_tokens / spent_s, parts_ms)
 
 
-async def prefill(engine: Engine, num_prompts: int, num_tokens: int, first_number: int) -> PrefillFigures:
+async def prefill(engine: Measured, num_prompts: int, num_tokens: int, first_number: int) -> PrefillFigures:
     """Send prompts that ask for one token each, and time them."""
 
     async def one(number: int) -> None:
@@ -129,7 +143,7 @@ async def prefill(engine: Engine, num_prompts: int, num_tokens: int, first_numbe
 
 async def measure(
     spec: LoadSpec, rows: Sequence[int], steps: int
-) -> tuple[Engine, list[DecodeFigures], list[PrefillFigures]]:
+) -> tuple[TextEngine, list[DecodeFigures], list[PrefillFigures]]:
     """Open the engine, measure it, close it."""
     engine = await open_text_engine(spec, lambda stage, done, total: None)
     try:
@@ -184,6 +198,9 @@ def main() -> int:
             f"prefill, {taken.num_prompts} prompts", f"{taken.num_tokens} tokens", f"{taken.tokens_per_s:,.0f}", ""
         )
     console.print(table)
+    for item in decoded:
+        parts = ", ".join(f"{name} {value:.2f} ms" for name, value in item.parts_ms.items())
+        console.print(f"  · {item.rows} rows: {parts}", highlight=False)
     console.print(f"  · floor: every weight read once a step is {floor_ms:.1f} ms here", highlight=False)
     return 0
 

@@ -5,14 +5,18 @@ Above: the lineup. Below: the journeys' server harness.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import Any, Literal
 
 import psutil
 
-from tests.journeys.server import Server, Servers
+from tests.journeys.server import ROOT, Server, Servers
 
 from .environments import Say
 from .peers import Running, StoredModel
+from .results import StepPart
 
 Weights = Literal["bf16", "int8"]
 
@@ -86,6 +90,16 @@ class Hostler:
         """Start it; returns at once."""
         servers = Servers()
         return RunningHostler(servers(config=self.config, wait_ready=False), servers)
+
+    def step_parts(self) -> tuple[StepPart, ...]:
+        """Return where a decode step of one row and of sixteen spends its time, measured in an engine of its own."""
+        quantize = ["--set", f"quantize={self._weights}"] if self._weights != "bf16" else []
+        command = [sys.executable, "-m", "tests.bench.engine", "--rows", "1,16", "--steps", "48", "--json", *quantize]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            return ()
+        figures = json.loads(done.stdout.strip().splitlines()[-1])["decode"]
+        return tuple(StepPart(name, ms, item["rows"]) for item in figures for name, ms in item["parts_ms"].items())
 
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """Return a chat request."""

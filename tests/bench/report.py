@@ -190,9 +190,11 @@ class Report:
     def _step_lines(self) -> list[str]:
         lines = []
         for peer, parts in self.step_parts().items():
-            total_ms = sum(part.ms for part in parts)
-            shown = ", ".join(f"{part.name} {part.ms:.2f} ms ({part.ms / total_ms:.0%})" for part in parts)
-            lines.append(f"{peer}, a decode step: {total_ms:.2f} ms: {shown}")
+            for rows in sorted({part.rows for part in parts}):
+                shares = [part for part in parts if part.rows == rows]
+                total_ms = sum(part.ms for part in shares)
+                shown = ", ".join(f"{part.name} {part.ms:.2f} ms ({part.ms / total_ms:.0%})" for part in shares)
+                lines.append(f"{peer}, a decode step of {rows} rows: {total_ms:.2f} ms: {shown}")
         return lines
 
     def _grids(self) -> list[Grid]:

@@ -32,6 +32,9 @@ class CountingEngine:
         self.num_steps = 0
         self.order: list[GenerationRequest] = []
 
+    def step_seconds(self) -> dict[str, float]:
+        return {"linear": 0.001 * self.num_steps}
+
     def stats(self) -> EngineStats:
         return EngineStats(num_steps=self.num_steps, num_completion_tokens_total=2 * self.num_steps)
 

@@ -78,7 +78,7 @@ def test_scenarios_stand_in_the_table_and_among_the_goals() -> None:
 def test_an_engine_that_tells_where_its_step_goes_is_quoted_with_shares() -> None:
     parts = (StepPart("linear layers", 9.0), StepPart("attention", 1.0))
     text = report(replace(one_round("hostler"), step_parts=parts)).markdown()
-    assert "hostler, a decode step: 10.00 ms: linear layers 9.00 ms (90%), attention 1.00 ms (10%)" in text
+    assert "hostler, a decode step of 1 rows: 10.00 ms: linear layers 9.00 ms (90%), attention 1.00 ms (10%)" in text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -77,6 +77,7 @@ class TextEngine:
         self._isolate = False
         self._serial = 0
         self._num_steps = 0
+        self._spent = Counter[str]()  # seconds, by part of a step
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
         self._changed: Callable[[], None] = lambda: None
@@ -142,6 +143,14 @@ class TextEngine:
             self._queues.pop(sequence, None)
             self._wake.set()
             self._changed()
+
+    def step_seconds(self) -> dict[str, float]:
+        """Return where the time of all steps since the last call went: the model's parts, then the engine's own."""
+        spent, self._spent = self._spent, Counter()
+        inside = self._runner.seconds() or {"model": spent["model"]}
+        rest = spent["step"] - spent["schedule"] - spent["model"]
+        packing = max(0.0, spent["model"] - sum(inside.values()))
+        return {**inside, "packing": packing, "schedule": spent["schedule"], "sample and tell": rest}
 
     @property
     def runner(self) -> str:
@@ -218,18 +227,21 @@ class TextEngine:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         while not self._closing:
             self._take_in()
+            asked_s = time.monotonic()
             step = self._scheduler.schedule()
             if not step:
                 self._wake.wait()
                 self._wake.clear()
                 continue
             began_s = time.monotonic()
+            self._spent["schedule"] += began_s - asked_s
             out: Outcomes = []
             for part in self._parts(step):
                 self._run_part(part, out, began_s)
                 self._num_steps += 1
             self._scheduler.pace.observe(step.num_decodes, step.num_prompt_tokens, time.monotonic() - began_s)
             self._hand_out(out)
+            self._spent["step"] += time.monotonic() - asked_s
         gone = Unavailable("This model was unloaded while it answered. Try again.")
         self._hand_out([(s, gone) for s in (*self._scheduler.running, *self._scheduler.waiting, *self._arrivals)])
 
@@ -261,7 +273,9 @@ class TextEngine:
         for work in step.works:
             work.sequence.scheduled_s = work.sequence.scheduled_s or began_s
         try:
+            entered_s = time.monotonic()
             logits = self._runner.run(step)
+            self._spent["model"] += time.monotonic() - entered_s
         except Exception as error:  # any failure of the model must cost one request, never the engine
             log.exception("step failed", extra={"num_sequences": len(step.works)})
             if len(step.works) > 1:

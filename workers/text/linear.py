@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize(model: Any, kind: str) -> int:
-    """Replace every `nn.Linear` of a decoder (without its head) by a quantized one; return how many."""
+    """Replace every `nn.Linear` of a decoder (without its head) by a quantized one; return the bytes saved."""
     targets = [
         (parent, name, child)
         for parent in model.modules()
@@ -96,4 +96,5 @@ def quantize(model: Any, kind: str) -> int:
     ]
     for parent, name, child in targets:
         setattr(parent, name, QuantizedLinear(child, kind))
-    return len(targets)
+    before = sum(int(linear.weight.nbytes) for _, _, linear in targets)
+    return before - sum(int(b.nbytes) for parent, name, _ in targets for b in getattr(parent, name).buffers())

@@ -58,6 +58,11 @@ class LoadedModel:
     dtype: torch.dtype
     vision: vision.Vision | None = None
 
+    def told(self, quantized: str, weight_bytes: int) -> LoadedModel:
+        """Return the model with facts that say how its weights are really kept."""
+        facts = replace(self.facts, dtype=quantized or self.facts.dtype, weight_bytes=weight_bytes)
+        return replace(self, facts=facts)
+
     def with_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return the model converted, in place, to another dtype; its cache has as many bytes as before."""
         if dtype == self.dtype:

@@ -67,21 +67,22 @@ def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[LoadedModel, Runne
         try:
             library = build.built()
             if library is not None:
-                return loaded, open_native(loaded, spec, library), False
+                runner = open_native(loaded, spec, library)
+                return loaded.told(spec.quantize, runner.decoder.weight_bytes), runner, False
             describe(loaded.decoder, loaded.head, loaded.text_config)
             may_compile = not spec.quantize  # quantized weights replace the ones that the kernels would be packed from
         except NotSupported as reason:
             log.info("no kernels for this model", extra={"model": spec.model, "reason": str(reason)})
             if spec.dtype == "auto":
                 loaded = loaded.with_dtype(choose_dtype("auto", loaded.dtype, loaded.device))
-    return loaded, open_eager(loaded, spec, keep_weights=may_compile), may_compile
+    if spec.quantize:
+        loaded = loaded.told(spec.quantize, loaded.facts.weight_bytes - quantize(loaded.decoder, spec.quantize))
+    return loaded, open_eager(loaded, spec, keep_weights=may_compile or bool(spec.quantize)), may_compile
 
 
 def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = False) -> ModelRunner:
     """Return a runner over transformers' definition; its layers are laid out anew unless `keep_weights`."""
-    if spec.quantize:
-        quantize(loaded.decoder, spec.quantize)
-    elif not keep_weights:
+    if not keep_weights:
         pack(loaded.model)
     if spec.num_threads:
         chosen = threads.Threads(spec.num_threads, spec.num_threads)

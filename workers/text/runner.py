@@ -33,6 +33,9 @@ class Runner(Protocol):
             (rows, vocab) float32 on the CPU: for each work in order, the rows that may yield a token.
         """
 
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds spent in each part of the model since the last call; empty when it cannot tell."""
+
     def close(self) -> None:
         """Free what it holds."""
 
@@ -79,6 +82,10 @@ class ModelRunner:
         for row, work in seeing:
             overlay(hidden[0], row, work.start, work.end, work.sequence.embeddings)
         return {"inputs_embeds": hidden}
+
+    def seconds(self) -> dict[str, float]:
+        """Return nothing: torch's operators are not taken apart."""
+        return {}
 
     def close(self) -> None:
         """Let go of the model and the cache."""

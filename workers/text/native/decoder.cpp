@@ -374,6 +374,16 @@ void hostler_seconds(Model* m, double* out) {
   for (int i = 0; i < STAGES; ++i) out[i] = m->seconds[i], m->seconds[i] = 0;
 }
 
-int hostler_vector_floats() { return W; }
+// Bytes of all packed weights.
+int64_t hostler_weight_bytes(Model* m) {
+  auto bytes = [](const Weight& w) {
+    const int64_t scales = w.scales ? int64_t(w.panels) * kPanel * 4 : 0;
+    return int64_t(w.panels) * int64_t(w.stride) + scales;
+  };
+  int64_t total = bytes(m->head) + bytes(m->embedding);
+  for (const Layer& layer : m->layers)
+    for (const Weight& w : layer.weight) total += bytes(w);
+  return total;
+}
 
 }  // extern "C"

@@ -54,6 +54,7 @@ def _load(path: Path) -> Any:
     library.hostler_set_layer.argtypes = [pointer, number, number, number]
     library.hostler_step.argtypes = [pointer, pointer]
     library.hostler_seconds.argtypes = [pointer, pointer]
+    library.hostler_weight_bytes.argtypes, library.hostler_weight_bytes.restype = [pointer], c.c_int64
     library.hostler_release_blocks.argtypes = [pointer, pointer, number]
     return library
 
@@ -186,6 +187,11 @@ class NativeDecoder:
         )  # fmt: skip
         self._done(self._library.hostler_step(self._model, c.byref(step)))
         return logits
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights: what a step of one row reads."""
+        return int(self._library.hostler_weight_bytes(self._model))
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds that steps spent in each of `STAGES` since the last call."""

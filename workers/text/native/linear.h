@@ -242,8 +242,10 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
       const int row = int(int64_t(rows) * t / tiles), count = int(int64_t(rows) * (t + 1) / tiles) - row;
       const float* x = a + row * lda;
       const uint8_t* panel = w.panel(first);
-      // The last tile of several finds its panels in the cache and has time to fetch the next ones.
-      const size_t distance = tiles > 1 && t == tiles - 1 && first + panels < w.panels ? panels * w.stride : 0;
+      // The last tile of several finds its panels in the cache and has time to fetch the ones that this thread will
+      // probably take next: the others take those between.
+      const int next = panels * pool.size();
+      const size_t distance = tiles > 1 && t == tiles - 1 && first + next + panels <= w.panels ? next * w.stride : 0;
       if (expand) {
         const auto* data = reinterpret_cast<const uint8_t*>(wide_panels.get());
         rows_of<F32Loader>(data, size_t(w.k) * kPanel * 4, panels, x, lda, count, w.k, out, 0);

@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 #include <cstdint>
@@ -39,6 +40,9 @@ class Pool {
 
   // Caps how many threads take part from the next region on; the caller is always one of them.
   void limit(int num_threads) { helpers_.store(num_threads - 1, std::memory_order_relaxed); }
+
+  // How many threads take part.
+  int size() const { return std::min(int(threads_.size()), helpers_.load(std::memory_order_relaxed)) + 1; }
 
   // Calls body(i) once for each i in [0, count), on any thread; returns when all are done. One caller at a time.
   template <class Body>

@@ -54,6 +54,10 @@ class NativeRunner:
         )
         return torch.from_numpy(logits)
 
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds spent in linear layers, attention, the head and the rest since the last call."""
+        return self._decoder.seconds()
+
     def close(self) -> None:
         """Free weights and cache."""
         self._decoder.close()
