@@ -2,8 +2,8 @@
 
     python -m tests.bench.engine [--rows 1,4,16] [--steps N] [--set dtype=float32] [--set num_threads=2] [--json]
 
-Above: a reader at a terminal, `tests.bench` for the parts of a step. Below: the text engine's public face. The difference to
-`tests.bench` is what the way through worker, gateway and socket costs.
+Above: a reader at a terminal, `tests.bench` for the parts of a step. Below: the text engine's public face. The
+difference to `tests.bench` is what the way through worker, gateway and socket costs.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -77,7 +77,7 @@ class TextEngine:
         self._isolate = False
         self._serial = 0
         self._num_steps = 0
-        self._spent = Counter[str]()  # seconds, by part of a step
+        self._spent: dict[str, float] = defaultdict(float)  # seconds, by part of a step
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
         self._changed: Callable[[], None] = lambda: None
@@ -146,7 +146,7 @@ class TextEngine:
 
     def step_seconds(self) -> dict[str, float]:
         """Return where the time of all steps since the last call went: the model's parts, then the engine's own."""
-        spent, self._spent = self._spent, Counter()
+        spent, self._spent = self._spent, defaultdict(float)
         inside = self._runner.seconds() or {"model": spent["model"]}
         rest = spent["step"] - spent["schedule"] - spent["model"]
         packing = max(0.0, spent["model"] - sum(inside.values()))
