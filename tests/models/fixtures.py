@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import real, tiny
+from tests.models import real, tiny, wheels
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +32,9 @@ def tiny_model_of_each_architecture(request: pytest.FixtureRequest) -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct; mark the test `real_model`."""
     return real.smollm2()
+
+
+@pytest.fixture(scope="session")
+def qwen_coder() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct, which calls tools; mark the test `real_model`."""
+    return wheels.qwen_coder()
