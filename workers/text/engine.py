@@ -16,14 +16,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory, Unavailable
 
 from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt, TokenLogprob
+from workers.text.grammar import MaskPool, PendingMasks, collect
 from workers.text.kv_cache import SlotCache
 from workers.text.loader import LoadedModel
 from workers.text.prompts import PromptEncoder
+from workers.text.reply_plan import ReplyPlan, ReplyPlanner
 from workers.text.runner import ModelRunner
 from workers.text.sampler import RowSampling, logprobs, sample
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
@@ -45,7 +48,19 @@ class TextEngine:
         self._loaded = loaded
         self._threads = threads
         self._asyncio = asyncio.get_running_loop()
-        self._encoder = PromptEncoder(loaded.tokenizer, loaded.facts.vocab_size, loaded.kv.capacity)
+        self._replies = ReplyPlanner(loaded.tokenizer, loaded.facts.vocab_size, loaded.eos_ids)
+        self._masks = MaskPool()
+        self._facts = replace(
+            loaded.facts,
+            supports_tools=self._replies.supports_tools,
+            supports_reasoning=self._replies.supports_reasoning,
+        )
+        self._encoder = PromptEncoder(
+            loaded.tokenizer,
+            loaded.facts.vocab_size,
+            loaded.kv.capacity,
+            arguments_as_text=self._replies.arguments_as_text,
+        )
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._runner = ModelRunner(loaded.model, SlotCache(loaded.kv, loaded.dtype, loaded.device))
@@ -76,7 +91,7 @@ class TextEngine:
     @property
     def facts(self) -> ModelFacts:
         """What the model is."""
-        return self._loaded.facts
+        return self._facts
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
@@ -111,7 +126,10 @@ class TextEngine:
         if self._closing:
             raise Unavailable("This model is being unloaded. Try again.")
         self._scheduler.check(len(ids), len(self._queues))
-        sequence = self._new_sequence(request, ids)
+        plan = await self._replies.plan(request, ids)
+        if plan.takes_time:
+            self._scheduler.check(len(ids), len(self._queues))
+        sequence = self._new_sequence(request, ids, plan)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -137,8 +155,10 @@ class TextEngine:
         self._wake.set()
         await asyncio.to_thread(self._thread.join, 10.0)
         self._encoding.shutdown(wait=False)
+        self._masks.close()
+        self._replies.close()
 
-    def _new_sequence(self, request: GenerationRequest, ids: list[int]) -> Sequence:
+    def _new_sequence(self, request: GenerationRequest, ids: list[int], plan: ReplyPlan) -> Sequence:
         wanted, defaults = request.sampling, self._loaded.defaults
         limits = self._scheduler.limits
         room = min(limits.max_context_tokens, limits.budget_tokens) - len(ids)
@@ -155,18 +175,17 @@ class TextEngine:
             seed=wanted.seed,
         )
         self._serial += 1
+        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         return Sequence(
             request=request,
             sampling=rules,
             token_ids=list(ids),
             num_prompt_tokens=len(ids),
-            max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
-            decode=self._decode,
+            max_tokens=max_tokens,
+            decode=plan.decode,
             serial=self._serial,
+            reply=plan.reply(max_tokens),
         )
-
-    def _decode(self, ids: SequenceOf[int]) -> str:
-        return str(self._loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     # ------------------------------------------------------------ engine thread
 
@@ -217,10 +236,14 @@ class TextEngine:
             self._runner.move(step)
             return
         torch.set_num_threads(self._threads.for_rows(sum(w.end - w.start for w in works)))
+        decodes = sorted(step.decodes, key=lambda w: w.sequence.slot)
+        rows = [w.sequence for w in (*decodes, *step.prefills) if w.yields_token]
+        pending = self._masks.submit([s.reply.guide for s in rows])
         try:
             logits = self._runner.run(step)
         except Exception as error:  # any failure of the model must cost one request, never the engine
             log.exception("step failed", extra={"num_sequences": len(works)})
+            collect(pending)
             if len(works) > 1:
                 # Cache writes are idempotent: the same step runs again, one sequence at a time.
                 self._isolate = True
@@ -229,32 +252,41 @@ class TextEngine:
             return
         for work in works:
             work.sequence.num_computed_tokens = work.end
-        decodes = sorted(step.decodes, key=lambda w: w.sequence.slot)
-        rows = [w.sequence for w in (*decodes, *step.prefills) if w.yields_token]
         if rows:
-            self._postprocess(rows, logits, out)
+            self._postprocess(rows, logits, pending, out)
 
-    def _postprocess(self, rows: list[Sequence], logits: torch.Tensor, out: list[tuple[Sequence, Outcome]]) -> None:
+    def _postprocess(
+        self,
+        rows: list[Sequence],
+        logits: torch.Tensor,
+        pending: PendingMasks,
+        out: list[tuple[Sequence, Outcome]],
+    ) -> None:
         """Sample one token for each row and tell its request; `logits` is (rows, vocab) float32."""
+        masks, errors = collect(pending)
         raw = {i: logits[i].clone() for i, s in enumerate(rows) if s.request.top_logprobs is not None}
-        tokens = sample(logits, [s.sampling for s in rows], [s.history for s in rows])
+        tokens = sample(logits, [s.sampling for s in rows], [s.history for s in rows], masks)
         now = time.monotonic()
         for index, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
+            if index in errors:
+                self._fail(sequence, errors[index], out)
+                continue
             if token is None:
                 self._fail(sequence, Internal("The model produced no valid probabilities for this request."), out)
                 continue
+            if (forced := sequence.reply.forced_token) is not None:
+                token = forced
             try:
                 chosen = self._logprob(raw[index], token, sequence) if index in raw else None
                 ends = token in self._loaded.eos_ids and not sequence.request.sampling.ignore_eos
-                delta = sequence.accept(token, is_eos=ends, logprob=chosen)
+                events = sequence.accept(token, is_eos=ends, logprob=chosen)
             except Exception as error:  # a fault in one reply's bookkeeping stays its own
                 log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})
                 self._fail(sequence, _named(error), out)
                 continue
             self._num_completion_tokens += 1
             sequence.first_token_s = sequence.first_token_s or now
-            if delta is not None:
-                out.append((sequence, delta))
+            out.extend((sequence, event) for event in events)
             if sequence.finish_reason is not None:
                 self._scheduler.remove(sequence)
                 out.append((sequence, self._finish(sequence, now)))
@@ -270,7 +302,8 @@ class TextEngine:
             reason=sequence.finish_reason or "stop",
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_completion_tokens=sequence.num_generated_tokens,
-            stop=sequence.stop,
+            num_reasoning_tokens=sequence.reply.num_reasoning_tokens,
+            stop=sequence.reply.stop,
             queue_us=int((sequence.scheduled_s - sequence.arrived_s) * 1e6),
             prefill_us=int((sequence.first_token_s - sequence.scheduled_s) * 1e6),
             decode_us=int((now - sequence.first_token_s) * 1e6),

@@ -8,12 +8,11 @@ model runs. Below: llguidance, whose grammars are Lark text, JSON Schemas or bot
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import llguidance
 import numpy as np
@@ -84,13 +83,16 @@ class Guide:
             raise Internal("A token left the grammar of this request; the server's log has the details.")
 
 
+PendingMasks: TypeAlias = "Sequence[Future[torch.Tensor] | None]"
+
+
 class MaskPool:
     """Computes masks in threads of its own (llguidance lets go of the interpreter lock) beside the forward pass."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="mask")
 
-    def submit(self, guides: Sequence[Guide | None]) -> list[Future[torch.Tensor] | None]:
+    def submit(self, guides: Sequence[Guide | None]) -> PendingMasks:
         """Begin the masks of a step's rows, in order; None where a row is free."""
         return [None if guide is None else self._threads.submit(guide.allowed) for guide in guides]
 
@@ -100,7 +102,7 @@ class MaskPool:
 
 
 def collect(
-    futures: Sequence[Future[torch.Tensor] | None],
+    futures: PendingMasks,
 ) -> tuple[list[torch.Tensor | None], dict[int, HostlerError]]:
     """Wait for submitted masks; return them and, by row, the errors of those that have none."""
     masks: list[torch.Tensor | None] = []
@@ -144,7 +146,7 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: it cannot be compiled, or not within its bounds; names the field `param`.
         """
-        prototype = self._cache.get(grammar)
+        prototype: Any = self._cache.get(grammar)
         if prototype is None:
             if len(grammar) > MAX_GRAMMAR_BYTES:
                 raise InvalidRequest(f"'{param}' is longer than {MAX_GRAMMAR_BYTES} bytes as a grammar.", param=param)
@@ -207,8 +209,3 @@ class GrammarCompiler:
 def _first_line(message: str) -> str:
     line = next((line for line in message.splitlines() if line.strip()), "unknown reason")
     return line.strip()[:300]
-
-
-def lark_text(text: str) -> str:
-    """Return a Lark string literal."""
-    return json.dumps(text, ensure_ascii=False)

@@ -3,6 +3,7 @@ refuses what is far too long before spending time on it. Blocking; call it off t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,12 +25,16 @@ class PromptEncoder:
         tokenizer: transformers' tokenizer.
         vocab_size: ids at or above it are refused.
         max_context_tokens: longer prompts are refused, very long ones without tokenizing all of it.
+        arguments_as_text: the template joins the arguments of calls as text.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_context_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, max_context_tokens: int, *, arguments_as_text: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
+        self._arguments_as_text = arguments_as_text
         specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(s) for s in specials if s.strip())) if specials else None
 
@@ -63,15 +68,15 @@ class PromptEncoder:
         for message in prompt.messages:
             if isinstance(content := message.get("content"), str):
                 self._refuse_far_too_long(content)
-        messages = [self._clean(message) for message in prompt.messages]
+        messages = [self._clean(self._with_arguments(message)) for message in prompt.messages]
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages,
-                tools=list(prompt.tools) or None,
+                tools=[self._clean(tool) for tool in prompt.tools] or None,
                 tokenize=False,
                 add_generation_prompt=not prompt.continue_final_message,
                 continue_final_message=prompt.continue_final_message,
-                **prompt.template_kwargs,
+                **self._clean(prompt.template_kwargs),
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
@@ -80,13 +85,29 @@ class PromptEncoder:
             ) from error
         return str(rendered)
 
-    def _clean(self, message: Mapping[str, object]) -> dict[str, object]:
-        """Break up control tokens in what people wrote; the template's own stay whole."""
-        cleaned = dict(message)
-        content = cleaned.get("content")
-        if isinstance(content, str):
-            cleaned["content"] = self._neutralize(content)
-        return cleaned
+    def _with_arguments(self, message: Mapping[str, object]) -> Mapping[str, object]:
+        """Write the arguments of earlier calls as this template wants them."""
+        calls = message.get("tool_calls")
+        if not (self._arguments_as_text and isinstance(calls, list)):
+            return message
+        texts = [
+            {**call, "function": {**call["function"], "arguments": _as_text(call["function"]["arguments"])}}
+            for call in calls
+        ]
+        return {**message, "tool_calls": texts}
+
+    def _clean(self, values: Mapping[str, object]) -> dict[str, Any]:
+        """Break up control tokens in all that people and tools wrote, keys too; the template's own stay whole."""
+        return {self._neutralize(key): self._cleaned(value) for key, value in values.items()}
+
+    def _cleaned(self, value: object) -> object:
+        if isinstance(value, str):
+            return self._neutralize(value)
+        if isinstance(value, Mapping):
+            return self._clean(value)
+        if isinstance(value, list | tuple):
+            return [self._cleaned(item) for item in value]
+        return value
 
     def _neutralize(self, text: str) -> str:
         text = text.replace(_BREAK, "")
@@ -118,3 +139,7 @@ class PromptEncoder:
                     f"{self._max_context_tokens} tokens. Shorten it.",
                     param="messages",
                 )
+
+
+def _as_text(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -89,13 +89,24 @@ def edit_logits(row: torch.Tensor, rules: RowSampling, history: History) -> None
         row[ids] += torch.tensor([b for _, b in pairs], dtype=row.dtype, device=row.device)
 
 
-def sample(logits: torch.Tensor, rules: Sequence[RowSampling], histories: Sequence[History]) -> list[int | None]:
+def apply_mask(row: torch.Tensor, allowed: torch.Tensor) -> None:
+    """Leave only the `allowed` (vocab,) tokens of a row (vocab,), in place; NaN stays, so that the row still fails."""
+    row.masked_fill_(~(allowed.to(row.device) | row.isnan()), -math.inf)
+
+
+def sample(
+    logits: torch.Tensor,
+    rules: Sequence[RowSampling],
+    histories: Sequence[History],
+    masks: Sequence[torch.Tensor | None] | None = None,
+) -> list[int | None]:
     """Choose one token for each row.
 
     Args:
-        logits: (rows, vocab) float32; rows with penalties or bias are edited in place.
+        logits: (rows, vocab) float32; rows with penalties, bias or a mask are edited in place.
         rules: one for each row.
         histories: one for each row.
+        masks: for each row (vocab,) bool, the tokens that may be chosen, or None for all; absent: all rows are free.
 
     Returns:
         Token ids; None for a row whose logits hold NaN or no finite value (that request must fail, alone).
@@ -103,6 +114,8 @@ def sample(logits: torch.Tensor, rules: Sequence[RowSampling], histories: Sequen
     for index, rule in enumerate(rules):
         if rule.edits_logits:
             edit_logits(logits[index], rule, histories[index])
+        if masks is not None and (mask := masks[index]) is not None:
+            apply_mask(logits[index], mask)
     peaks, likeliest = logits.max(dim=-1)
     tokens: list[int | None] = list(likeliest.tolist())
     for index, peak in enumerate(peaks.tolist()):

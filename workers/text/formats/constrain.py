@@ -60,18 +60,15 @@ class GrammarText:
             start = f"{own._thoughts(thoughts)} {answer}"
         return own._grammar(start)
 
-    def calls(
-        self, format: ToolFormat, tools: Sequence[Tool], thoughts: Thoughts | None, *, parallel: bool, strict_only: bool
-    ) -> str:
+    def calls(self, format: ToolFormat, tools: Sequence[Tool], thoughts: Thoughts | None, *, parallel: bool) -> str:
         """Return the grammar of a reply that calls at least one of `tools`.
 
         Args:
             parallel: several calls may follow one another.
-            strict_only: schemas of other tools are followed as far as they can be.
         """
         own = self._fresh()
         before = own._analysis() if format.harmony else own._thoughts(thoughts)
-        return own._grammar(f"{before} {own._calls(format, tools, parallel, strict_only, cut='')}")
+        return own._grammar(f"{before} {own._calls(format, tools, parallel, cut='')}")
 
     def free_or_calls(
         self,
@@ -89,18 +86,18 @@ class GrammarText:
         """
         own = self._fresh()
         if format.harmony:
-            call = own._calls(format, tools, parallel, True, cut="")
+            call = own._calls(format, tools, parallel, cut="")
             text = answer or _TEXT
             return own._grammar(f"{own._analysis()} ({call} | {own._literal('<|channel|>final<|message|>')} {text})")
         before = own._thoughts(thoughts)
         trigger = format.text.trigger
         if answer is not None:
-            return own._grammar(f"{before} ({own._calls(format, tools, parallel, True, cut='')} | {answer})")
+            return own._grammar(f"{before} ({own._calls(format, tools, parallel, cut='')} | {answer})")
         if trigger is None:
             opening = format.text.outer_begin[:1] or "{"
             own._rules.append(f"PLAIN: /[^\\s{re.escape(opening)}](.|\\n)*/")
-            return own._grammar(f"{before} ({own._calls(format, tools, parallel, True, cut='')} | PLAIN)?")
-        rest = own._calls(format, tools, parallel, True, cut=trigger)
+            return own._grammar(f"{before} ({own._calls(format, tools, parallel, cut='')} | PLAIN)?")
+        rest = own._calls(format, tools, parallel, cut=trigger)
         if trigger in self._controls:
             head = f"TEXT <[{self._controls[trigger]}]>"
         else:
@@ -131,31 +128,29 @@ class GrammarText:
         items = [f"<[{self._controls[p]}]>" if p in self._controls else _quoted(p) for p in parts if p]
         return " ".join(items)
 
-    def _calls(self, format: ToolFormat, tools: Sequence[Tool], parallel: bool, strict_only: bool, *, cut: str) -> str:
+    def _calls(self, format: ToolFormat, tools: Sequence[Tool], parallel: bool, *, cut: str) -> str:
         """Return the expression of the calls; without the leading `cut`, which was matched already."""
         text = format.text
         repeats = parallel and text.repeats
-        first = self._rule(
-            " | ".join(self._call(format, t, strict_only, cut="" if text.outer_begin else cut) for t in tools)
-        )
+        first = self._rule(" | ".join(self._call(format, t, cut="" if text.outer_begin else cut) for t in tools))
         expression = first
         if repeats:
             again = (
                 first
                 if text.outer_begin or not cut
-                else self._rule(" | ".join(self._call(format, t, strict_only, cut="") for t in tools))
+                else self._rule(" | ".join(self._call(format, t, cut="") for t in tools))
             )
             between = self._literal(text.between)
             expression += f" ({between} {again}){{0,{MAX_CALLS - 1}}}"
         outer = text.outer_begin[len(cut) :] if text.outer_begin else ""
         return f"{self._literal(outer)} {expression} {self._literal(text.outer_end)}".strip()
 
-    def _call(self, format: ToolFormat, tool: Tool, strict_only: bool, *, cut: str) -> str:
+    def _call(self, format: ToolFormat, tool: Tool, *, cut: str) -> str:
         text = format.text
         name = json.dumps(tool.name, ensure_ascii=False)[1:-1]
         begin = text.begin.format(name=name)[len(cut) :]
         schema = closed(tool.schema)
-        lenient = strict_only and not tool.strict
+        lenient = not tool.strict
         if text.arguments == "json":
             arguments = _json(schema, lenient)
         elif text.arguments == "tagged":
@@ -174,10 +169,8 @@ class GrammarText:
     def _tagged(self, schema: Mapping[str, Any], lenient: bool, begin: str, end: str) -> str:
         items = []
         for key, value, required in _properties(schema):
-            if is_text(value):
-                body = self._tagged_text(value, end)
-            else:
-                body = f"{_json(value, lenient)} {self._literal(end)}"
+            text = is_text(value)
+            body = self._tagged_text(value, end) if text else f"{_json(value, lenient)} {self._literal(end)}"
             item = f"({self._literal(begin.format(key=key))} {body})"
             items.append(item if required else item + "?")
         return " ".join(items)
@@ -196,7 +189,8 @@ class GrammarText:
         return name
 
     def _pythonic(self, schema: Mapping[str, Any], lenient: bool) -> str:
-        required, optional = [], []
+        required: list[str] = []
+        optional: list[str] = []
         for key, value, is_required in _properties(schema):
             kind = value.get("type")
             if kind == "boolean":
