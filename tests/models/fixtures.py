@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,23 @@ def tiny_model_of() -> Callable[[str], Path]:
 def tiny_model_of_each_architecture(request: pytest.FixtureRequest) -> Path:
     """Each tiny model in turn."""
     return tiny.tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Qwen3 with a template that opens `<think>` in the prompt, as DeepSeek R1's does."""
+    directory = tmp_path_factory.mktemp("tiny-thinker")
+    for file in tiny.tiny_model("qwen3").iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    opening = "'<|im_start|>assistant\\n'"
+    assert opening in config["chat_template"]
+    config["chat_template"] = "{# </think> #}" + config["chat_template"].replace(
+        opening, "'<|im_start|>assistant\\n<think>\\n'"
+    )
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return directory
 
 
 @pytest.fixture(scope="session")

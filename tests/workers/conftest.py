@@ -25,7 +25,8 @@ def open_engine() -> Callable[..., object]:
         from workers.text.loader import load
         from workers.text.threads import Threads
 
-        spec = LoadSpec(model="tiny", path=str(path), dtype="float32", num_threads=1, **options)  # type: ignore[arg-type]
+        fields = {"dtype": "float32", "num_threads": 1, **options}
+        spec = LoadSpec(model="tiny", path=str(path), **fields)  # type: ignore[arg-type]
         engine = TextEngine(load(spec, lambda *_: None), spec, Threads(1, 1))
         try:
             yield engine

@@ -28,7 +28,7 @@ from workers.text.loader import LoadedModel
 from workers.text.prompts import PromptEncoder
 from workers.text.reply_plan import ReplyPlan, ReplyPlanner
 from workers.text.runner import ModelRunner
-from workers.text.sampler import RowSampling, logprobs, sample
+from workers.text.sampler import RowSampling, logprobs, sample, sample_each
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
 from workers.text.threads import Threads
@@ -265,7 +265,12 @@ class TextEngine:
         """Sample one token for each row and tell its request; `logits` is (rows, vocab) float32."""
         masks, errors = collect(pending)
         raw = {i: logits[i].clone() for i, s in enumerate(rows) if s.request.top_logprobs is not None}
-        tokens = sample(logits, [s.sampling for s in rows], [s.history for s in rows], masks)
+        rules, histories = [s.sampling for s in rows], [s.history for s in rows]
+        try:
+            tokens = sample(logits, rules, histories, masks)
+        except Exception:  # whatever one row brings up must cost one request, never the engine
+            log.exception("sampling failed for a batch; now row by row")
+            tokens = sample_each(logits, rules, histories, masks)
         now = time.monotonic()
         for index, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
             if index in errors:

@@ -8,6 +8,7 @@ vocabulary only when those do not hold enough probability.
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections import Counter
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 _SHORTLIST = 256
 
@@ -94,6 +97,7 @@ def apply_mask(row: torch.Tensor, allowed: torch.Tensor) -> None:
     row.masked_fill_(~(allowed.to(row.device) | row.isnan()), -math.inf)
 
 
+@torch.inference_mode()
 def sample(
     logits: torch.Tensor,
     rules: Sequence[RowSampling],
@@ -123,6 +127,23 @@ def sample(
             tokens[index] = None
         elif not rules[index].greedy:
             tokens[index] = _draw(logits[index], rules[index])
+    return tokens
+
+
+def sample_each(
+    logits: torch.Tensor,
+    rules: Sequence[RowSampling],
+    histories: Sequence[History],
+    masks: Sequence[torch.Tensor | None],
+) -> list[int | None]:
+    """Like `sample`, but a row that raises becomes None: only its own request fails."""
+    tokens: list[int | None] = []
+    for index, (rule, history, mask) in enumerate(zip(rules, histories, masks, strict=True)):
+        try:
+            tokens += sample(logits[index : index + 1], [rule], [history], [mask])
+        except Exception:
+            log.exception("sampling failed", extra={"row": index})
+            tokens.append(None)
     return tokens
 
 

@@ -113,7 +113,9 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "qwen3-coder",
         (("<function=", "<parameter="),),
-        CallSyntax((_tagged("<tool_call>", _QWEN_TAGS, "</tool_call>"), _tagged("<function=", _QWEN_BARE_TAGS))),
+        CallSyntax(
+            (_tagged("<tool_call>", _QWEN_TAGS, "</tool_call>"), _tagged("<function=", _QWEN_BARE_TAGS, "</tool_call>"))
+        ),
         CallText(
             "<tool_call>\n<function={name}>\n",
             "</function>\n</tool_call>",
