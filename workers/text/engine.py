@@ -263,18 +263,19 @@ class TextEngine:
         out: list[tuple[Sequence, Outcome]],
     ) -> None:
         """Sample one token for each row and tell its request; `logits` is (rows, vocab) float32."""
-        masks, errors = collect(pending)
+        masks = collect(pending)
+        allowed = [None if isinstance(mask, HostlerError) else mask for mask in masks]
         raw = {i: logits[i].clone() for i, s in enumerate(rows) if s.request.top_logprobs is not None}
         rules, histories = [s.sampling for s in rows], [s.history for s in rows]
         try:
-            tokens = sample(logits, rules, histories, masks)
+            tokens = sample(logits, rules, histories, allowed)
         except Exception:  # whatever one row brings up must cost one request, never the engine
             log.exception("sampling failed for a batch; now row by row")
-            tokens = sample_each(logits, rules, histories, masks)
+            tokens = sample_each(logits, rules, histories, allowed)
         now = time.monotonic()
         for index, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
-            if index in errors:
-                self._fail(sequence, errors[index], out)
+            if isinstance(error := masks[index], HostlerError):
+                self._fail(sequence, error, out)
                 continue
             if token is None:
                 self._fail(sequence, Internal("The model produced no valid probabilities for this request."), out)

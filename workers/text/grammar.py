@@ -101,24 +101,18 @@ class MaskPool:
         self._threads.shutdown(wait=False)
 
 
-def collect(
-    futures: PendingMasks,
-) -> tuple[list[torch.Tensor | None], dict[int, HostlerError]]:
-    """Wait for submitted masks; return them and, by row, the errors of those that have none."""
-    masks: list[torch.Tensor | None] = []
-    errors: dict[int, HostlerError] = {}
-    for row, future in enumerate(futures):
-        mask = None
-        if future is not None:
-            try:
-                mask = future.result()
-            except HostlerError as error:
-                errors[row] = error
-            except Exception:
-                log.exception("mask failed")
-                errors[row] = Internal("The grammar of this request could not be followed; the server's log tells why.")
-        masks.append(mask)
-    return masks, errors
+def collect(futures: PendingMasks) -> list[torch.Tensor | HostlerError | None]:
+    """Wait for submitted masks; return for each row its mask, None where it is free, or the error that it fails with."""
+    masks: list[torch.Tensor | HostlerError | None] = []
+    for future in futures:
+        try:
+            masks.append(None if future is None else future.result())
+        except HostlerError as error:
+            masks.append(error)
+        except Exception:
+            log.exception("mask failed")
+            masks.append(Internal("The grammar of this request could not be followed; the server's log tells why."))
+    return masks
 
 
 class GrammarCompiler:

@@ -134,13 +134,13 @@ def sample_each(
     logits: torch.Tensor,
     rules: Sequence[RowSampling],
     histories: Sequence[History],
-    masks: Sequence[torch.Tensor | None],
+    masks: Sequence[torch.Tensor | None] | None = None,
 ) -> list[int | None]:
     """Like `sample`, but a row that raises becomes None: only its own request fails."""
     tokens: list[int | None] = []
-    for index, (rule, history, mask) in enumerate(zip(rules, histories, masks, strict=True)):
+    for index, (rule, history) in enumerate(zip(rules, histories, strict=True)):
         try:
-            tokens += sample(logits[index : index + 1], [rule], [history], [mask])
+            tokens += sample(logits[index : index + 1], [rule], [history], masks and [masks[index]])
         except Exception:
             log.exception("sampling failed", extra={"row": index})
             tokens.append(None)
