@@ -28,7 +28,7 @@ from workers.text.loader import LoadedModel
 from workers.text.prompts import PromptEncoder
 from workers.text.reply_plan import ReplyPlan, ReplyPlanner
 from workers.text.runner import ModelRunner
-from workers.text.sampler import RowSampling, logprobs, sample, sample_each
+from workers.text.sampler import logprobs, row_rules, sample, sample_each
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
 from workers.text.threads import Threads
@@ -159,26 +159,13 @@ class TextEngine:
         self._replies.close()
 
     def _new_sequence(self, request: GenerationRequest, ids: list[int], plan: ReplyPlan) -> Sequence:
-        wanted, defaults = request.sampling, self._loaded.defaults
         limits = self._scheduler.limits
         room = min(limits.max_context_tokens, limits.budget_tokens) - len(ids)
-        repetition = wanted.repetition_penalty
-        rules = RowSampling(
-            temperature=_first(wanted.temperature, defaults.get("temperature"), 1.0),
-            top_p=_first(wanted.top_p, defaults.get("top_p"), 1.0),
-            top_k=int(_first(wanted.top_k, defaults.get("top_k"), 0)),
-            min_p=_first(wanted.min_p, defaults.get("min_p"), 0.0),
-            frequency_penalty=wanted.frequency_penalty,
-            presence_penalty=wanted.presence_penalty,
-            repetition_penalty=repetition if repetition != 1.0 else defaults.get("repetition_penalty", 1.0),
-            logit_bias=wanted.logit_bias,
-            seed=wanted.seed,
-        )
         self._serial += 1
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         return Sequence(
             request=request,
-            sampling=rules,
+            sampling=row_rules(request.sampling, self._loaded.defaults),
             token_ids=list(ids),
             num_prompt_tokens=len(ids),
             max_tokens=max_tokens,
@@ -274,8 +261,9 @@ class TextEngine:
             tokens = sample_each(logits, rules, histories, allowed)
         now = time.monotonic()
         for index, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
-            if isinstance(error := masks[index], HostlerError):
-                self._fail(sequence, error, out)
+            mask = masks[index]
+            if isinstance(mask, HostlerError):
+                self._fail(sequence, mask, out)
                 continue
             if token is None:
                 self._fail(sequence, Internal("The model produced no valid probabilities for this request."), out)
@@ -329,12 +317,6 @@ class TextEngine:
             if (queue := self._queues.get(sequence)) is not None:
                 queue.put_nowait(outcome)
         self._changed()
-
-
-def _first(wanted: float | None, default: float | None, neutral: float) -> float:
-    if wanted is not None:
-        return wanted
-    return neutral if default is None else default
 
 
 def _named(error: Exception) -> HostlerError:

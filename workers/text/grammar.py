@@ -102,7 +102,7 @@ class MaskPool:
 
 
 def collect(futures: PendingMasks) -> list[torch.Tensor | HostlerError | None]:
-    """Wait for submitted masks; return for each row its mask, None where it is free, or the error that it fails with."""
+    """Wait for submitted masks; return for each row its mask, None where it is free, or the error it fails with."""
     masks: list[torch.Tensor | HostlerError | None] = []
     for future in futures:
         try:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from workers.engine import SamplingParams
+
 log = logging.getLogger(__name__)
 
 _SHORTLIST = 256
@@ -60,6 +62,26 @@ class RowSampling:
         return bool(
             self.logit_bias or self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
         )
+
+
+def row_rules(wanted: SamplingParams, defaults: Mapping[str, float]) -> RowSampling:
+    """Return the rules of one request: as asked, else the model's own default, else the neutral value."""
+
+    def first(value: float | None, name: str, neutral: float) -> float:
+        return value if value is not None else defaults.get(name, neutral)
+
+    repetition = wanted.repetition_penalty
+    return RowSampling(
+        temperature=first(wanted.temperature, "temperature", 1.0),
+        top_p=first(wanted.top_p, "top_p", 1.0),
+        top_k=int(first(wanted.top_k, "top_k", 0)),
+        min_p=first(wanted.min_p, "min_p", 0.0),
+        frequency_penalty=wanted.frequency_penalty,
+        presence_penalty=wanted.presence_penalty,
+        repetition_penalty=repetition if repetition != 1.0 else defaults.get("repetition_penalty", 1.0),
+        logit_bias=wanted.logit_bias,
+        seed=wanted.seed,
+    )
 
 
 @dataclass(frozen=True, slots=True)
