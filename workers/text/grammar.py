@@ -72,6 +72,10 @@ class Guide:
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=self._vocab_size)
         return torch.from_numpy(bits.view(np.bool_))
 
+    def permits(self, token_id: int) -> bool:
+        """Return whether the mask computed last lets a token through."""
+        return bool(int(self._bits[token_id // 32]) >> (token_id % 32) & 1)
+
     def accept(self, token_id: int) -> None:
         """Take the token that was chosen.
 

@@ -141,8 +141,13 @@ class Reply:
 
     @property
     def forced_token(self) -> int | None:
-        """The token that must come next whatever was sampled, if there is one."""
-        return self._forced[0] if self._forced else None
+        """The token that must come next whatever was sampled, if there is one; asked when the mask is there."""
+        if not self._forced:
+            return None
+        # In the middle of a character no grammar lets a mark through: a token or two later it does.
+        if self.guide is not None and not self.guide.permits(self._forced[0]):
+            return None
+        return self._forced[0]
 
     def accept(self, token_id: int, *, is_eos: bool, logprob: TokenLogprob | None) -> list[Event]:
         """Take one token, in order; decide whether the reply ends; return what it brought.
