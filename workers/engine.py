@@ -83,6 +83,46 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a reply must be. `kind` is "json_object", "json_schema", "regex" or "lark"; `text` the schema or grammar."""
+
+    kind: str
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool that may be called; `parameters` is its JSON Schema. Calls of a `strict` one must follow it."""
+
+    name: str
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """How tools may be used.
+
+    Attributes:
+        tools: those that may be called; empty where none may.
+        required: at least one call must be made.
+        parallel: one reply may hold several calls.
+    """
+
+    tools: tuple[ToolSpec, ...] = ()
+    required: bool = False
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningRule:
+    """How much to think. `enabled` None: as the template has it. `budget_tokens` None: without limit."""
+
+    enabled: bool | None = None
+    budget_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
 
@@ -95,6 +135,9 @@ class GenerationRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
+    tool_use: ToolUse = ToolUse()
+    reasoning: ReasoningRule = ReasoningRule()
     cache_scope: str = ""
 
 
@@ -117,20 +160,52 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """New text of the model's reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A call begins. `index` counts the calls of one reply from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """The next part of a call's arguments: JSON text."""
+
+    index: int
+    json_fragment: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEnd:
+    """A call is complete."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event of every served request. `reason` is "stop" or "length"; times in microseconds."""
+    """The last event of every served request. `reason` is "stop", "length" or "tool_calls"; times in microseconds."""
 
     reason: str
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
     stop: str = ""
     queue_us: int = 0
     prefill_us: int = 0
     decode_us: int = 0
 
 
-Event = TextDelta | Finish
+Event = TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from workers.engine import (
     QUANTIZED_KINDS,
     ChatPrompt,
+    Constraint,
     EngineStats,
     Event,
     Finish,
@@ -20,11 +21,18 @@ from workers.engine import (
     LoadSpec,
     ModelFacts,
     Prompt,
+    ReasoningDelta,
+    ReasoningRule,
     SamplingParams,
     TextDelta,
     TextPrompt,
     TokenLogprob,
     TokenPrompt,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+    ToolSpec,
+    ToolUse,
 )
 
 _ROLES = {
@@ -34,7 +42,7 @@ _ROLES = {
     pb.ROLE_ASSISTANT: "assistant",
     pb.ROLE_TOOL: "tool",
 }
-_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH, "tool_calls": pb.FINISH_REASON_TOOL_CALLS}
 _ENGINES = {"text": life.ENGINE_KIND_TEXT, "scripted": life.ENGINE_KIND_SCRIPTED}
 
 
@@ -53,14 +61,46 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop=tuple(s for s in message.stop if s),
         top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
+        constraint=_constraint(message.constraint),
+        tool_use=_tool_use(message.chat),
+        reasoning=_reasoning(message.chat.reasoning),
         cache_scope=message.cache_scope,
+    )
+
+
+def _constraint(message: pb.Constraint) -> Constraint | None:
+    kind = message.WhichOneof("kind")
+    if kind is None or (kind == "json_object" and not message.json_object):
+        return None
+    if kind == "json_object":
+        return Constraint("json_object")
+    return Constraint("lark" if kind == "grammar" else kind, str(getattr(message, kind)))
+
+
+def _tool_use(chat: pb.Chat) -> ToolUse:
+    """Return which tools may be called: of those in the prompt, the allowed ones."""
+    choice = chat.tool_choice
+    if choice.mode == pb.TOOL_CHOICE_MODE_NONE:
+        return ToolUse()
+    allowed = set(choice.allowed_names)
+    tools = tuple(ToolSpec(t.name, _parameters(t), t.strict) for t in chat.tools if not allowed or t.name in allowed)
+    required = choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED
+    if required and not tools:
+        raise InvalidRequest("A tool call is demanded, but no tool may be called.", param="tool_choice")
+    return ToolUse(tools, required, not choice.HasField("parallel") or choice.parallel)
+
+
+def _reasoning(message: pb.Reasoning) -> ReasoningRule:
+    return ReasoningRule(
+        message.enabled if message.HasField("enabled") else None,
+        message.budget_tokens if message.HasField("budget_tokens") else None,
     )
 
 
 def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
     refused = None
-    if message.constraint.WhichOneof("kind"):
-        refused = ("response_format", "Structured output is not available for this model yet.")
+    if message.constraint.WhichOneof("kind") and facts.engine != "text":
+        refused = ("response_format", "This model has no structured output.")
     elif message.adapter:
         refused = ("model", f"Adapter {message.adapter[:100]!r} is not available beside this model.")
     elif message.suffix:
@@ -76,8 +116,6 @@ def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
             refused = ("messages", f"{' and '.join(sorted(kinds)).capitalize()} input is not supported by this model.")
         elif chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE and not facts.supports_tools:
             refused = ("tools", "This model does not call tools.")
-        elif chat.reasoning.HasField("budget_tokens"):
-            refused = ("reasoning", "A budget of reasoning tokens is not available for this model yet.")
     if refused is not None:
         raise UnsupportedParameter(refused[1], param=refused[0])
 
@@ -106,7 +144,9 @@ def chat_prompt(chat: pb.Chat) -> ChatPrompt:
         if not isinstance(kwargs, dict):
             raise InvalidRequest("chat_template_kwargs must be an object.", param="chat_template_kwargs")
     if chat.reasoning.HasField("enabled"):
+        # Two names for one thing: the first in most families, the second in DeepSeek's and Granite's.
         kwargs.setdefault("enable_thinking", chat.reasoning.enabled)
+        kwargs.setdefault("thinking", chat.reasoning.enabled)
     if chat.reasoning.effort:
         kwargs.setdefault("reasoning_effort", chat.reasoning.effort)
     for reserved in (
@@ -170,11 +210,18 @@ def _arguments(text: str) -> object:
 def _tool(tool: pb.Tool) -> dict[str, object]:
     function: dict[str, object] = {"name": tool.name, "description": tool.description}
     if tool.parameters_json:
-        try:
-            function["parameters"] = json.loads(tool.parameters_json)
-        except ValueError:
-            raise InvalidRequest(f"The parameters of tool {tool.name[:64]!r} are not JSON.", param="tools") from None
+        function["parameters"] = _parameters(tool)
     return {"type": "function", "function": function}
+
+
+def _parameters(tool: pb.Tool) -> dict[str, object]:
+    try:
+        parameters = json.loads(tool.parameters_json or "{}")
+    except (ValueError, RecursionError):
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise InvalidRequest(f"The parameters of tool {tool.name[:64]!r} are not a JSON object.", param="tools")
+    return parameters
 
 
 def _sampling(message: pb.Sampling) -> SamplingParams:
@@ -200,6 +247,16 @@ def event(value: Event) -> pb.GenerateResponse:
     """Return the wire's form of an engine event."""
     if isinstance(value, TextDelta):
         return pb.GenerateResponse(text=pb.TextDelta(text=value.text, logprobs=[_logprob(x) for x in value.logprobs]))
+    if isinstance(value, ReasoningDelta):
+        return pb.GenerateResponse(reasoning=pb.ReasoningDelta(text=value.text))
+    if isinstance(value, ToolCallStart):
+        start = pb.ToolCallStart(index=value.index, id=value.id, name=value.name)
+        return pb.GenerateResponse(tool_call_start=start)
+    if isinstance(value, ToolCallArguments):
+        part = pb.ToolCallArguments(index=value.index, json_fragment=value.json_fragment)
+        return pb.GenerateResponse(tool_call_arguments=part)
+    if isinstance(value, ToolCallEnd):
+        return pb.GenerateResponse(tool_call_end=pb.ToolCallEnd(index=value.index))
     return pb.GenerateResponse(finish=_finish(value))
 
 
@@ -216,6 +273,7 @@ def _finish(value: Finish) -> pb.Finish:
             num_prompt_tokens=value.num_prompt_tokens,
             num_cached_tokens=value.num_cached_tokens,
             num_completion_tokens=value.num_completion_tokens,
+            num_reasoning_tokens=value.num_reasoning_tokens,
         ),
         timing=pb.Timing(
             queue_us=max(0, value.queue_us), prefill_us=max(0, value.prefill_us), decode_us=max(0, value.decode_us)

@@ -179,6 +179,31 @@ def test_response_formats_become_constraints() -> None:
     assert orjson.loads(parse(response_format=form).generate.constraint.json_schema) == schema
 
 
+def test_the_names_of_other_servers_become_constraints() -> None:
+    def constraint(**fields: Any) -> pb.Constraint:
+        return parse(**fields).generate.constraint
+
+    schema = {"type": "object"}
+    assert orjson.loads(constraint(guided_json=schema).json_schema) == schema
+    assert orjson.loads(constraint(guided_json='{"type": "object"}').json_schema) == schema
+    assert orjson.loads(constraint(structured_outputs={"json": schema}).json_schema) == schema
+    assert constraint(structured_outputs={"json_object": True}).json_object
+    assert constraint(guided_regex="a+").regex == "a+"
+    assert constraint(structured_outputs={"regex": "a+"}).regex == "a+"
+    assert constraint(guided_grammar="start: /a/").grammar == "start: /a/"
+    assert constraint(guided_choice=["yes", 'n"o']).grammar == 'start: "yes" | "n\\"o"'
+
+
+def test_reasoning_has_several_names_for_one_wish() -> None:
+    def reasoning(**fields: Any) -> pb.Reasoning:
+        return parse(**fields).generate.chat.reasoning
+
+    assert reasoning(reasoning={"effort": "high", "max_tokens": 64}) == pb.Reasoning(effort="high", budget_tokens=64)
+    assert reasoning(reasoning={"enabled": False}) == pb.Reasoning(enabled=False)
+    assert reasoning(enable_thinking=True, thinking_budget=9) == pb.Reasoning(enabled=True, budget_tokens=9)
+    assert reasoning(thinking_token_budget=0) == pb.Reasoning(budget_tokens=0)
+
+
 def test_reasoning_and_template_options_are_handed_on() -> None:
     chat = parse(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False}).generate.chat
     assert chat.reasoning.effort == "low"

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from workers.text.sampler import History, RowSampling, edit_logits, logprobs, sample
+from workers.text.sampler import History, RowSampling, edit_logits, logprobs, sample, sample_each
 
 NOTHING = History((), Counter())
 
@@ -89,3 +89,27 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert value == pytest.approx(float(expected[0]))
     assert [i for i, _ in top] == [2, 1]
     assert top[0][1] == pytest.approx(float(expected[2]))
+
+
+def test_a_mask_leaves_only_what_is_allowed_greedy_or_drawn() -> None:
+    logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
+    allowed = torch.tensor([False, True, True])
+    rules = [RowSampling(temperature=0.0), RowSampling(temperature=2.0, seed=3)]
+    for _ in range(30):
+        first, second = sample(logits.clone(), rules, [NOTHING] * 2, [allowed, allowed])
+        assert first == 1
+        assert second in (1, 2)
+
+
+def test_a_masked_row_of_nan_fails_alone() -> None:
+    logits = torch.tensor([[float("nan"), 1.0], [1.0, 0.0]])
+    greedy = [RowSampling(temperature=0.0)] * 2
+    allowed = torch.tensor([False, True])
+    assert sample(logits, greedy, [NOTHING] * 2, [allowed, None]) == [None, 0]
+
+
+def test_a_row_that_raises_fails_alone() -> None:
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    greedy = [RowSampling(temperature=0.0)] * 2
+    wrong_size = torch.ones(5, dtype=torch.bool)
+    assert sample_each(logits, greedy, [NOTHING] * 2, [wrong_size, None]) == [None, 0]

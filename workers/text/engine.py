@@ -16,32 +16,29 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
-import torch
-from hostler.errors import HostlerError, Internal, OutOfMemory, Unavailable
+from hostler.errors import HostlerError, Unavailable
 
-from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt, TokenLogprob
+from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt
 from workers.text.embeddings import PromptExtras
+from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
 from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
 from workers.text.loader import LoadedModel
 from workers.text.lookup import Lookup
 from workers.text.pace import Pace
-from workers.text.packing import wanted_rows
+from workers.text.postprocess import Outcome, Outcomes, Postprocessor, named
+from workers.text.reply_plan import ReplyPlan, ReplyPlanner
 from workers.text.runner import Runner
-from workers.text.sampler import RowSampling, logprobs, sample
-from workers.text.scheduler import Scheduler, SchedulerLimits, Step, Work
+from workers.text.sampler import row_rules
+from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
 from workers.text.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
 
-Outcome = Event | HostlerError
-Outcomes = list[tuple[Sequence, Event | HostlerError]]
-
 _SWITCH_INTERVAL_S = 0.0002
-# With more sequences than this the products are no longer bound by reading the weights, and guesses are not free.
-_MOST_GUESSING = 2
 
 
 class TextEngine:
@@ -56,8 +53,15 @@ class TextEngine:
     def __init__(self, loaded: LoadedModel, spec: LoadSpec, runner: Runner) -> None:
         self._loaded = loaded
         self._asyncio = asyncio.get_running_loop()
-        self._intake = Intake(loaded, spec.num_threads or len(os.sched_getaffinity(0)), self._note_change)
-        self._token_bytes = TokenBytes(loaded.tokenizer)
+        self._replies = ReplyPlanner(loaded.tokenizer, loaded.facts.vocab_size, loaded.eos_ids)
+        self._masks = MaskPool()
+        self._facts = replace(
+            loaded.facts,
+            supports_tools=self._replies.supports_tools,
+            supports_reasoning=self._replies.supports_reasoning,
+        )
+        num_threads = spec.num_threads or len(os.sched_getaffinity(0))
+        self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
         self._runner = runner
         self._replacement: Runner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,6 +74,7 @@ class TextEngine:
             BlockPool(loaded.kv.num_blocks),
             Pace(max_chunk=spec.prefill_chunk_tokens),
         )
+        self._postprocessor = Postprocessor(self._scheduler, loaded.eos_ids, TokenBytes(loaded.tokenizer))
         self._arrivals: deque[Sequence] = deque()
         self._queues: dict[Sequence, asyncio.Queue[Outcome]] = {}
         self._wake = threading.Event()
@@ -79,7 +84,6 @@ class TextEngine:
         self._num_steps = 0
         self._spent: dict[str, float] = defaultdict(float)  # seconds, by part of a step
         self._num_prompt_tokens = 0
-        self._num_completion_tokens = 0
         self._changed: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -89,7 +93,7 @@ class TextEngine:
     @property
     def facts(self) -> ModelFacts:
         """What the model is."""
-        return self._loaded.facts
+        return self._facts
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
@@ -103,7 +107,7 @@ class TextEngine:
             kv_used_bytes=pool.num_in_use * block_bytes,
             kv_reserved_bytes=pool.num_blocks * block_bytes,
             num_prompt_tokens_total=self._num_prompt_tokens,
-            num_completion_tokens_total=self._num_completion_tokens,
+            num_completion_tokens_total=self._postprocessor.num_completion_tokens,
         )
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -124,7 +128,10 @@ class TextEngine:
         if self._closing:
             raise Unavailable("This model is being unloaded. Try again.")
         self._check(len(ids), 0)
-        sequence = self._new_sequence(request, ids, extras)
+        plan = await self._replies.plan(request, ids)
+        if plan.takes_time:
+            self._check(len(ids), 0)
+        sequence = self._new_sequence(request, ids, extras, plan)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -175,6 +182,8 @@ class TextEngine:
             task.cancel()
         await asyncio.to_thread(self._thread.join, 10.0)
         self._intake.close()
+        self._masks.close()
+        self._replies.close()
         if not self._thread.is_alive():
             self._runner.close()
 
@@ -184,40 +193,30 @@ class TextEngine:
     def _note_change(self) -> None:
         self._changed()
 
-    def _new_sequence(self, request: GenerationRequest, ids: list[int], extras: PromptExtras) -> Sequence:
-        wanted, defaults = request.sampling, self._loaded.defaults
+    def _new_sequence(
+        self, request: GenerationRequest, ids: list[int], extras: PromptExtras, plan: ReplyPlan
+    ) -> Sequence:
         room = self._scheduler.longest_tokens - len(ids)
-        repetition = wanted.repetition_penalty
-        rules = RowSampling(
-            temperature=_first(wanted.temperature, defaults.get("temperature"), 1.0),
-            top_p=_first(wanted.top_p, defaults.get("top_p"), 1.0),
-            top_k=int(_first(wanted.top_k, defaults.get("top_k"), 0)),
-            min_p=_first(wanted.min_p, defaults.get("min_p"), 0.0),
-            frequency_penalty=wanted.frequency_penalty,
-            presence_penalty=wanted.presence_penalty,
-            repetition_penalty=repetition if repetition != 1.0 else defaults.get("repetition_penalty", 1.0),
-            logit_bias=wanted.logit_bias,
-            seed=wanted.seed,
-        )
+        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
+        # Guesses are checked without masks and without forced tokens.
+        may_guess = plan.guide is None and plan.budget_tokens is None
         self._serial += 1
         return Sequence(
             request=request,
-            sampling=rules,
-            token_ids=list(ids),
+            sampling=row_rules(request.sampling, self._loaded.defaults),
+            token_ids=ids,
             num_prompt_tokens=len(ids),
-            max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
-            decode=self._decode,
+            max_tokens=max_tokens,
+            decode=plan.decode,
             serial=self._serial,
             hashes=PrefixHashes(
                 request.cache_scope.encode(), [(span.start, span.content_hash) for span in extras.embeddings]
             ),
             embeddings=extras.embeddings,
             rope=extras.rope,
-            lookup=Lookup(ids),
+            lookup=Lookup(ids) if may_guess else None,
+            reply=plan.reply(max_tokens),
         )
-
-    def _decode(self, ids: SequenceOf[int]) -> str:
-        return str(self._loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     # ------------------------------------------------------------ engine thread
 
@@ -272,104 +271,23 @@ class TextEngine:
     def _run_part(self, step: Step, out: Outcomes, began_s: float) -> None:
         for work in step.works:
             work.sequence.scheduled_s = work.sequence.scheduled_s or began_s
+        yielding = [work for work in step.works if work.yields_token]
+        pending = self._masks.submit([work.sequence.reply.guide for work in yielding])
         try:
             entered_s = time.monotonic()
             logits = self._runner.run(step)
             self._spent["model"] += time.monotonic() - entered_s
         except Exception as error:  # any failure of the model must cost one request, never the engine
             log.exception("step failed", extra={"num_sequences": len(step.works)})
+            collect(pending)
             if len(step.works) > 1:
                 # Cache writes are idempotent: the same step runs again, one sequence at a time.
                 self._isolate = True
             else:
-                self._fail(step.works[0].sequence, _named(error), out)
+                self._fail(step.works[0].sequence, named(error), out)
             return
-        first_row = 0
-        rows: dict[Work, int] = {}
-        for work in step.works:
-            if work.yields_token:
-                rows[work] = first_row
-                first_row += wanted_rows(work)
-            else:
-                self._scheduler.computed(work, 0)
-        self._postprocess(rows, logits, out)
-
-    def _postprocess(self, rows: dict[Work, int], logits: torch.Tensor, out: Outcomes) -> None:
-        """Sample each work's next tokens: one, and one more for each draft token that proves right.
-
-        Args:
-            rows: each work's first row of `logits` (rows, vocab) float32.
-        """
-        checked = 0  # draft tokens of every work still here that proved right
-        guesses = len(self._scheduler.running) <= _MOST_GUESSING
-        while rows:
-            works = list(rows)
-            chosen = torch.tensor([rows[work] + checked for work in works])
-            tokens = self._sample(works, logits[chosen] if len(works) < len(logits) else logits)
-            now_s = time.monotonic()
-            for work, token in zip(works, tokens, strict=True):
-                row = rows[work] + checked
-                alive = self._accept(work.sequence, token, logits[row], now_s, out)
-                if alive and checked < len(work.draft) and work.draft[checked] == token:
-                    continue
-                del rows[work]
-                if token is not None:
-                    self._scheduler.computed(work, checked)
-                if alive:
-                    work.sequence.guess(work.draft, checked, allowed=guesses)
-                else:
-                    self._scheduler.remove(work.sequence)
-            checked += 1
-
-    def _sample(self, works: list[Work], logits: torch.Tensor) -> list[int | None]:
-        sequences = [work.sequence for work in works]
-        return sample(logits, [s.sampling for s in sequences], [s.history for s in sequences])
-
-    def _accept(
-        self,
-        sequence: Sequence,
-        token: int | None,
-        row: torch.Tensor,
-        now_s: float,
-        out: Outcomes,
-    ) -> bool:
-        """Give a sequence its next token and tell its request; return whether it goes on."""
-        if token is None:
-            out.append((sequence, Internal("The model produced no valid probabilities for this request.")))
-            return False
-        try:
-            chosen = self._logprob(row, token, sequence) if sequence.request.top_logprobs is not None else None
-            ends = token in self._loaded.eos_ids and not sequence.request.sampling.ignore_eos
-            delta = sequence.accept(token, is_eos=ends, logprob=chosen)
-        except Exception as error:  # a fault in one reply's bookkeeping stays its own
-            log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})
-            out.append((sequence, _named(error)))
-            return False
-        self._num_completion_tokens += 1
-        sequence.first_token_s = sequence.first_token_s or now_s
-        if delta is not None:
-            out.append((sequence, delta))
-        if sequence.finish_reason is not None:
-            out.append((sequence, self._finish(sequence, now_s)))
-        return sequence.finish_reason is None
-
-    def _logprob(self, row: torch.Tensor, token: int, sequence: Sequence) -> TokenLogprob:
-        value, top = logprobs(row, token, sequence.request.top_logprobs or 0)
-        of = self._token_bytes
-        return TokenLogprob(token, of(token), value, tuple(TokenLogprob(i, of(i), v) for i, v in top))
-
-    @staticmethod
-    def _finish(sequence: Sequence, now: float) -> Finish:
-        return Finish(
-            reason=sequence.finish_reason or "stop",
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_completion_tokens=sequence.num_generated_tokens,
-            num_cached_tokens=sequence.num_cached_tokens,
-            stop=sequence.stop,
-            queue_us=int((sequence.scheduled_s - sequence.arrived_s) * 1e6),
-            prefill_us=int((sequence.first_token_s - sequence.scheduled_s) * 1e6),
-            decode_us=int((now - sequence.first_token_s) * 1e6),
-        )
+        masks = dict(zip(yielding, collect(pending), strict=True))
+        self._postprocessor.take(step, logits, masks, out)
 
     def _fail(self, sequence: Sequence, error: HostlerError, out: Outcomes) -> None:
         self._scheduler.remove(sequence)
@@ -385,17 +303,3 @@ class TextEngine:
             if (queue := self._queues.get(sequence)) is not None:
                 queue.put_nowait(outcome)
         self._changed()
-
-
-def _first(wanted: float | None, default: float | None, neutral: float) -> float:
-    if wanted is not None:
-        return wanted
-    return neutral if default is None else default
-
-
-def _named(error: Exception) -> HostlerError:
-    if isinstance(error, HostlerError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfMemory("Memory ran out while this request was served. Try again, or with a shorter prompt.")
-    return Internal("The model failed on this request; the server's log has the details.")

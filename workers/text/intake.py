@@ -26,9 +26,12 @@ class Intake:
         loaded: the model.
         num_threads: for looking at pictures.
         changed: called when `num_preparing` changes.
+        arguments_as_text: the template joins the arguments of calls as text.
     """
 
-    def __init__(self, loaded: LoadedModel, num_threads: int, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, loaded: LoadedModel, num_threads: int, changed: Callable[[], None], *, arguments_as_text: bool
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._tokenizer = loaded.tokenizer
         self._vision = loaded.vision
@@ -38,6 +41,7 @@ class Intake:
             loaded.facts.vocab_size,
             loaded.kv.max_context_tokens,
             image_token=loaded.vision.token if loaded.vision else None,
+            arguments_as_text=arguments_as_text,
         )
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._seeing = ThreadPoolExecutor(

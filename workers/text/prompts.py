@@ -3,6 +3,7 @@ refuses what is far too long before spending time on it. Blocking; call it off t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -28,14 +29,22 @@ class PromptEncoder:
         vocab_size: ids at or above it are refused.
         max_context_tokens: longer prompts are refused, very long ones without tokenizing all of it.
         image_token: what the template writes for an image; None for a model without images.
+        arguments_as_text: the template joins the arguments of calls as text.
     """
 
     def __init__(
-        self, tokenizer: Any, vocab_size: int, max_context_tokens: int, image_token: str | None = None
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        max_context_tokens: int,
+        *,
+        image_token: str | None = None,
+        arguments_as_text: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
+        self._arguments_as_text = arguments_as_text
         self._image_token = image_token
         texts = {t.content for t in tokenizer.added_tokens_decoder.values()} | {image_token or ""}
         specials = sorted((text for text in texts if text.strip()), key=len, reverse=True)
@@ -84,9 +93,11 @@ class PromptEncoder:
             for part in content if isinstance(content, list) else [{"text": content}]:
                 if isinstance(text := part.get("text"), str):
                     self._refuse_far_too_long(text)
-        messages = [in_parts(self._clean(message), self._in_parts) for message in prompt.messages]
+        messages = [in_parts(self._clean_message(message), self._in_parts) for message in prompt.messages]
         try:
-            rendered = self._apply(replace(prompt, messages=messages))
+            rendered = self._apply(
+                replace(prompt, messages=messages, tools=[self._clean(tool) for tool in prompt.tools])
+            )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
             raise InvalidRequest(
@@ -102,7 +113,7 @@ class PromptEncoder:
                 tokenize=False,
                 add_generation_prompt=not prompt.continue_final_message,
                 continue_final_message=prompt.continue_final_message,
-                **prompt.template_kwargs,
+                **self._clean(prompt.template_kwargs),
             )
         )
 
@@ -119,15 +130,36 @@ class PromptEncoder:
             )
         return "".join(piece + text for piece, text in zip(pieces, (*image_texts, ""), strict=True))
 
-    def _clean(self, message: Mapping[str, object]) -> dict[str, object]:
-        """Break up control tokens in what people wrote; the template's own stay whole."""
-        cleaned = dict(message)
-        content = cleaned.get("content")
-        if isinstance(content, str):
-            cleaned["content"] = self._neutralize(content)
-        elif isinstance(content, list):
+    def _clean_message(self, message: Mapping[str, object]) -> dict[str, Any]:
+        """Break up control tokens in a message; one that is cut across its parts, too."""
+        cleaned = self._clean(self._with_arguments(message))
+        if isinstance(content := message.get("content"), list):
             cleaned["content"] = self._clean_parts(content)
         return cleaned
+
+    def _with_arguments(self, message: Mapping[str, object]) -> Mapping[str, object]:
+        """Write the arguments of earlier calls as this template wants them."""
+        calls = message.get("tool_calls")
+        if not (self._arguments_as_text and isinstance(calls, list)):
+            return message
+        texts = [
+            {**call, "function": {**call["function"], "arguments": _as_text(call["function"]["arguments"])}}
+            for call in calls
+        ]
+        return {**message, "tool_calls": texts}
+
+    def _clean(self, values: Mapping[str, object]) -> dict[str, Any]:
+        """Break up control tokens in all that people and tools wrote, keys too; the template's own stay whole."""
+        return {self._neutralize(key): self._cleaned(value) for key, value in values.items()}
+
+    def _cleaned(self, value: object) -> object:
+        if isinstance(value, str):
+            return self._neutralize(value)
+        if isinstance(value, Mapping):
+            return self._clean(value)
+        if isinstance(value, list | tuple):
+            return [self._cleaned(item) for item in value]
+        return value
 
     def _clean_parts(self, parts: SequenceOf[Mapping[str, object]]) -> list[dict[str, object]]:
         """The same for a list of parts, whose texts a template may join, perhaps trimmed."""
@@ -182,3 +214,7 @@ class PromptEncoder:
                     f"{self._max_context_tokens} tokens. Shorten it.",
                     param="messages",
                 )
+
+
+def _as_text(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

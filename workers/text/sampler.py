@@ -8,6 +8,7 @@ vocabulary only when those do not hold enough probability.
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections import Counter
@@ -16,6 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from workers.engine import SamplingParams
+
+log = logging.getLogger(__name__)
 
 _SHORTLIST = 256
 
@@ -59,6 +64,26 @@ class RowSampling:
         )
 
 
+def row_rules(wanted: SamplingParams, defaults: Mapping[str, float]) -> RowSampling:
+    """Return the rules of one request: as asked, else the model's own default, else the neutral value."""
+
+    def first(value: float | None, name: str, neutral: float) -> float:
+        return value if value is not None else defaults.get(name, neutral)
+
+    repetition = wanted.repetition_penalty
+    return RowSampling(
+        temperature=first(wanted.temperature, "temperature", 1.0),
+        top_p=first(wanted.top_p, "top_p", 1.0),
+        top_k=int(first(wanted.top_k, "top_k", 0)),
+        min_p=first(wanted.min_p, "min_p", 0.0),
+        frequency_penalty=wanted.frequency_penalty,
+        presence_penalty=wanted.presence_penalty,
+        repetition_penalty=repetition if repetition != 1.0 else defaults.get("repetition_penalty", 1.0),
+        logit_bias=wanted.logit_bias,
+        seed=wanted.seed,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """Tokens that penalties look at: prompt ids and the counts of generated ids."""
@@ -89,13 +114,25 @@ def edit_logits(row: torch.Tensor, rules: RowSampling, history: History) -> None
         row[ids] += torch.tensor([b for _, b in pairs], dtype=row.dtype, device=row.device)
 
 
-def sample(logits: torch.Tensor, rules: Sequence[RowSampling], histories: Sequence[History]) -> list[int | None]:
+def apply_mask(row: torch.Tensor, allowed: torch.Tensor) -> None:
+    """Leave only the `allowed` (vocab,) tokens of a row (vocab,), in place; NaN stays, so that the row still fails."""
+    row.masked_fill_(~(allowed.to(row.device) | row.isnan()), -math.inf)
+
+
+@torch.inference_mode()
+def sample(
+    logits: torch.Tensor,
+    rules: Sequence[RowSampling],
+    histories: Sequence[History],
+    masks: Sequence[torch.Tensor | None] | None = None,
+) -> list[int | None]:
     """Choose one token for each row.
 
     Args:
         logits: (rows, vocab) float32, left as they are.
         rules: one for each row.
         histories: one for each row.
+        masks: for each row (vocab,) bool, the tokens that may be chosen, or None for all; absent: all rows are free.
 
     Returns:
         Token ids; None for a row whose logits hold NaN or no finite value (that request must fail, alone).
@@ -104,15 +141,35 @@ def sample(logits: torch.Tensor, rules: Sequence[RowSampling], histories: Sequen
     tokens: list[int | None] = list(likeliest.tolist())
     for index, (rule, peak) in enumerate(zip(rules, peaks.tolist(), strict=True)):
         row = logits[index]
-        if rule.edits_logits:
+        mask = None if masks is None else masks[index]
+        if rule.edits_logits or mask is not None:
             row = row.clone()
             edit_logits(row, rule, histories[index])
+            if mask is not None:
+                apply_mask(row, mask)
             highest, at = row.max(dim=-1)
             peak, tokens[index] = float(highest), int(at)
         if not math.isfinite(peak):
             tokens[index] = None
         elif not rule.greedy:
             tokens[index] = _draw(row, rule)
+    return tokens
+
+
+def sample_each(
+    logits: torch.Tensor,
+    rules: Sequence[RowSampling],
+    histories: Sequence[History],
+    masks: Sequence[torch.Tensor | None] | None = None,
+) -> list[int | None]:
+    """Like `sample`, but a row that raises becomes None: only its own request fails."""
+    tokens: list[int | None] = []
+    for index, (rule, history) in enumerate(zip(rules, histories, strict=True)):
+        try:
+            tokens += sample(logits[index : index + 1], [rule], [history], masks and [masks[index]])
+        except Exception:
+            log.exception("sampling failed", extra={"row": index})
+            tokens.append(None)
     return tokens
 
 

@@ -9,13 +9,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from workers.engine import GenerationRequest, TextDelta, TokenLogprob
-from workers.text.detokenizer import Decode, Detokenizer
+from workers.engine import Event, GenerationRequest, TokenLogprob
+from workers.text.detokenizer import Decode
 from workers.text.embeddings import EmbeddingSpan, RopePositions
 from workers.text.kv_cache import PrefixHashes
 from workers.text.lookup import Lookup
+from workers.text.reply import Reply
 from workers.text.sampler import History, RowSampling
-from workers.text.stops import StopMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -32,9 +32,9 @@ class Sequence:
         num_cached_tokens: prompt tokens that were found in the cache and not computed.
         draft: guessed next tokens, to be checked by the next step.
         lookup: where guesses come from; None for none.
-        finish_reason: set once, ends the sequence.
         embeddings: what replaces token embeddings in the prompt.
         rope: rotary positions, where they are not the tokens' own.
+        reply: turns tokens into events and knows when the reply is over.
     """
 
     request: GenerationRequest
@@ -51,20 +51,17 @@ class Sequence:
     lookup: Lookup | None = None
     num_computed_tokens: int = 0
     cancelled: bool = False
-    finish_reason: str | None = None
     embeddings: tuple[EmbeddingSpan, ...] = ()
     rope: RopePositions | None = None
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     generated: Counter[int] = field(default_factory=Counter)
-    _detokenizer: Detokenizer = field(init=False, repr=False)
-    _stops: StopMatcher = field(init=False, repr=False)
-    _pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+    reply: Reply = None  # type: ignore[assignment]  # set below where the request asks for nothing special
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.decode)
-        self._stops = StopMatcher(self.request.stop)
+        if self.reply is None:
+            self.reply = Reply(self.decode, max_tokens=self.max_tokens, stops=self.request.stop)
 
     @property
     def num_tokens(self) -> int:
@@ -87,41 +84,18 @@ class Sequence:
         return History(self.token_ids[: self.num_prompt_tokens], self.generated)
 
     @property
-    def stop(self) -> str:
-        """The stop string that ended the reply, or empty."""
-        return self._stops.matched or ""
+    def finish_reason(self) -> str | None:
+        """Why the reply ended; None while it goes on."""
+        return self.reply.finish_reason
 
-    def accept(self, token_id: int, *, is_eos: bool, logprob: TokenLogprob | None) -> TextDelta | None:
-        """Append one generated token; decide whether the reply ends; return the new text, if there is any."""
+    def accept(self, token_id: int, *, is_eos: bool, logprob: TokenLogprob | None) -> list[Event]:
+        """Append one generated token; decide whether the reply ends; return what it brought."""
         self.token_ids.append(token_id)
         self.generated[token_id] += 1
-        if logprob is not None:
-            self._pending_logprobs.append(logprob)
-        if is_eos:
-            self.finish_reason = "stop"
-            return self._delta(self._tail())
-        text = self._stops.push(self._detokenizer.push(token_id))
-        if self._stops.matched is not None:
-            self.finish_reason = "stop"
-        elif self.num_generated_tokens >= self.max_tokens:
-            self.finish_reason = "length"
-            text += self._tail()
-        return self._delta(text)
+        return self.reply.accept(token_id, is_eos=is_eos, logprob=logprob)
 
     def guess(self, drafted: tuple[int, ...], num_right: int, *, allowed: bool) -> None:
         """Learn how the last draft fared and make the next one, if there may be one."""
         if self.lookup is not None:
             self.lookup.learn(len(drafted), num_right)
             self.draft = self.lookup.guess()[: self.max_tokens - self.num_generated_tokens - 1] if allowed else ()
-
-    def _tail(self) -> str:
-        """Text still held back when the reply ends."""
-        text = self._stops.push(self._detokenizer.flush())
-        return text if self._stops.matched is not None else text + self._stops.flush()
-
-    def _delta(self, text: str) -> TextDelta | None:
-        if not text and not (self._pending_logprobs and self.finish_reason):
-            return None
-        delta = TextDelta(text, tuple(self._pending_logprobs))
-        self._pending_logprobs.clear()
-        return delta

@@ -13,8 +13,10 @@ from hostler.errors import ContextLengthExceeded, InvalidRequest, UnsupportedPar
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2
 
+from gateway.dialects.openai_chat.constraint import parse_constraint
 from gateway.dialects.openai_chat.generation_config import read_generation_config, with_defaults
 from gateway.dialects.openai_chat.messages import parse_messages
+from gateway.dialects.openai_chat.reasoning import parse_reasoning
 from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
 from gateway.fields import Fields, dump_json, show, wrong_type
 from gateway.links import Link
@@ -25,7 +27,6 @@ MAX_STOP_CHARS = 512
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_MODEL_CHARS = 256
-MAX_SCHEMA_CHARS = 256 * 1024
 MAX_TEMPLATE_KWARGS_CHARS = 64 * 1024
 _INT32 = 2**31 - 1
 _UINT64 = 2**64 - 1
@@ -43,11 +44,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "length_penalty": (1,),
 }
 
@@ -113,7 +109,7 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
         messages=messages,
         tools=tools,
         tool_choice=choice,
-        reasoning=_reasoning(fields),
+        reasoning=parse_reasoning(fields),
         template_kwargs_json=_template_kwargs(fields),
         continue_final_message=bool(fields.boolean("continue_final_message")),
     )
@@ -129,7 +125,7 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
             max_tokens=_max_tokens(fields),
             stop=_stop(fields),
             top_logprobs=_top_logprobs(fields),
-            constraint=_constraint(fields),
+            constraint=parse_constraint(fields),
         ),
         links=tuple(links),
         media=_media(messages),
@@ -257,37 +253,6 @@ def _top_logprobs(fields: Fields) -> int | None:
     if top:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
     return None
-
-
-def _constraint(fields: Fields) -> pb.Constraint | None:
-    form = fields.child("response_format")
-    if form is None:
-        return None
-    kind = form.choice("type", ("text", "json_object", "json_schema"))
-    if kind is None:
-        raise form.missing("type")
-    if kind == "json_object":
-        return pb.Constraint(json_object=True)
-    if kind == "text":
-        return None
-    wrapper = form.required_child("json_schema")
-    schema = wrapper.object("schema")
-    if schema is None:
-        raise wrapper.missing("schema")
-    text = dump_json(schema, wrapper.name_of("schema"))
-    if len(text) > MAX_SCHEMA_CHARS:
-        raise InvalidRequest(
-            f"Invalid 'response_format.json_schema.schema': longer than {MAX_SCHEMA_CHARS} characters.",
-            param="response_format",
-        )
-    return pb.Constraint(json_schema=text)
-
-
-def _reasoning(fields: Fields) -> pb.Reasoning | None:
-    effort = fields.string("reasoning_effort", 32)
-    if effort is None:
-        return None
-    return pb.Reasoning(enabled=False) if effort == "none" else pb.Reasoning(effort=effort)
 
 
 def _template_kwargs(fields: Fields) -> str:

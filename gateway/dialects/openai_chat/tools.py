@@ -60,7 +60,7 @@ def parse_tool_choice(body: Fields, tools: list[pb.Tool]) -> pb.ToolChoice | Non
     unknown = set(choice.allowed_names) - {tool.name for tool in tools}
     if unknown:
         raise InvalidRequest(f"'tool_choice' names {show(min(unknown))}, which is not in 'tools'.", param="tool_choice")
-    if parallel is not None:
+    if parallel is not None and not choice.HasField("parallel"):
         choice.parallel = parallel
     return choice
 
@@ -83,7 +83,8 @@ def _choice(body: Fields) -> pb.ToolChoice | None:
         mode = allowed.choice("mode", ("auto", "required")) or "auto"
         chosen = [_function_name(tool) for tool in allowed.children("tools", MAX_TOOLS)]
         return pb.ToolChoice(mode=_MODES[mode], allowed_names=chosen)
-    return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED, allowed_names=[_function_name(choice)])
+    # A named tool is called once, whatever parallel_tool_calls says.
+    return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED, allowed_names=[_function_name(choice)], parallel=False)
 
 
 def _function_name(value: Fields) -> str:

@@ -1,0 +1,1 @@
+"""How model families write tool calls and thoughts: tables, incremental parsers, grammars. Pure; used by `reply.py`."""
