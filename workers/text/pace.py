@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # A step with prompt tokens may last this many times a step without them.
-STRETCH = 2.4
+STRETCH = 1.9
 # No step lasts longer than this because of prompt tokens, whoever waits: streams, cancellations and newcomers see it.
 LONGEST_S = 0.15
 MIN_CHUNK, MAX_CHUNK = 16, 512

@@ -2,8 +2,7 @@
 
 Greedy rows cost one argmax for all. Random rows draw by inverse transform from one uniform number of the
 request's own counter-based generator (Philox, Salmon et al. 2011), so a seed gives the same draws whatever
-else is in the batch. Nucleus and min-p work on the likeliest `_SHORTLIST` tokens first, and sort the whole
-vocabulary only when those do not hold enough probability.
+else is in the batch. Nucleus and min-p sort only the tokens that can be kept at all, a few hundred of a vocabulary.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.engine import SamplingParams
 
 log = logging.getLogger(__name__)
 
-_SHORTLIST = 256
+_BLOCK = 256
 
 
 @dataclass(slots=True)
@@ -152,7 +152,7 @@ def sample(
         if not math.isfinite(peak):
             tokens[index] = None
         elif not rule.greedy:
-            tokens[index] = _draw(row, rule)
+            tokens[index] = _draw(row, peak, rule)
     return tokens
 
 
@@ -173,38 +173,50 @@ def sample_each(
     return tokens
 
 
-def _draw(row: torch.Tensor, rules: RowSampling) -> int:
-    """Draw one token from a row (vocab,) of edited logits."""
-    probabilities = torch.softmax(row / max(rules.temperature, 1e-5), dim=-1)
-    if rules.top_k == 0 and rules.top_p >= 1.0 and rules.min_p <= 0.0:
-        return _inverse_transform(probabilities, rules.draw())
-    size = probabilities.shape[0]
-    shortlist = min(size, rules.top_k or _SHORTLIST)
-    values, ids = torch.topk(probabilities, shortlist)
-    if rules.top_k == 0 and shortlist < size and not _holds_enough(values, rules):
-        values, ids = torch.sort(probabilities, descending=True)
-    keep = values.shape[0]
+def _draw(row: torch.Tensor, peak: float, rules: RowSampling) -> int:
+    """Draw one token from a row (vocab,) of edited logits on the CPU whose highest is `peak`."""
+    weights = np.exp((row.numpy() - np.float32(peak)) / np.float32(max(rules.temperature, 1e-5)))
+    size = weights.shape[0]
+    if 0 < rules.top_k < size:
+        ids = np.argpartition(weights, size - rules.top_k)[size - rules.top_k :]
+    elif rules.top_p >= 1.0 and rules.min_p <= 0.0:
+        return _inverse_transform(weights, rules.draw())
+    else:
+        # What lies below `least` cannot be kept: all of it together is less than what top_p may leave out, or each is
+        # less than min_p allows. The likeliest token has weight 1.
+        least = (1.0 - rules.top_p) / size * float(weights.sum(dtype=np.float64)) if rules.top_p < 1.0 else 0.0
+        ids = np.flatnonzero(weights >= min(1.0, max(least, rules.min_p)))
+    kept = weights[ids]
+    order = np.argsort(-kept, kind="stable")
+    ids, kept = ids[order], kept[order]
+    keep = kept.shape[0]
     if rules.top_p < 1.0:
         # The smallest set whose probability reaches top_p; of what top_k left, as the filters compose in order.
-        cumulative = torch.cumsum(values / values.sum() if rules.top_k else values, dim=-1)
-        keep = min(keep, int((cumulative < rules.top_p).sum()) + 1)
+        total = float((kept if rules.top_k else weights).sum(dtype=np.float64))
+        keep = min(keep, int((np.cumsum(kept, dtype=np.float64) < rules.top_p * total).sum()) + 1)
     if rules.min_p > 0.0:
-        keep = min(keep, max(1, int((values >= rules.min_p * values[0]).sum())))
-    return int(ids[_inverse_transform(values[:keep], rules.draw())])
+        keep = min(keep, max(1, int((kept >= rules.min_p).sum())))
+    return int(ids[_inverse_transform(kept[:keep], rules.draw())])
 
 
-def _holds_enough(values: torch.Tensor, rules: RowSampling) -> bool:
-    """Whether the sorted shortlist `values` surely contains every token that top_p or min_p would keep."""
-    if rules.top_p < 1.0 and float(values.sum()) >= rules.top_p:
-        return True
-    return rules.min_p > 0.0 and float(values[-1]) < rules.min_p * float(values[0])
+def _inverse_transform(weights: npt.NDArray[np.float32], uniform: float) -> int:
+    """Return the index drawn with probability proportional to `weights` (n,) for a uniform number in [0, 1).
 
-
-def _inverse_transform(weights: torch.Tensor, uniform: float) -> int:
-    """Return the index drawn with probability proportional to `weights` (n,) for a uniform number in [0, 1)."""
-    cumulative = torch.cumsum(weights, dim=-1, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    return min(index, weights.shape[0] - 1)
+    Sums of blocks first, then within the block that the number falls in: a running sum over a whole vocabulary costs
+    more than everything else here.
+    """
+    size = weights.shape[0]
+    blocks = np.add.reduceat(weights, np.arange(0, size, _BLOCK), dtype=np.float64)
+    ends = np.cumsum(blocks)
+    wanted = uniform * float(ends[-1])
+    block = min(int(np.searchsorted(ends, wanted, side="right")), blocks.shape[0] - 1)
+    start = block * _BLOCK
+    before = float(ends[block - 1]) if block else 0.0
+    inside = before + np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    index = start + int(np.searchsorted(inside, wanted, side="right"))
+    if index >= size or weights[index] == 0.0:  # rounding carried the number past the last token that has any weight
+        index = int(np.flatnonzero(weights)[-1])
+    return index
 
 
 def logprobs(row: torch.Tensor, token_id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
