@@ -27,11 +27,13 @@ def open_engine(runner_name: str) -> Callable[..., object]:
 
     @asynccontextmanager
     async def opened(path: Path, **options: object) -> AsyncIterator[TextEngine]:
+        from workers.text.directory import read_directory
+        from workers.text.eager import open_eager
         from workers.text.engine import TextEngine
         from workers.text.loader import load
         from workers.text.native.build import build
         from workers.text.native.describe import NotSupported
-        from workers.text.opening import open_eager, open_native
+        from workers.text.opening import open_native
 
         fields: dict[str, object] = {
             "model": "tiny",
@@ -41,9 +43,12 @@ def open_engine(runner_name: str) -> Callable[..., object]:
             **options,
         }
         spec = LoadSpec(**fields)  # type: ignore[arg-type]
-        loaded = load(spec, lambda *_: None)
+        directory = read_directory(spec)
+        loaded = load(spec, lambda *_: None, directory)
         try:
-            runner = open_native(loaded, spec, build()) if runner_name == "native" else open_eager(loaded, spec)
+            runner = (
+                open_native(directory, loaded, spec, build()) if runner_name == "native" else open_eager(loaded, spec)
+            )
         except NotSupported as reason:
             # `test_native.py` says which families the kernels must take.
             pytest.skip(f"no kernels for it: {reason}")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,15 @@ import torch
 
 from workers.engine import Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
 from workers.text.attention import PagedCache
+from workers.text.directory import LoadedModel, read_directory
+from workers.text.eager import ModelRunner
 from workers.text.kv_cache import KVShape, blocks_for
-from workers.text.loader import LoadedModel, load
+from workers.text.loader import load
 from workers.text.native import build
 from workers.text.native.decoder import NativeDecoder
 from workers.text.native.describe import NotSupported, describe
 from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
-from workers.text.opening import open_native, open_text_engine
-from workers.text.runner import ModelRunner
+from workers.text.opening import open_native, open_recipe, open_text_engine
 from workers.text.threads import Threads
 
 VOCABULARY = 1024
@@ -48,6 +53,20 @@ def reference_logits(loaded: LoadedModel) -> torch.Tensor:
 
 def logits(runner: NativeRunner) -> torch.Tensor:
     return torch.cat([runner.run_packed(step) for step in probe(VOCABULARY)])
+
+
+@pytest.fixture
+def no_kernels_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOSTLER_KERNELS_DIR", str(tmp_path))
+    return tmp_path
+
+
+def _borrowed_library(directory: Path) -> Path:
+    """The kernels that the user's cache has, in a cache of the test's own: recipes lie beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HOSTLER_KERNELS_DIR")
+        library = build.build()
+    return Path(shutil.copy(library, directory / library.name))
 
 
 def test_every_tiny_architecture_runs_in_the_kernels_and_agrees(tiny_model_of_each_architecture: Path) -> None:
@@ -122,15 +141,66 @@ def test_an_unknown_family_is_left_to_transformers(tiny_model: Path) -> None:
 
 
 def test_a_model_taken_by_the_kernels_keeps_no_second_copy_of_its_weights(tiny_model: Path) -> None:
-    loaded, spec = opened(tiny_model)
-    open_native(loaded, spec, build.build())
+    loaded, _ = opened(tiny_model)
+    loaded.free_weights()
     assert sum(p.numel() for p in loaded.decoder.parameters()) == 0
 
 
-@pytest.fixture
-def no_kernels_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOSTLER_KERNELS_DIR", str(tmp_path))
-    return tmp_path
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_what_was_proved_once_is_packed_straight_from_the_files(
+    tiny_model_of_each_architecture: Path, weights: str, no_kernels_yet: Path
+) -> None:
+    library = _borrowed_library(no_kernels_yet)
+    path = tiny_model_of_each_architecture
+    spec = LoadSpec(
+        model="tiny", path=str(path), dtype="float32", num_threads=1, quantize="int8" if weights == "int8" else ""
+    )
+    directory = read_directory(spec)
+    assert open_recipe(directory, spec, library, lambda *_: None) is None
+    expected = logits(open_native(directory, load(spec, lambda *_: None, directory), spec, library))
+    again = open_recipe(directory, spec, library, lambda *_: None)
+    assert again is not None
+    loaded, runner = again
+    torch.testing.assert_close(logits(runner), expected, atol=0, rtol=0)
+    assert loaded.model is None
+    assert loaded.facts.architecture.endswith("ForCausalLM")
+
+
+def test_a_recipe_is_not_followed_once_the_files_changed(
+    tiny_model: Path, tmp_path: Path, no_kernels_yet: Path
+) -> None:
+    library = _borrowed_library(no_kernels_yet)
+    path = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    spec = LoadSpec(model="tiny", path=str(path), dtype="float32", num_threads=1)
+    directory = read_directory(spec)
+    open_native(directory, load(spec, lambda *_: None, directory), spec, library)
+    assert open_recipe(directory, spec, library, lambda *_: None) is not None
+    os.utime(path / "model.safetensors", ns=(1, 1))
+    assert open_recipe(directory, spec, library, lambda *_: None) is None
+
+
+def test_an_engine_over_a_recipe_imports_no_model_definition(tiny_model: Path) -> None:
+    script = f"""
+import asyncio, sys
+from workers.engine import LoadSpec
+from workers.text.opening import open_text_engine
+
+async def main():
+    spec = LoadSpec(model="tiny", path={str(tiny_model)!r}, dtype="float32", num_threads=1)
+    engine = await open_text_engine(spec, lambda *_: None)
+    await engine.close()
+    return engine.runner, "transformers.modeling_utils" in sys.modules
+
+print(*asyncio.run(main()))
+"""
+    build.build()
+
+    def told() -> list[str]:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
+        return done.stdout.split()
+
+    told()
+    assert told() == ["native", "False"]
 
 
 @pytest.mark.timeout(300)

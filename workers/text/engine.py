@@ -21,11 +21,11 @@ from dataclasses import replace
 from hostler.errors import HostlerError, Unavailable
 
 from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt
+from workers.text.directory import LoadedModel
 from workers.text.embeddings import PromptExtras
 from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
 from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
-from workers.text.loader import LoadedModel
 from workers.text.lookup import Lookup
 from workers.text.pace import Pace
 from workers.text.postprocess import Outcome, Outcomes, Postprocessor, named
@@ -63,7 +63,7 @@ class TextEngine:
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
         self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
         self._runner = runner
-        self._replacement: Runner | None = None
+        self._replacement: tuple[Runner, Callable[[], object]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduler = Scheduler(
             SchedulerLimits(
@@ -169,10 +169,15 @@ class TextEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def adopt(self, runner: Runner) -> None:
-        """Go over to another runner of the same model, between two steps; running requests are prefilled again."""
-        self._replacement = runner
+    async def adopt(self, runner: Runner) -> None:
+        """Go over to another runner of the same model, between two steps; return when the old one runs no more.
+
+        Running requests are prefilled again.
+        """
+        adopted = asyncio.Event()
+        self._replacement = (runner, lambda: self._asyncio.call_soon_threadsafe(adopted.set))
         self._wake.set()
+        await adopted.wait()
 
     async def close(self) -> None:
         """Fail what still runs, end the thread, free the weights."""
@@ -250,8 +255,9 @@ class TextEngine:
         if self._replacement is not None:
             scheduler.preempt_all()
             scheduler.pace = Pace(max_chunk=scheduler.pace.max_chunk)
-            replaced, self._runner, self._replacement = self._runner, self._replacement, None
+            replaced, (self._runner, adopted), self._replacement = self._runner, self._replacement, None
             replaced.close()
+            adopted()
             log.info("runner replaced", extra={"model": self.facts.model, "runner": self._runner.name})
         for sequence in [s for s in (*scheduler.running, *scheduler.waiting) if s.cancelled]:
             scheduler.remove(sequence)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 
 from workers.engine import ChatPrompt, Prompt
+from workers.text.directory import LoadedModel
 from workers.text.embeddings import PromptExtras
-from workers.text.loader import LoadedModel
 from workers.text.prompts import PromptEncoder
-from workers.text.vision import Picture
+
+if TYPE_CHECKING:
+    from workers.text.vision import Picture
 
 
 class Intake:

@@ -1,232 +1,72 @@
-"""Loads a model directory: definition, weights, tokenizer, what ends a reply. Below stand transformers and torch."""
+"""Loads a model directory's weights as a transformers module. Below stand transformers' definitions, seconds to import.
+
+Above: `opening.py`, which comes here only when the kernels cannot take the weights straight from the files.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from hostler.errors import ModelLoadFailed
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from workers.engine import LoadSpec, ModelFacts
+from workers.engine import LoadSpec
 from workers.text import attention, vision
-from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
-from workers.text.native.build import built
-from workers.text.native.describe import FAMILIES
+from workers.text.directory import Directory, LoadedModel, read_directory
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_DEFAULT_KV_BYTES = 2 * 2**30
-_MIN_BLOCKS = 4
 
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model ready to run.
-
-    Attributes:
-        model: the transformers module, in eval mode on its device; runners are made of it (`opening.py`).
-        decoder: its text decoder (embedding, layers, norm), and `head`, the output projection.
-        text_config: the decoder's configuration.
-        tokenizer: transformers' tokenizer.
-        eos_ids: tokens that end a reply.
-        defaults: the model's own sampling defaults.
-        kv: the cache's dimensions.
-        facts: what the outside may know.
-        vision: for models that take images.
-    """
-
-    model: Any
-    decoder: Any
-    head: Any
-    text_config: Any
-    tokenizer: Any
-    eos_ids: frozenset[int]
-    defaults: dict[str, float]
-    kv: KVShape
-    facts: ModelFacts
-    device: torch.device
-    dtype: torch.dtype
-    vision: vision.Vision | None = None
-
-    def told(self, quantized: str, weight_bytes: int) -> LoadedModel:
-        """Return the model with facts that say how its weights are really kept."""
-        facts = replace(self.facts, dtype=quantized or self.facts.dtype, weight_bytes=weight_bytes)
-        return replace(self, facts=facts)
-
-    def with_dtype(self, dtype: torch.dtype) -> LoadedModel:
-        """Return the model converted, in place, to another dtype; its cache has as many bytes as before."""
-        if dtype == self.dtype:
-            return self
-        itemsize, was = dtype.itemsize, self.dtype.itemsize
-        num_blocks = max(_MIN_BLOCKS, self.kv.num_blocks * was // itemsize)
-        kv = replace(
-            self.kv,
-            num_blocks=num_blocks,
-            max_context_tokens=min(self.kv.max_context_tokens, num_blocks * BLOCK_TOKENS),
-        )
-        facts = replace(
-            self.facts,
-            dtype=str(dtype).removeprefix("torch."),
-            max_context_tokens=kv.max_context_tokens,
-            weight_bytes=self.facts.weight_bytes * itemsize // was,
-            kv_bytes_per_token=kv.bytes_per_token(itemsize),
-        )
-        return replace(self, model=self.model.to(dtype), kv=kv, facts=facts, dtype=dtype)
-
-
-def choose_dtype(
-    wanted: str, config_dtype: torch.dtype | None, device: torch.device, *, has_kernels: bool = False
-) -> torch.dtype:
-    """Return the serving dtype: as wanted; else bfloat16 where that is fast, else float32.
-
-    Our own kernels (`has_kernels`) read bfloat16 weights on any processor and compute in float32; torch's need a
-    processor that multiplies bfloat16 itself.
-    """
-    if wanted != "auto":
-        return _DTYPES[wanted]
-    if device.type == "cpu":
-        if has_kernels and config_dtype != torch.float32:
-            return torch.bfloat16
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast and config_dtype != torch.float32 else torch.float32
-    return config_dtype if config_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-
-
-def load(spec: LoadSpec, report: Report) -> LoadedModel:
+def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> LoadedModel:
     """Load `spec.path`. Blocking: seconds. `report(stage, done_bytes, total_bytes)` tells progress.
+
+    Args:
+        directory: what was read of it before.
 
     Raises:
         ModelLoadFailed: the directory or the architecture cannot be served; says which.
     """
-    path = Path(spec.path)
-    device = torch.device(spec.device)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelLoadFailed(f"The files of {spec.model} cannot be read: {type(error).__name__}.") from error
-    text = config.get_text_config()
-    odd = {kind for kind in getattr(text, "layer_types", None) or () if kind not in _ATTENTION_LAYERS}
-    if odd:
-        raise ModelLoadFailed(
-            f"{spec.model} has layers that are not attention ({', '.join(sorted(odd))}): not served yet."
-        )
-    # The kernels run decoders only; towers are torch's, and take what is fast for it.
-    kernels = device.type == "cpu" and config is text and text.model_type in FAMILIES and built() is not None
-    dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device, has_kernels=kernels)
-    total = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    directory = directory or read_directory(spec)
+    total = sum(file.stat().st_size for file in directory.weight_files)
     report("read", 0, total)
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = {
+        "config": directory.config,
+        "dtype": directory.dtype,
+        "trust_remote_code": spec.trust_remote_code,
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
     try:
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": dtype,
-            "trust_remote_code": spec.trust_remote_code,
-            "local_files_only": True,
-            "use_safetensors": True,
-        }
-        if vision.is_image_text(config):
-            model = vision.load_model(path, attention.NAME, **options)
+        if vision.is_image_text(directory.config):
+            model = vision.load_model(directory.path, attention.NAME, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention.NAME, **options)
+            model = AutoModelForCausalLM.from_pretrained(directory.path, attn_implementation=attention.NAME, **options)
     except Exception as error:  # transformers raises anything here: missing weights, truncated files, unknown types
         raise ModelLoadFailed(f"The weights of {spec.model} cannot be loaded: {type(error).__name__}.") from error
-    model = model.train(False).requires_grad_(False).to(device)
+    model = model.train(False).requires_grad_(False).to(directory.device)
     report("read", total, total)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    eyes = _open_vision(spec, model, tokenizer, path) if vision.serves_images(config) else None
-    kv = _kv_shape(spec, text, dtype, device)
-    facts = ModelFacts(
-        model=spec.model,
-        engine="text",
+    return directory.loaded(
+        spec,
         architecture=type(model).__name__,
-        dtype=str(dtype).removeprefix("torch."),
-        max_context_tokens=kv.max_context_tokens,
-        vocab_size=int(text.vocab_size),
-        num_parameters=num_parameters,
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv.bytes_per_token(dtype.itemsize),
-        supports_images=eyes is not None,
-    )
-    generation = _generation_config(path)
-    return LoadedModel(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         model=model,
-        decoder=model.get_decoder(),
-        head=model.get_output_embeddings(),
-        text_config=text,
-        tokenizer=tokenizer,
-        eos_ids=_eos_ids(tokenizer, generation, text),
-        defaults=_defaults(generation),
-        kv=kv,
-        facts=facts,
-        device=device,
-        dtype=dtype,
-        vision=eyes,
+        vision=_open_vision(spec, model, directory) if vision.serves_images(directory.config) else None,
     )
 
 
-def _open_vision(spec: LoadSpec, model: Any, tokenizer: Any, path: Path) -> vision.Vision | None:
+def _open_vision(spec: LoadSpec, model: Any, directory: Directory) -> vision.Vision | None:
     """Return the model's eyes; None, with a warning, if its directory lacks what they need: text is still served."""
     try:
-        return vision.Vision(model, tokenizer, path)
+        return vision.Vision(model, directory.tokenizer, directory.path)
     except Exception as error:  # as above: missing files, unknown processors
         log.warning(
             "images not served", extra={"model": spec.model, "reason": f"{type(error).__name__}: {error}"[:300]}
         )
         return None
-
-
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
-
-
-def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.device) -> KVShape:
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    context = int(text.max_position_embeddings)
-    if spec.max_context_tokens:
-        context = min(context, spec.max_context_tokens)
-    layers = int(text.num_hidden_layers)
-    per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
-    num_blocks = (spec.kv_cache_bytes or _DEFAULT_KV_BYTES) // (per_token * BLOCK_TOKENS)
-    if num_blocks < _MIN_BLOCKS:
-        raise ModelLoadFailed(
-            f"{spec.kv_cache_bytes} bytes of KV cache hold only {num_blocks * BLOCK_TOKENS} tokens of {spec.model}; "
-            f"give it at least {_MIN_BLOCKS * BLOCK_TOKENS * per_token} (kv_cache in the configuration)."
-        )
-    # More than everybody's whole context is never needed.
-    num_blocks = min(num_blocks, spec.max_running * blocks_for(context))
-    return KVShape(layers, kv_heads, head_dim, num_blocks, min(context, num_blocks * BLOCK_TOKENS))
-
-
-def _generation_config(path: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(path, local_files_only=True)
-    except OSError:
-        return GenerationConfig()  # type: ignore[no-untyped-call]
-
-
-def _eos_ids(tokenizer: Any, generation: GenerationConfig, text: Any) -> frozenset[int]:
-    ids: set[int] = set()
-    for value in (generation.eos_token_id, tokenizer.eos_token_id, getattr(text, "eos_token_id", None)):
-        if isinstance(value, int):
-            ids.add(value)
-        elif isinstance(value, list | tuple):
-            ids.update(int(v) for v in value)
-    return frozenset(ids)
-
-
-def _defaults(generation: GenerationConfig) -> dict[str, float]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: float(value) for name in names if (value := getattr(generation, name, None)) is not None}

@@ -1,33 +1,29 @@
-"""Opens a text engine: load off the loop, choose a runner, warm up, start. The one import that pulls in torch.
+"""Opens a text engine: read the directory, choose a runner, warm up, start. All of it off the event loop.
 
-On the CPU the compiled kernels run the model when they know its family. When they are not compiled yet, the engine
-serves through transformers' definition at once, compiles in the background and goes over between two steps.
+On the CPU the compiled kernels run the model when they know its family. A model that they were proved on before goes
+from its files straight to them (`native/recipe.py`). Any other is loaded through transformers' definition, whose import
+alone takes seconds. When the kernels are not compiled yet, the engine serves through that definition at once, compiles in the
+background and goes over between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 
 from workers.engine import GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
-from workers.text import threads
-from workers.text.attention import PagedCache
+from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
-from workers.text.kv_cache import KVShape, blocks_for
-from workers.text.linear import pack, quantize
-from workers.text.loader import LoadedModel, choose_dtype, load
-from workers.text.native import build
+from workers.text.native import build, recipe
 from workers.text.native.decoder import NativeDecoder
-from workers.text.native.describe import NotSupported, describe
-from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
-from workers.text.runner import ModelRunner, Runner
+from workers.text.native.describe import Description, NotSupported, describe
+from workers.text.native.runner import NativeRunner
+from workers.text.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +36,9 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
     Raises:
         ModelLoadFailed: the directory cannot be served.
     """
-    loaded = await asyncio.to_thread(load, spec, report)
+    directory = await asyncio.to_thread(read_directory, spec)
+    loaded, runner, may_compile = await asyncio.to_thread(open_runner, directory, spec, report)
     report("warm-up", 0, 0)
-    loaded, runner, may_compile = await asyncio.to_thread(open_runner, loaded, spec)
     engine = TextEngine(loaded, spec, runner)
     log.info("runner chosen", extra={"model": spec.model, "runner": runner.name})
     # The first step of each shape allocates and, eagerly, builds kernels; better now than in somebody's first request.
@@ -52,22 +48,33 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
     async for _ in engine.generate(warm):
         pass
     if may_compile:
-        engine.keep(asyncio.create_task(_compile_and_adopt(engine, loaded, spec)))
+        engine.keep(asyncio.create_task(_compile_and_adopt(engine, directory, loaded, spec)))
     return engine
 
 
-def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[LoadedModel, Runner, bool]:
-    """Return the best runner that can serve now, and whether compiling the kernels would give a better one.
+def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[LoadedModel, Runner, bool]:
+    """Return the model, the best runner that can serve it now, and whether compiling the kernels would give a better.
 
     The model comes back with the dtype that it is served in: one loaded for the kernels, but refused by them, goes over
     to float32 where torch has no fast bfloat16. Blocking.
+
+    Raises:
+        ModelLoadFailed: the directory cannot be served.
     """
+    library = build.built() if directory.kernels else None
+    if library is not None and (ready := open_recipe(directory, spec, library, report)) is not None:
+        return *ready, False
+    from workers.text.eager import open_eager
+    from workers.text.linear import quantize
+    from workers.text.loader import load
+
+    loaded = load(spec, report, directory)
     may_compile = False
     if loaded.device.type == "cpu":
         try:
-            library = build.built()
-            if library is not None:
-                runner = open_native(loaded, spec, library)
+            if (library := build.built()) is not None:
+                runner = open_native(directory, loaded, spec, library)
+                loaded.free_weights()
                 return loaded.told(spec.quantize, runner.decoder.weight_bytes), runner, False
             describe(loaded.decoder, loaded.head, loaded.text_config)
             may_compile = not spec.quantize  # quantized weights replace the ones that the kernels would be packed from
@@ -80,74 +87,82 @@ def open_runner(loaded: LoadedModel, spec: LoadSpec) -> tuple[LoadedModel, Runne
     return loaded, open_eager(loaded, spec, keep_weights=may_compile or bool(spec.quantize)), may_compile
 
 
-def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = False) -> ModelRunner:
-    """Return a runner over transformers' definition; its layers are laid out anew unless `keep_weights`."""
-    if not keep_weights:
-        pack(loaded.model)
-    if spec.num_threads:
-        chosen = threads.Threads(spec.num_threads, spec.num_threads)
-    else:
-        chosen = threads.measure(loaded.model, loaded.device)
-    log.info("threads chosen", extra={"model": spec.model, "decode": chosen.decode, "prefill": chosen.prefill})
-    return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen)
+def open_recipe(
+    directory: Directory, spec: LoadSpec, library: Path, report: Report
+) -> tuple[LoadedModel, NativeRunner] | None:
+    """Return a model that the kernels were proved on before, packed straight from its files; None if there is none."""
+    weights = _weights(directory.dtype, directory.text.dtype, spec)
+    found = recipe.read(recipe.recipe_path(library, directory, weights), directory)
+    if found is None:
+        return None
+    total = sum(file.stat().st_size for file in directory.weight_files)
+    report("read", 0, total)
+    decoder = _pack(library, found.description, directory.dtype, directory.kv.num_blocks, weights, spec)
+    report("read", total, total)
+    loaded = directory.loaded(
+        spec,
+        architecture=found.architecture,
+        num_parameters=found.num_parameters,
+        weight_bytes=decoder.weight_bytes,
+    )
+    return loaded.told(spec.quantize, decoder.weight_bytes), NativeRunner(decoder, _num_threads(spec))
 
 
-def open_native(loaded: LoadedModel, spec: LoadSpec, library: Path) -> NativeRunner:
-    """Pack the model for the kernels, prove them on it, and free the module's own weights.
+def open_native(directory: Directory, loaded: LoadedModel, spec: LoadSpec, library: Path) -> NativeRunner:
+    """Pack a loaded module for the kernels and prove them on it; what was proved is written down for the next load.
+
+    The module keeps its own weights: `LoadedModel.free_weights` frees them once nobody runs it.
 
     Raises:
         NotSupported: the kernels do not know this model, or disagree with transformers about it.
     """
+    from workers.text.eager import proved
+
     if loaded.vision is not None and loaded.vision.has_three_dimensions:
         raise NotSupported("positions in three dimensions")
     description = describe(loaded.decoder, loaded.head, loaded.text_config)
-    # Weights stored in bfloat16 lose nothing by staying so, even where torch computes in float32: so do the kernels.
-    stored = torch.bfloat16 in (loaded.dtype, loaded.text_config.dtype) and spec.dtype != "float32"
-    plain = "bfloat16" if stored else "float32"
-    num_threads = spec.num_threads or len(os.sched_getaffinity(0))
-    decoder = NativeDecoder(
-        library,
-        description,
-        weights=spec.quantize or plain,
-        cache="float32" if loaded.dtype == torch.float32 else "bfloat16",
-        num_blocks=loaded.kv.num_blocks,
-        num_threads=num_threads,
-    )
-    runner = NativeRunner(decoder, num_threads)
-    mark = _proof_mark(library, loaded, spec.quantize or plain)
-    if not mark.exists():
-        if not _proved(runner, loaded, spec.quantize or plain):
-            runner.close()
-            raise NotSupported("the kernels' logits differ from transformers'")
-        mark.touch()
-    for module in (loaded.decoder, loaded.head):
-        for parameter in module.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+    weights = _weights(loaded.dtype, loaded.text_config.dtype, spec)
+    decoder = _pack(library, description, loaded.dtype, loaded.kv.num_blocks, weights, spec)
+    runner = NativeRunner(decoder, _num_threads(spec))
+    # Drafted before the proof, which may convert the module; towers are not in recipes.
+    draft = recipe.draft(directory, description, loaded.model) if directory.config is directory.text else None
+    if not proved(runner, loaded, weights):
+        runner.close()
+        raise NotSupported("the kernels' logits differ from transformers'")
+    if draft is not None:
+        draft.write(recipe.recipe_path(library, directory, weights))
     return runner
 
 
-def _proof_mark(library: Path, loaded: LoadedModel, weights: str) -> Path:
-    """A file that says these kernels were proved for this kind of model: once is enough."""
-    shape = f"{transformers.__version__} {weights} {loaded.dtype} {loaded.text_config.to_json_string()}"
-    return library.with_name(f"{library.stem}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}.proved")
+def _weights(dtype: torch.dtype, stored: torch.dtype | None, spec: LoadSpec) -> str:
+    """How the kernels keep the weights. Those stored in bfloat16 lose nothing by staying so: sums are float32."""
+    if spec.quantize:
+        return spec.quantize
+    return "bfloat16" if torch.bfloat16 in (dtype, stored) and spec.dtype != "float32" else "float32"
 
 
-def _proved(runner: NativeRunner, loaded: LoadedModel, weights: str) -> bool:
-    shape = KVShape(
-        loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
+def _num_threads(spec: LoadSpec) -> int:
+    return spec.num_threads or len(os.sched_getaffinity(0))
+
+
+def _pack(
+    library: Path, description: Description, dtype: torch.dtype, num_blocks: int, weights: str, spec: LoadSpec
+) -> NativeDecoder:
+    return NativeDecoder(
+        library,
+        description,
+        weights=weights,
+        cache="float32" if dtype == torch.float32 else "bfloat16",
+        num_blocks=num_blocks,
+        num_threads=_num_threads(spec),
     )
-    every = len(os.sched_getaffinity(0))
-    reference = ModelRunner(loaded.model, PagedCache(shape, loaded.dtype, loaded.device), threads.Threads(every, every))
-    steps = probe(int(loaded.head.weight.shape[0]))
-    got = torch.cat([runner.run_packed(step) for step in steps])
-    expected = torch.cat([reference.run_packed(step) for step in steps])
-    return agree(got, expected, weights)
 
 
-async def _compile_and_adopt(engine: TextEngine, loaded: LoadedModel, spec: LoadSpec) -> None:
+async def _compile_and_adopt(engine: TextEngine, directory: Directory, loaded: LoadedModel, spec: LoadSpec) -> None:
     """Compile the kernels beside the serving engine and hand them to it."""
     try:
         library = await asyncio.to_thread(build.build)
-        engine.adopt(await asyncio.to_thread(open_native, loaded, spec, library))
+        await engine.adopt(await asyncio.to_thread(open_native, directory, loaded, spec, library))
+        loaded.free_weights()
     except (build.CannotBuild, NotSupported, MemoryError) as reason:
         log.warning("serving without kernels", extra={"model": spec.model, "reason": str(reason)})

@@ -216,7 +216,7 @@ def _inverse_transform(weights: npt.NDArray[np.float32], uniform: float) -> int:
     index = start + int(np.searchsorted(inside, wanted, side="right"))
     if index >= size or weights[index] == 0.0:  # rounding carried the number past the last token that has any weight
         index = int(np.flatnonzero(weights)[-1])
-    return index
+    return int(index)
 
 
 def logprobs(row: torch.Tensor, token_id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:

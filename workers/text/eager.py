@@ -1,0 +1,124 @@
+"""Runs a step through transformers' own model definition, on any device; and opens that runner.
+
+Above: the engine's loop, `opening.py`. Below: the model, which calls `attention.attend` for each layer with our
+context.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from workers.engine import LoadSpec
+from workers.text import linear, threads
+from workers.text.attention import PagedCache, StepContext
+from workers.text.directory import LoadedModel, choose_dtype
+from workers.text.embeddings import overlaps, overlay
+from workers.text.kv_cache import KVShape, blocks_for
+from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
+from workers.text.packing import PackedStep, pack
+from workers.text.scheduler import Step, Work
+from workers.text.threads import Threads
+
+log = logging.getLogger(__name__)
+
+Placed = tuple[tuple[int, Work], ...]
+
+
+class ModelRunner:
+    """Transformers' definition with our attention over a paged cache, on any device."""
+
+    name = "eager"
+
+    def __init__(self, model: Any, cache: PagedCache, threads: Threads) -> None:
+        self._model = model
+        self._cache = cache
+        self._threads = threads
+
+    def run(self, step: Step) -> torch.Tensor:
+        """Run one step; see `workers.text.runner.Runner.run`."""
+        return self.run_packed(pack(step))
+
+    @torch.inference_mode()
+    def run_packed(self, packed: PackedStep) -> torch.Tensor:
+        """The same for a packed step."""
+        torch.set_num_threads(self._threads.for_rows(packed.tokens.size))
+        device = self._cache.device
+
+        def here(array: Any) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, torch.long)
+
+        output = self._model(
+            **self._inputs(here(packed.tokens)[None], packed.placed),
+            position_ids=_positions(here(packed.positions)[None], packed.placed),
+            use_cache=False,
+            logits_to_keep=here(packed.logit_rows),
+            step=StepContext.of(packed, self._cache),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.float().cpu()
+
+    def _inputs(self, ids: torch.Tensor, placed: Placed) -> dict[str, torch.Tensor]:
+        """Return the ids (1, rows) or, where pictures stand among them, embeddings (1, rows, hidden)."""
+        seeing = [(row, w) for row, w in placed if overlaps(w.sequence.embeddings, w.start, w.end)]
+        if not seeing:
+            return {"input_ids": ids}
+        hidden = self._model.get_input_embeddings()(ids)
+        for row, work in seeing:
+            overlay(hidden[0], row, work.start, work.end, work.sequence.embeddings)
+        return {"inputs_embeds": hidden}
+
+    def seconds(self) -> dict[str, float]:
+        """Return nothing: torch's operators are not taken apart."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of the model and the cache."""
+        del self._model, self._cache
+
+
+def _positions(plain: torch.Tensor, placed: Placed) -> torch.Tensor:
+    """Return positions (1, rows) or, where a sequence has three-dimensional ones, (3, 1, rows)."""
+    if all(work.sequence.rope is None for _, work in placed):
+        return plain
+    positions = plain.repeat(3, 1)
+    for row, work in placed:
+        if work.sequence.rope is not None:
+            end = work.start + work.num_rows
+            positions[:, row : row + work.num_rows] = work.sequence.rope.between(work.start, end)
+    return positions[:, None]
+
+
+def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = False) -> ModelRunner:
+    """Return a runner over transformers' definition; its layers are laid out anew unless `keep_weights`."""
+    if not keep_weights:
+        linear.pack(loaded.model)
+    if spec.num_threads:
+        chosen = threads.Threads(spec.num_threads, spec.num_threads)
+    else:
+        chosen = threads.measure(loaded.model, loaded.device)
+    log.info("threads chosen", extra={"model": spec.model, "decode": chosen.decode, "prefill": chosen.prefill})
+    return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen)
+
+
+def proved(runner: NativeRunner, loaded: LoadedModel, weights: str) -> bool:
+    """Return whether the kernels' logits agree with the module's. May convert the module to another dtype, in place.
+
+    Args:
+        weights: how the kernels keep them.
+    """
+    shape = KVShape(
+        loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
+    )
+    every = len(os.sched_getaffinity(0))
+    # The reference computes in float32 where torch's bfloat16 would take seconds.
+    dtype = choose_dtype("auto", loaded.dtype, loaded.device)
+    cache = PagedCache(shape, dtype, loaded.device)
+    reference = ModelRunner(loaded.model.to(dtype), cache, Threads(every, every))
+    steps = probe(int(loaded.head.weight.shape[0]))
+    got = torch.cat([runner.run_packed(step) for step in steps])
+    expected = torch.cat([reference.run_packed(step) for step in steps])
+    return agree(got, expected, weights)

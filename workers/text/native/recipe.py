@@ -1,0 +1,169 @@
+"""What a proved model was made of, kept on disk: the next load takes its weights straight from the files.
+
+Above: `opening.py`. Below: safetensors. The first load goes through transformers' module: it is described, the kernels
+are proved against it, and the description is written down with each weight replaced by its name in the checkpoint. The
+next load reads that and the files, and imports no model definition at all: seconds less. A recipe belongs to one state
+of the files (sizes and times), one build of the kernels, one transformers version, one way to keep weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from workers.text.directory import Directory
+from workers.text.native.describe import Description, Layer, Rope
+
+_FORMAT = 1
+_NUMBERS = (
+    "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "gelu", "eps", "embed_scale",
+    "attention_scale", "residual_scale", "logit_scale",
+)  # fmt: skip
+_WEIGHTS = ("qkv", "out", "gate_up", "down")
+_VECTORS = ("qkv_bias", "out_bias", "norms")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A description whose weights are still in the files.
+
+    Attributes:
+        description: its weights are mapped from the files, read as they are packed.
+        architecture, num_parameters: of the module that it was made from.
+    """
+
+    description: Description
+    architecture: str
+    num_parameters: int
+
+
+def recipe_path(library: Path, directory: Directory, weights: str) -> Path:
+    """Return where the recipe for a directory in its present state is kept, written or not."""
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in directory.weight_files]
+    parts = [_FORMAT, transformers.__version__, weights, str(directory.dtype), directory.text.to_json_string(), files]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return library.with_name(f"{library.stem}-{digest}.recipe.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A recipe not yet written: numbers and names, and the small vectors themselves."""
+
+    document: dict[str, Any]
+    vectors: dict[str, torch.Tensor]
+
+    def write(self, path: Path) -> None:
+        """Write it down, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        save_file(self.vectors, partial, {"recipe": json.dumps(self.document)})
+        partial.replace(path)
+
+
+def draft(directory: Directory, description: Description, model: Any) -> Draft | None:
+    """Return the recipe of a described module; None unless every weight stands in the files as the module has it."""
+    names: dict[int, str] = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    places = _places(directory)
+    vectors: dict[str, torch.Tensor] = {"final_norm": description.final_norm}
+    document: dict[str, Any] = {name: getattr(description, name) for name in _NUMBERS}
+    document |= {"architecture": type(model).__name__, "num_parameters": sum(p.numel() for p in model.parameters())}
+
+    def named(weight: torch.Tensor) -> str:
+        name = names[weight.data_ptr()]
+        stored = _read(places, name)
+        if stored.shape != weight.shape or not torch.equal(stored.to(weight.dtype), weight):
+            raise KeyError(name)
+        return name
+
+    try:
+        document["head"] = named(description.head) if description.embedding is not None else None
+        tied = description.head if description.embedding is None else description.embedding
+        document["embedding"] = _first_stored(names, places, tied, model)
+        document["layers"] = []
+        for index, layer in enumerate(description.layers):
+            kept: dict[str, Any] = {"window": layer.window, "rope": layer.rope}
+            for field in _WEIGHTS:
+                value = getattr(layer, field)
+                kept[field] = [named(w) for w in (value if isinstance(value, tuple) else (value,))]
+            for field in _VECTORS:
+                values = getattr(layer, field)
+                kept[field] = [v is not None for v in values]
+                vectors |= {f"{index}.{field}.{i}": v.float() for i, v in enumerate(values) if v is not None}
+            document["layers"].append(kept)
+    except KeyError:
+        return None
+    document["ropes"] = [rope.scaling for rope in description.ropes]
+    vectors |= {f"rope.{i}": rope.frequencies for i, rope in enumerate(description.ropes)}
+    return Draft(document, {name: vector.detach().clone().contiguous() for name, vector in vectors.items()})
+
+
+def read(path: Path, directory: Directory) -> Recipe | None:
+    """Return the recipe at `path`; None when there is none, or it cannot be followed."""
+    try:
+        with safe_open(path, "pt") as file:
+            document = json.loads(file.metadata()["recipe"])
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        places = _places(directory)
+        embedding = _read(places, document["embedding"])
+        separate = document["head"] is not None
+        description = Description(
+            **{name: document[name] for name in _NUMBERS},
+            ropes=tuple(Rope(vectors[f"rope.{i}"], scaling) for i, scaling in enumerate(document["ropes"])),
+            layers=tuple(_layer(i, kept, vectors, places) for i, kept in enumerate(document["layers"])),
+            final_norm=vectors["final_norm"],
+            head=_read(places, document["head"]) if separate else embedding,
+            embedding=embedding if separate else None,
+        )
+        return Recipe(description, document["architecture"], document["num_parameters"])
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError):
+        return None
+
+
+def _layer(index: int, kept: dict[str, Any], vectors: dict[str, torch.Tensor], places: dict[str, Path]) -> Layer:
+    def vectors_of(field: str) -> tuple[torch.Tensor | None, ...]:
+        return tuple(vectors[f"{index}.{field}.{i}"] if there else None for i, there in enumerate(kept[field]))
+
+    weights = {field: tuple(_read(places, name) for name in kept[field]) for field in _WEIGHTS}
+    values: dict[str, Any] = {
+        **weights,
+        "out": weights["out"][0],
+        "down": weights["down"][0],
+        **{field: vectors_of(field) for field in _VECTORS},
+        "window": kept["window"],
+        "rope": kept["rope"],
+    }
+    return Layer(**{field.name: values[field.name] for field in fields(Layer)})
+
+
+def _places(directory: Directory) -> dict[str, Path]:
+    """Which file each tensor of the checkpoint is in."""
+    places: dict[str, Path] = {}
+    for path in directory.weight_files:
+        with safe_open(path, "pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    return places
+
+
+def _read(places: dict[str, Path], name: str) -> torch.Tensor:
+    """Map one tensor; its pages are read when it is used."""
+    with safe_open(places[name], "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _first_stored(names: dict[int, str], places: dict[str, Path], weight: torch.Tensor, model: Any) -> str:
+    """The checkpoint's name of an embedding that the head may share."""
+    candidates = [
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() == weight.data_ptr()
+    ]
+    for name in candidates:
+        if name in places and torch.equal(_read(places, name).to(weight.dtype), weight):
+            return str(name)
+    raise KeyError(names[weight.data_ptr()])
