@@ -2,8 +2,8 @@
 
 On the CPU the compiled kernels run the model when they know its family. A model that they were proved on before goes
 from its files straight to them (`native/recipe.py`). Any other is loaded through transformers' definition, whose import
-alone takes seconds. When the kernels are not compiled yet, the engine serves through that definition at once, compiles in the
-background and goes over between two steps.
+alone takes seconds. When the kernels are not compiled yet, the engine serves through that definition at once, compiles
+in the background and goes over between two steps.
 """
 
 from __future__ import annotations
