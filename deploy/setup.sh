@@ -163,5 +163,8 @@ if [ "$(uname -s)" = Linux ] && ! has_nvidia_gpu; then
 fi
 step "hostler[$extra] and what it needs" pip --constraint "$constraints" --editable ".[$extra]"
 if [ -s "$constraints" ]; then step "no CUDA packages came in" no_cuda_packages; fi
+# Compiled once for each processor; without a compiler it says so, and serving goes on without them.
+step "kernels for this processor" "$VENV/bin/python" -m workers.text.native.build
+if grep -q '^no CPU kernels' "$LOG"; then say "  · $(grep '^no CPU kernels' "$LOG" | tail -n 1)"; fi
 stamp_text >"$VENV/stamp-$MODE"
 say "  ✓ set up in $SECONDS s"

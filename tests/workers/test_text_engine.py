@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,61 @@ async def test_a_failing_step_costs_only_the_request_that_makes_it_fail(
         assert list(results[:-1]) == expected
         assert isinstance(results[-1], HostlerError)
         assert await generated_ids(engine, prompts[0], 10) == expected[0]
+
+
+async def test_logprobs_equal_those_of_the_model(tiny_model: Path, open_engine: Callable[..., Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompt = tuple(range(40, 70))
+    request = GenerationRequest(TokenPrompt(prompt), sampling=GREEDY, max_tokens=8, top_logprobs=5)
+    async with open_engine(tiny_model) as engine:
+        _, _, deltas = await collect(engine, request)
+    points = [p for d in deltas for p in d.logprobs]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    ids = torch.tensor([[*prompt, *(p.token_id for p in points)]])
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+    for row, point in zip(expected, points, strict=True):
+        assert point.logprob == pytest.approx(float(row[point.token_id]), abs=1e-3)
+        values, _ = torch.topk(row, 5)
+        assert [t.logprob for t in point.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+async def test_a_second_turn_computes_only_what_is_new(tiny_model: Path, open_engine: Callable[..., Any]) -> None:
+    turn = tuple(range(100, 220))
+    async with open_engine(tiny_model) as engine:
+        reply = await generated_ids(engine, turn, 20)
+        second = (*turn, *reply, 7, 8, 9)
+        request = GenerationRequest(TokenPrompt(second), sampling=GREEDY, max_tokens=10, top_logprobs=0)
+        _, finish, deltas = await collect(engine, request)
+        assert [p.token_id for d in deltas for p in d.logprobs] == reference(tiny_model, second, 10)
+        assert finish.num_cached_tokens == (len(second) - 4) // 16 * 16
+        _, elsewhere, _ = await collect(engine, replace(request, cache_scope="somebody else"))
+        assert elsewhere.num_cached_tokens == 0
+
+
+async def test_guesses_change_no_reply_and_do_save_steps(tiny_model: Path, open_engine: Callable[..., Any]) -> None:
+    # Whatever the tiny model says to this repeats itself sooner or later: greedy decoding of random weights cycles.
+    prompt = (5, 6, 7) * 20
+    expected = reference(tiny_model, prompt, 120)
+    async with open_engine(tiny_model) as engine:
+        before = engine.stats().num_steps
+        assert await generated_ids(engine, prompt, 120) == expected
+        spent = engine.stats().num_steps - before
+    if len(set(zip(expected, expected[1:], expected[2:], strict=False))) < 60:
+        assert spent < len(expected), "a reply that repeats itself took as many steps as tokens"
+
+
+async def test_cold_and_hot_requests_share_a_batch(tiny_model: Path, open_engine: Callable[..., Any]) -> None:
+    prompts = random_prompts(6, 900, 40)
+    hot = GenerationRequest(
+        TokenPrompt(prompts[0]), sampling=SamplingParams(temperature=2.0, ignore_eos=True), max_tokens=20
+    )
+    async with open_engine(tiny_model) as engine:
+        cold = [generated_ids(engine, p, 20) for p in prompts]
+        *replies, (_, finish, _) = await asyncio.gather(*cold, collect(engine, hot))
+    assert replies == [reference(tiny_model, p, 20) for p in prompts]
+    assert finish.num_completion_tokens == 20
 
 
 async def test_user_text_never_becomes_a_control_token(tiny_model: Path, open_engine: Callable[..., Any]) -> None:
