@@ -88,9 +88,14 @@ def test_everyone_is_served_or_leaves_and_no_block_leaks(
 ) -> None:
     rng = random.Random(seed)
     scheduler, memory = scheduler_of(max_running, num_blocks, 128, chunk), Memory()
-    # Few different prompts, so that prefixes are shared; each scope has its own.
+    # Few different prompts, so that prefixes are shared; each scope has its own. Nobody asks for more than fits alone.
     everyone = [
-        sequence(i, [7 + scope] * (prompt // 2) + [i % 3] * (prompt - prompt // 2), reply, bytes([scope]))
+        sequence(
+            i,
+            [7 + scope] * (prompt // 2) + [i % 3] * (prompt - prompt // 2),
+            min(reply, scheduler.longest_tokens - prompt),
+            bytes([scope]),
+        )
         for i, (prompt, reply, _, scope) in enumerate(requests)
     ]
     arrivals = sorted(range(len(requests)), key=lambda i: requests[i][2])
@@ -237,7 +242,7 @@ def test_a_newcomer_stretches_the_steps_of_running_streams_only_so_far() -> None
 
 def test_many_newcomers_go_before_few_streams() -> None:
     pace = taught(0.010, 0.001)
-    assert pace.chunk_tokens(8, 40) > 3 * pace.chunk_tokens(8, 1)
+    assert pace.chunk_tokens(8, 9) > 3 * pace.chunk_tokens(8, 8)
     assert pace.chunk_tokens(8, 4000) * pace.token_s <= LONGEST_S * 1.05
 
 

@@ -1,8 +1,8 @@
 """How many prompt tokens a step may take: learned from how long steps last, so that nobody's stream stalls.
 
 Pure arithmetic over observed steps; the scheduler asks, the engine tells. A step with prompt tokens delays every
-running stream; a step without them delays everyone who waits for a first token. So a lone newcomer may stretch the
-steps of many streams only a little, while many newcomers beside few streams go first.
+running stream; a step without them delays everyone who waits for a first token. So whoever are more go first: a lone
+newcomer may stretch the steps of many streams only a little, a crowd of newcomers makes a few streams wait.
 """
 
 from __future__ import annotations
@@ -65,8 +65,6 @@ class Pace:
         if self.token_s == 0.0:
             return min(self.max_chunk, MIN_CHUNK * 4)
         allowed_s = LONGEST_S
-        if num_decoding:
-            base_s = self.expected_s(num_decoding)
-            urgency = max(1.0, num_waiting / num_decoding)
-            allowed_s = min(LONGEST_S, (STRETCH - 1.0) * urgency * base_s)
+        if num_decoding >= num_waiting:
+            allowed_s = min(LONGEST_S, (STRETCH - 1.0) * self.expected_s(num_decoding))
         return max(MIN_CHUNK, min(self.max_chunk, int(allowed_s / self.token_s)))

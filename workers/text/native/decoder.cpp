@@ -358,17 +358,6 @@ int hostler_step(Model* m, const Step* step) try {
   return -1;
 }
 
-// Gives the memory of cache blocks back to the system; their contents are lost.
-void hostler_release_blocks(Model* m, const int32_t* blocks, int count) {
-  const size_t bytes = m->cache.half() * 2 * m->config.kv_heads, page = size_t(sysconf(_SC_PAGESIZE));
-  for (int l = 0; l < m->config.layers; ++l)
-    for (int i = 0; i < count; ++i) {
-      auto begin = uintptr_t(m->cache.block(l, blocks[i], 0)), end = begin + bytes;
-      begin = (begin + page - 1) / page * page, end = end / page * page;
-      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-    }
-}
-
 // Seconds spent in linear layers, attention, the head and the rest since the last call.
 void hostler_seconds(Model* m, double* out) {
   for (int i = 0; i < STAGES; ++i) out[i] = m->seconds[i], m->seconds[i] = 0;

@@ -55,7 +55,6 @@ def _load(path: Path) -> Any:
     library.hostler_step.argtypes = [pointer, pointer]
     library.hostler_seconds.argtypes = [pointer, pointer]
     library.hostler_weight_bytes.argtypes, library.hostler_weight_bytes.restype = [pointer], c.c_int64
-    library.hostler_release_blocks.argtypes = [pointer, pointer, number]
     return library
 
 
@@ -198,11 +197,6 @@ class NativeDecoder:
         values = np.zeros(len(STAGES))
         self._library.hostler_seconds(self._model, values.ctypes.data)
         return dict(zip(STAGES, values.tolist(), strict=True))
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give the memory of blocks back to the system; what they held is lost."""
-        indices = np.asarray(blocks, np.int32)
-        self._library.hostler_release_blocks(self._model, indices.ctypes.data, indices.size)
 
     def close(self) -> None:
         """Free weights and cache; no other call may follow."""
