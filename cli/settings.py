@@ -66,6 +66,18 @@ def _local_source(text: str, base: Path) -> Path | None:
     return None
 
 
+def _adapter(name: str, text: str, base: Path) -> str:
+    """Return the absolute path of an adapter's directory.
+
+    Raises:
+        UsageError: there is no adapter in it.
+    """
+    directory = (base / Path(text).expanduser()).resolve()
+    if not (directory / "adapter_config.json").is_file():
+        raise UsageError(f"adapter {name}: {text} is not a directory with an adapter_config.json, as peft writes it")
+    return str(directory)
+
+
 def read_model(text: str) -> dict[str, Any]:
     """Return the model entry that a positional argument means.
 
@@ -95,7 +107,7 @@ def read_model(text: str) -> dict[str, Any]:
 def _add(models: list[dict[str, Any]], text: str) -> None:
     """Add what a positional argument means, or mark the configured model that it means for loading."""
     for model in models:
-        if text in (model["name"], model.get("source"), *model.get("aliases", ())):
+        if text in (model["name"], model.get("source"), *model.get("aliases", ()), *model.get("adapters", ())):
             model["preload"] = True
             return
     entry = read_model(text)
@@ -103,7 +115,7 @@ def _add(models: list[dict[str, Any]], text: str) -> None:
         if (model.get("source") or model["name"]) == (entry.get("source") or entry["name"]):
             model["preload"] = True
             return
-    taken = {name for model in models for name in (model["name"], *model.get("aliases", ()))}
+    taken = {n for m in models for n in (m["name"], *m.get("aliases", ()), *m.get("adapters", ()))}
     aliases = tuple(alias for alias in entry.get("aliases", ()) if alias not in taken)
     if entry["name"] in taken:
         # Another model has the short name: the whole id, or the directory's parent, tells them apart.
@@ -172,8 +184,10 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     values = config.model_dump()
     models = [dict(model) for model in values["models"]]
     for model in models:
-        local = _local_source(model["source"], path.parent if path else Path.cwd()) if model["source"] else None
+        base = path.parent if path else Path.cwd()
+        local = _local_source(model["source"], base) if model["source"] else None
         model["source"] = str(local) if local else model["source"]
+        model["adapters"] = {name: _adapter(name, text, base) for name, text in model["adapters"].items()}
     for text in flags.models:
         _add(models, text)
     if not models:

@@ -31,6 +31,7 @@ def model_json(route: pb.ModelRoute) -> dict[str, Any]:
     return {
         "name": route.name,
         "aliases": list(route.aliases),
+        "adapters": list(route.adapters),
         "state": state_name(route.state),
         "engine": None if engine == "unspecified" else engine,
         "num_replicas": len(route.replicas),
@@ -203,7 +204,8 @@ def draw_models(served: list[dict[str, Any]] | None, stored: list[dict[str, Any]
         for m in served:
             parameters = f"{m['num_parameters'] / 1e6:,.0f} M" if m["num_parameters"] else "-"
             state = Text(m["state"], style=_STATE_STYLES.get(m["state"], ""))
-            note = Text(m["failure"] or "", style="red")
+            adapted = Text(f"adapters: {', '.join(m['adapters'])}" if m["adapters"] else "")
+            note = Text(m["failure"], style="red") if m["failure"] else adapted
             context = str(m["max_context_tokens"] or "-")
             # The quantization is configured, so known before the first load; the dtype is the worker's choice.
             weights = m["quantize"] or m["dtype"] or "-"

@@ -1,4 +1,4 @@
-"""One generation, from model name to events: pick a replica, or have one brought up; retry what nobody has seen yet.
+"""One generation, from target to events: pick a replica, or have one brought up; retry what nobody has seen yet.
 
 Above: routes; below: `routing`, `channels`, `placement`, and the inference stubs (only here and in `channels`).
 """
@@ -28,7 +28,7 @@ from hostler.placement.v1 import placement_pb2
 
 from gateway.channels import WorkerChannels
 from gateway.placement import PlacementClient
-from gateway.routing import ReplicaKey, RouteTable, key_of, ready_replicas
+from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,12 @@ class Dispatcher:
         self._gone_timeout_s = gone_timeout_s
 
     async def generate(
-        self, model: str, request: pb.GenerateRequest, request_id: str, *, cache_scope: str
+        self, target: Target, request: pb.GenerateRequest, request_id: str, *, cache_scope: str
     ) -> AsyncGenerator[Event, None]:
         """Stream one choice. The last event is `finish`. Closing the generator cancels the worker's call at once.
 
-        The caller's `cache_scope` (`doors.cache_scope_of`) is set in `request`: no generation goes without one.
+        The caller's `cache_scope` (`doors.cache_scope_of`) is set in `request`: no generation goes without one. So is
+        the target's adapter: no request for an adapter is answered by its base model.
 
         A worker that is lost before its first token costs the client nothing but time: up to three tries. After the
         first token nothing is ever repeated.
@@ -84,6 +85,8 @@ class Dispatcher:
             HostlerError: from the worker, from the orchestrator, or for the loss of either.
         """
         request.cache_scope = cache_scope
+        request.adapter = target.adapter
+        model = target.route.name
         lost: set[ReplicaKey] = set()
         for attempt in range(1, MAX_TRIES + 1):
             replica = self._pick(model, lost)
@@ -97,7 +100,7 @@ class Dispatcher:
                         else:
                             replica = step
             if replica is None:
-                raise ModelLoadFailed(f"The model '{model}' could not be brought up.")
+                raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
             begun = False
             try:
                 async with aclosing(self._attempt(replica, request, request_id)) as events:
@@ -114,11 +117,11 @@ class Dispatcher:
                 )
 
     def _pick(self, model: str, lost: set[ReplicaKey]) -> placement_pb2.Replica | None:
-        route = self._table.routes.find(model) if self._table.routes else None
-        if route is None:
+        target = self._table.routes.find(model) if self._table.routes else None
+        if target is None:
             return None
         return self._channels.least_loaded(
-            [replica for replica in ready_replicas(route) if key_of(replica) not in lost]
+            [replica for replica in ready_replicas(target.route) if key_of(replica) not in lost]
         )
 
     async def _ensure(self, model: str, request_id: str) -> AsyncGenerator[Loading | placement_pb2.Replica, None]:

@@ -1,12 +1,14 @@
 """The route table: which models there are, and which workers may receive requests. Above: `dispatch`.
 
-`Routes` is one frozen table with its lookups; `RouteTable` holds the newest and lets tasks wait for change.
+`Routes` is one frozen table with its lookups; `RouteTable` holds the newest and lets tasks wait for change. What a name
+means is a `Target`: a model, or one of its adapters, which is served by the same workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from hostler.errors import InvalidRequest, ModelNotFound, OrchestratorAway
 from hostler.lifecycle.v1 import lifecycle_pb2
@@ -30,29 +32,52 @@ def ready_replicas(route: pb.ModelRoute) -> list[pb.Replica]:
     return [replica for replica in route.replicas if replica.state == pb.MODEL_STATE_READY]
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a client's `model` means.
+
+    Attributes:
+        route: the model that answers.
+        adapter: the adapter that it answers with; empty for the model itself.
+    """
+
+    route: pb.ModelRoute
+    adapter: str = ""
+
+    @property
+    def name(self) -> str:
+        """The public name, as `/v1/models` lists it and replies tell it."""
+        return self.adapter or self.route.name
+
+
+def targets_of(route: pb.ModelRoute) -> list[Target]:
+    """Return everything that a model's workers serve: itself, then its adapters."""
+    return [Target(route), *(Target(route, adapter) for adapter in route.adapters)]
+
+
 class Routes:
     """One version of the table."""
 
     def __init__(self, models: Iterable[pb.ModelRoute]) -> None:
         self.models: tuple[pb.ModelRoute, ...] = tuple(models)
-        self._by_name: dict[str, pb.ModelRoute] = {}
-        self._by_folded: dict[str, pb.ModelRoute] = {}
+        self._by_name: dict[str, Target] = {route.name: Target(route) for route in self.models}
+        self._by_folded: dict[str, Target] = {}
         for route in self.models:
-            self._by_name[route.name] = route
-        for route in self.models:
-            for name in (route.name, *route.aliases):
-                self._by_name.setdefault(name, route)
-                self._by_folded.setdefault(name.casefold(), route)
+            own, *adapted = targets_of(route)
+            names = [(name, own) for name in (route.name, *route.aliases)]
+            for name, target in (*names, *((target.name, target) for target in adapted)):
+                self._by_name.setdefault(name, target)
+                self._by_folded.setdefault(name.casefold(), target)
 
-    def find(self, name: str) -> pb.ModelRoute | None:
-        """Return the model of a name or alias; else the same without `@revision`; else whatever the letters' case."""
+    def find(self, name: str) -> Target | None:
+        """Return what a name or alias means; else the same without `@revision`; else whatever the letters' case."""
         bare = name.rpartition("@")[0]
         for candidate in (name, bare):
-            if candidate and (route := self._by_name.get(candidate)) is not None:
-                return route
+            if candidate and (target := self._by_name.get(candidate)) is not None:
+                return target
         for candidate in (name, bare):
-            if candidate and (route := self._by_folded.get(candidate.casefold())) is not None:
-                return route
+            if candidate and (target := self._by_folded.get(candidate.casefold())) is not None:
+                return target
         return None
 
     def replicas(self) -> set[ReplicaKey]:
@@ -107,32 +132,32 @@ class RouteTable:
         return True
 
 
-def find_model(routes: Routes, name: str) -> pb.ModelRoute:
-    """Return the route of a model that a client asked for.
+def find_model(routes: Routes, name: str) -> Target:
+    """Return the model, or the adapter of one, that a client asked for.
 
     Raises:
         ModelNotFound: no such name.
     """
-    route = routes.find(name)
-    if route is None:
+    target = routes.find(name)
+    if target is None:
         raise ModelNotFound(
             f"The model {_shown(name)} does not exist or is not served here. GET /v1/models lists those that are.",
             param="model",
         )
-    return route
+    return target
 
 
-def find_chat_model(routes: Routes, name: str) -> pb.ModelRoute:
-    """Return the route of a model that can chat.
+def find_chat_model(routes: Routes, name: str) -> Target:
+    """Return a model, or the adapter of one, that can chat.
 
     Raises:
         ModelNotFound: no such name.
         InvalidRequest: a model of another kind.
     """
-    route = find_model(routes, name)
-    if route.engine not in _CHAT_ENGINES:
+    target = find_model(routes, name)
+    if target.route.engine not in _CHAT_ENGINES:
         raise InvalidRequest(f"The model {_shown(name)} is not a chat model.", param="model")
-    return route
+    return target
 
 
 def _shown(name: str) -> str:

@@ -36,12 +36,17 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model that can be served: from the configuration, or found in the store."""
+    """One model that can be served: from the configuration, or found in the store.
+
+    Attributes:
+        adapters: LoRA adapters served beside it: (public name, directory).
+    """
 
     name: str
     source: str
     revision: str | None = None
     aliases: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
     engine: int = lifecycle_pb2.ENGINE_KIND_TEXT
     device: str | None = None
     dtype: str = "auto"
@@ -57,6 +62,11 @@ class ModelSpec:
     trust_remote_code: bool = False
     created_unix_s: int = 0
     configured: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that clients may ask for: its own, its aliases, its adapters'."""
+        return (self.name, *self.aliases, *(name for name, _ in self.adapters))
 
     @property
     def owned_by(self) -> str:
@@ -78,6 +88,7 @@ def from_config(config: ModelConfig) -> ModelSpec:
         source=config.source or config.name,
         revision=config.revision,
         aliases=config.aliases,
+        adapters=tuple(config.adapters.items()),
         engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED if scripted else lifecycle_pb2.ENGINE_KIND_TEXT,
         device=config.device,
         dtype=config.dtype,
@@ -135,4 +146,5 @@ def load_request(spec: ModelSpec, located: Located, *, device: str, kv_cache_byt
         prefill_chunk_tokens=spec.prefill_chunk_tokens,
         num_threads=spec.num_threads,
         trust_remote_code=spec.trust_remote_code,
+        adapters=[lifecycle_pb2.Adapter(name=name, path=path) for name, path in spec.adapters],
     )

@@ -81,7 +81,7 @@ class Requests:
     def _merge(self, listed: dict[str, models.ModelSpec]) -> None:
         configured = [m.spec for m in self._cluster.models.values() if m.spec.configured]
         # A configured model is often stored under its source's name: that is the same model, not another.
-        taken = {name for spec in configured for name in (spec.name, spec.source, *spec.aliases)}
+        taken = {name for spec in configured for name in (spec.source, *spec.names)}
         for name, spec in listed.items():
             if name not in taken and spec.source not in taken and name not in self._cluster.models:
                 self.add(spec)

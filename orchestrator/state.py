@@ -163,14 +163,14 @@ class Cluster:
     generation: int = 0
 
     def resolve(self, name: str) -> Model | None:
-        """Return the model of this name or alias."""
+        """Return the model of this name or alias, or whose adapter has this name."""
         if (model := self.models.get(name)) is not None:
             return model
-        return next((m for m in self.models.values() if name in m.spec.aliases), None)
+        return next((m for m in self.models.values() if name in m.spec.names), None)
 
     def not_found(self, name: str) -> ModelNotFound:
         """Return the error for a name that nobody knows, with what the caller may have meant."""
-        names = [n for m in self.models.values() for n in (m.spec.name, *m.spec.aliases)]
+        names = [name for model in self.models.values() for name in model.spec.names]
         near = difflib.get_close_matches(name, names, n=1)
         if near:
             hint = f"Did you mean {near[0]!r}?"

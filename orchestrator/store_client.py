@@ -60,7 +60,7 @@ class StoreClient:
         return await asyncio.to_thread(self._locate, spec)
 
     def _locate(self, spec: ModelSpec) -> Located | None:
-        from orchestrator.store import find, footprint, list_stored
+        from orchestrator.store import adapter_bytes, find, footprint, list_stored
 
         if spec.configured:
             found = find(spec.source, self._models_dir, spec.revision)
@@ -69,9 +69,15 @@ class StoreClient:
         if found is None:
             return None
         needs = footprint(found.path, spec.dtype, spec.quantize)
+        adapters_bytes = sum(adapter_bytes(name, Path(path)) for name, path in spec.adapters)
         return Located(
             str(found.path),
-            Footprint(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_context_tokens, needs.workspace_bytes),
+            Footprint(
+                needs.weight_bytes + adapters_bytes,
+                needs.kv_bytes_per_token,
+                needs.max_context_tokens,
+                needs.workspace_bytes,
+            ),
         )
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:

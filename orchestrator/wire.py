@@ -61,6 +61,7 @@ def route(cluster: Cluster, model: Model) -> pb.ModelRoute:
         info=model.info,
         failure=model.failure,
         quantize=model.spec.quantize,
+        adapters=[name for name, _ in model.spec.adapters],
     )
 
 

@@ -127,6 +127,7 @@ class GenerationRequest:
     """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
 
     Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
+    `adapter` names one of `ModelFacts.adapters`; empty for the model itself.
     """
 
     prompt: Prompt
@@ -139,6 +140,7 @@ class GenerationRequest:
     tool_use: ToolUse = ToolUse()
     reasoning: ReasoningRule = ReasoningRule()
     cache_scope: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ Event = TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCal
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a loaded model is and can do; bytes and tokens."""
+    """What a loaded model is and can do; bytes and tokens. `adapters` are the names served beside it."""
 
     model: str
     engine: str
@@ -225,6 +227,7 @@ class ModelFacts:
     supports_reasoning: bool = False
     supports_images: bool = False
     supports_audio: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +242,14 @@ class EngineStats:
     kv_reserved_bytes: int = 0
     num_prompt_tokens_total: int = 0
     num_completion_tokens_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """A LoRA adapter to serve beside the model: its public name, and the directory that peft wrote."""
+
+    name: str
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +268,7 @@ class LoadSpec:
     num_threads: int = 0
     quantize: str = ""
     trust_remote_code: bool = False
+    adapters: tuple[AdapterSource, ...] = ()
 
 
 class Engine(Protocol):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.errors import InvalidRequest, ModelNotFound, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 
 from workers.engine import (
     QUANTIZED_KINDS,
+    AdapterSource,
     ChatPrompt,
     Constraint,
     EngineStats,
@@ -51,8 +52,11 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
 
     Raises:
         UnsupportedParameter: it asks for what this model cannot honour.
+        ModelNotFound: it asks for an adapter that is not here.
         InvalidRequest: malformed.
     """
+    if message.adapter and message.adapter not in facts.adapters:
+        raise ModelNotFound(f"Adapter {message.adapter[:100]!r} is not served beside this model.", param="model")
     _refuse_unsupported(message, facts)
     return GenerationRequest(
         prompt=_prompt(message),
@@ -65,6 +69,7 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         tool_use=_tool_use(message.chat),
         reasoning=_reasoning(message.chat.reasoning),
         cache_scope=message.cache_scope,
+        adapter=message.adapter,
     )
 
 
@@ -101,8 +106,6 @@ def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
     refused = None
     if message.constraint.WhichOneof("kind") and facts.engine != "text":
         refused = ("response_format", "This model has no structured output.")
-    elif message.adapter:
-        refused = ("model", f"Adapter {message.adapter[:100]!r} is not available beside this model.")
     elif message.suffix:
         refused = ("suffix", "This model has no fill-in-the-middle.")
     elif message.echo_logprobs:
@@ -307,6 +310,7 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
         num_threads=message.num_threads,
         quantize=message.quantize,
         trust_remote_code=message.trust_remote_code,
+        adapters=tuple(AdapterSource(adapter.name, adapter.path) for adapter in message.adapters),
     )
 
 

@@ -18,7 +18,7 @@ from gateway.dialects.openai_chat.stream import ChunkEncoder
 from gateway.dispatch import Event, Loading, merge
 from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
-from gateway.routing import find_chat_model
+from gateway.routing import Target, find_chat_model
 from gateway.services import Services, services_of
 from gateway.sse import DONE, EventStream, comment_frame
 
@@ -29,7 +29,7 @@ router = APIRouter()
 class _Job:
     services: Services
     request: ChatRequest
-    model: str
+    target: Target
     request_id: str
     cache_scope: str
     reply_id: str
@@ -39,7 +39,7 @@ class _Job:
         """Return the events of all choices."""
         generate = self.services.dispatcher.generate
         choices = [self.request.choice(i) for i in range(self.request.n)]
-        return merge([generate(self.model, c, self.request_id, cache_scope=self.cache_scope) for c in choices])
+        return merge([generate(self.target, c, self.request_id, cache_scope=self.cache_scope) for c in choices])
 
 
 @router.post("/chat/completions", response_model=None)
@@ -50,16 +50,16 @@ async def create_chat_completion(request: Request) -> Response:
     chat = parse_chat_request(body)
     del body
     routes = await services.table.first(services.patience.first_table_s)
-    route = find_chat_model(routes, chat.model)
-    if route.HasField("info"):
-        check_capabilities(chat, route.info)
+    target = find_chat_model(routes, chat.model)
+    if target.route.HasField("info"):
+        check_capabilities(chat, target.route.info)
     if chat.links:
         filling = services.linked_images.fill(chat.generate.chat.messages, chat.links)
         await services.lifetime.until_gone(request.receive, filling)
     job = _Job(
         services=services,
         request=chat,
-        model=route.name,
+        target=target,
         request_id=request_id_of(request.scope),
         cache_scope=cache_scope_of(request.scope),
         reply_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -82,7 +82,7 @@ async def _whole(job: _Job) -> dict[str, object]:
     builder = ReplyBuilder(
         reply_id=job.reply_id,
         created_unix_s=job.created_unix_s,
-        model=job.model,
+        model=job.target.name,
         n=job.request.n,
         wants_logprobs=job.request.wants_logprobs,
     )
@@ -97,7 +97,7 @@ async def _frames(job: _Job) -> AsyncGenerator[bytes, None]:
     encoder = ChunkEncoder(
         reply_id=job.reply_id,
         created_unix_s=job.created_unix_s,
-        model=job.model,
+        model=job.target.name,
         include_usage=job.request.include_usage,
         wants_logprobs=job.request.wants_logprobs,
     )

@@ -23,7 +23,7 @@ async def get_ready(request: Request) -> Response:
     routes = services_of(request).table.routes
     models = {route.name: bool(ready_replicas(route)) for route in routes.models} if routes else {}
     name = request.query_params.get("model")
-    ready = any(models.values()) if name is None or routes is None else models[find_model(routes, name).name]
+    ready = any(models.values()) if name is None or routes is None else models[find_model(routes, name).route.name]
     return json_response(
         {"status": "ready" if ready else "not_ready", "models": models}, status_code=200 if ready else 503
     )

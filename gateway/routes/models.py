@@ -15,7 +15,7 @@ from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS
 from gateway.doors import request_id_of
 from gateway.fields import Fields
 from gateway.json_response import json_response
-from gateway.routing import find_model, ready_replicas
+from gateway.routing import Target, find_model, ready_replicas, targets_of
 from gateway.services import Services, services_of
 from gateway.sse import EventStream, data_frame
 
@@ -27,10 +27,10 @@ _STAGES = {"read": "weights", "warm-up": "weights", "import": "config", "spawn":
 
 @router.get("/models", response_model=None)
 async def list_models(request: Request) -> Response:
-    """List what can be served."""
+    """List what can be served: each model, then its adapters."""
     services = services_of(request)
     routes = await services.table.first(services.patience.first_table_s)
-    return json_response({"object": "list", "data": [model_object(route) for route in routes.models]})
+    return json_response({"object": "list", "data": [model_object(t) for r in routes.models for t in targets_of(r)]})
 
 
 @router.get("/models/{model:path}", response_model=None)
@@ -41,14 +41,16 @@ async def get_model(request: Request, model: str) -> Response:
     return json_response(model_object(find_model(routes, model)))
 
 
-def model_object(route: placement_pb2.ModelRoute) -> dict[str, Any]:
-    """Return OpenAI's `model` object."""
-    return {
-        "id": route.name,
+def model_object(target: Target) -> dict[str, Any]:
+    """Return OpenAI's `model` object; an adapter also tells its base model as `parent`, the field that vLLM gives."""
+    route = target.route
+    described = {
+        "id": target.name,
         "object": "model",
         "created": route.created_unix_s,
         "owned_by": route.owned_by or "hostler",
     }
+    return described | ({"parent": route.name} if target.adapter else {})
 
 
 @router.post("/load_model", response_model=None)
@@ -60,10 +62,10 @@ async def load_model(request: Request) -> Response:
     if not name:
         raise InvalidRequest("You must provide a model parameter.", param="model")
     routes = await services.table.first(services.patience.first_table_s)
-    route = find_model(routes, name)
+    target = find_model(routes, name)
     request_id = request_id_of(request.scope)
     return EventStream(
-        _load_frames(services, route, request_id),
+        _load_frames(services, target, request_id),
         services.lifetime,
         request_id=request_id,
         ping_s=services.patience.ping_s,
@@ -71,27 +73,25 @@ async def load_model(request: Request) -> Response:
     )
 
 
-async def _load_frames(
-    services: Services, route: placement_pb2.ModelRoute, request_id: str
-) -> AsyncGenerator[bytes, None]:
-    if ready_replicas(route):
-        yield data_frame({"status": "ready", "model": route.name, "cached": True})
+async def _load_frames(services: Services, target: Target, request_id: str) -> AsyncGenerator[bytes, None]:
+    if ready_replicas(target.route):
+        yield data_frame({"status": "ready", "model": target.name, "cached": True})
         return
     steps = services.placement.ensure(
-        route.name, request_id=request_id, timeout_s=services.patience.ensure_s, explicit=True
+        target.route.name, request_id=request_id, timeout_s=services.patience.ensure_s, explicit=True
     )
     waited = False
     try:
         async with aclosing(steps):
             async for step in steps:
                 if isinstance(step, placement_pb2.Replica):
-                    yield data_frame({"status": "ready", "model": route.name, "cached": not waited})
+                    yield data_frame({"status": "ready", "model": target.name, "cached": not waited})
                 else:
                     waited = True
-                    yield data_frame(loading_object(route.name, step))
+                    yield data_frame(loading_object(target.name, step))
     except HostlerError as error:
         # This client knows only its own words for failure, and shows the message.
-        yield data_frame({"status": "error", "model": route.name, "message": error.message, "code": error.reason})
+        yield data_frame({"status": "error", "model": target.name, "message": error.message, "code": error.reason})
 
 
 def loading_object(model: str, progress: placement_pb2.EnsureProgress) -> dict[str, Any]:

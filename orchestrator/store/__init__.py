@@ -4,8 +4,8 @@ Above it: the orchestrator (which asks `find`, `list_stored` and `footprint`: no
 `hostler` command (which runs `python -m orchestrator.store`). Below it: the Hub, pip, and `workers.convert`.
 """
 
-from orchestrator.store.footprint import Footprint, footprint
+from orchestrator.store.footprint import Footprint, adapter_bytes, footprint
 from orchestrator.store.layout import StoredModel, list_stored
 from orchestrator.store.source import find
 
-__all__ = ["Footprint", "StoredModel", "find", "footprint", "list_stored"]
+__all__ = ["Footprint", "StoredModel", "adapter_bytes", "find", "footprint", "list_stored"]

@@ -17,6 +17,7 @@ from hostler.errors import InvalidRequest, ModelLoadFailed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
 
 _MAX_HEADER_BYTES = 100 * 10**6
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -26,6 +27,7 @@ _FIXED_WORKSPACE_BYTES = 64 * 2**20
 _CHUNK_TOKENS = 256
 _BATCH = 16
 _INT4_GROUP = 32
+_RANK_STEP = 16
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
 _FUSED_EXPERT = re.compile(r"\.experts\.")
 """Stored one by one, but loaded as one tensor for all experts, which is no linear layer and is not quantized."""
@@ -204,3 +206,21 @@ def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
         max_context_tokens=_first(config, "max_position_embeddings", "n_positions", "max_sequence_length"),
         workspace_bytes=_FIXED_WORKSPACE_BYTES + activations + logits,
     )
+
+
+def adapter_bytes(name: str, directory: Path) -> int:
+    """Return what a LoRA adapter takes beside its model: its matrices in float32, each rank rounded up to 16.
+
+    Raises:
+        ModelLoadFailed: its weights are missing or damaged; the message has the adapter's name.
+    """
+    try:
+        tensors = read_header(directory / ADAPTER)
+    except ModelLoadFailed as error:
+        raise ModelLoadFailed(f"Adapter {name}: {error.message}") from error
+    return sum(_padded_bytes(tensor.shape) for tensor in tensors.values())
+
+
+def _padded_bytes(shape: tuple[int, ...]) -> int:
+    rank = min(shape, default=0)
+    return 4 * math.prod(shape) // max(rank, 1) * (-(-rank // _RANK_STEP) * _RANK_STEP)

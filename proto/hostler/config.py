@@ -63,6 +63,10 @@ class ModelConfig(_Strict):
     )
     revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); pinned once pulled.")
     aliases: tuple[ModelName, ...] = Field(default=(), description="Other names that mean this model.")
+    adapters: dict[ModelName, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters served beside the model: name that clients ask for, directory that peft wrote.",
+    )
     engine: Literal["auto", "text", "scripted"] = Field(default="auto", description="Which engine runs it.")
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto")
@@ -83,6 +87,12 @@ class ModelConfig(_Strict):
     preload: bool = Field(default=False, description="Load at start.")
     pinned: bool = Field(default=False, description="Never evict.")
     trust_remote_code: bool = Field(default=False, description="Run Python code from the model repository.")
+
+    @model_validator(mode="after")
+    def _adapters_have_a_model(self) -> ModelConfig:
+        if self.adapters and self.engine == "scripted":
+            raise ValueError("the scripted engine has no weights that adapters could add to")
+        return self
 
 
 class DeviceConfig(_Strict):
@@ -115,7 +125,7 @@ class HostlerConfig(_Strict):
     def _names_are_unique(self) -> HostlerConfig:
         seen: set[str] = set()
         for model in self.models:
-            for name in (model.name, *model.aliases):
+            for name in (model.name, *model.aliases, *model.adapters):
                 if name in seen:
                     raise ValueError(f"model name {name!r} is used twice")
                 seen.add(name)

@@ -160,3 +160,42 @@ def test_an_editor_is_told_the_quantizations() -> None:
 def test_an_editor_may_take_a_size_for_a_number_or_a_text() -> None:
     kinds = ModelConfig.model_json_schema()["properties"]["kv_cache"]["anyOf"]
     assert {kind["type"] for kind in kinds} == {"integer", "string"}
+
+
+def adapter(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "adapter_config.json").write_text("{}")
+    return directory
+
+
+def test_an_adapter_in_the_file_is_relative_to_the_file(place: Path) -> None:
+    adapter(place / "etc" / "lora")
+    (place / "etc" / "h.yaml").write_text("models: [{name: a, adapters: {bot: ./lora}}]")
+    assert resolve(config=Path("etc/h.yaml")).models[0].adapters == {"bot": str(place / "etc" / "lora")}
+
+
+def test_a_directory_without_an_adapter_stops_the_start(place: Path) -> None:
+    (place / "hostler.yaml").write_text("models: [{name: a, adapters: {bot: ./lora}}]")
+    with pytest.raises(UsageError, match=r"adapter bot: \./lora .* adapter_config\.json"):
+        resolve()
+
+
+def test_an_adapter_s_name_is_nobody_else_s(place: Path) -> None:
+    adapter(place / "lora")
+    for models in ("{name: a, adapters: {a: lora}}", "{name: a, adapters: {b: lora}}, {name: c, aliases: [b]}"):
+        (place / "hostler.yaml").write_text(f"models: [{models}]")
+        with pytest.raises(ConfigError, match="is used twice"):
+            resolve()
+
+
+def test_a_bad_adapter_name_and_an_adapter_of_no_weights_are_refused(place: Path) -> None:
+    for model in ("{name: a, adapters: {'two words': lora}}", "{name: a, engine: scripted, adapters: {b: lora}}"):
+        (place / "hostler.yaml").write_text(f"models: [{model}]")
+        with pytest.raises(ConfigError, match=r"not a model name|scripted"):
+            resolve()
+
+
+def test_a_positional_that_means_an_adapter_loads_its_model(place: Path) -> None:
+    adapter(place / "lora")
+    (place / "hostler.yaml").write_text("models: [{name: a, adapters: {bot: lora}}, {name: b}]")
+    assert [(model.name, model.preload) for model in resolve(models=("bot",)).models] == [("a", True), ("b", False)]

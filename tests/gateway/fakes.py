@@ -180,11 +180,16 @@ class FakePlacement(PlacementServiceServicer):
 
 
 def route(
-    *workers: FakeWorker, name: str = MODEL, aliases: Sequence[str] = ("tiny",), **info: Any
+    *workers: FakeWorker,
+    name: str = MODEL,
+    aliases: Sequence[str] = ("tiny",),
+    adapters: Sequence[str] = (),
+    **info: Any,
 ) -> placement_pb2.ModelRoute:
     return placement_pb2.ModelRoute(
         name=name,
         aliases=aliases,
+        adapters=adapters,
         state=placement_pb2.MODEL_STATE_READY if workers else placement_pb2.MODEL_STATE_UNLOADED,
         replicas=[worker.replica() for worker in workers],
         engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED,

@@ -105,3 +105,46 @@ async def test_a_failed_load_is_told_in_that_clients_words(called: World) -> Non
 def test_a_stage_without_bytes_has_no_progress() -> None:
     step = placement_pb2.EnsureProgress(stage="evict")
     assert loading_object("m", step) == {"status": "loading", "model": "m", "stage": "evict"}
+
+
+def test_an_adapter_is_found_by_its_name_in_any_case_and_means_its_model() -> None:
+    routes = Routes([route(adapters=("Support-Bot",)), route(name="other", aliases=())])
+    for name in ("Support-Bot", "support-bot", "Support-Bot@main"):
+        target = find_model(routes, name)
+        assert (target.name, target.adapter, target.route.name) == ("Support-Bot", "Support-Bot", MODEL)
+    assert find_model(routes, MODEL).adapter == ""
+
+
+async def test_adapters_are_listed_as_models_with_their_parent(called: World) -> None:
+    await called.publish(route(called.worker, adapters=("bot", "poet")), route(name="other", aliases=()))
+    listed = (await called.client.get("/v1/models")).json()["data"]
+    assert [(model["id"], model.get("parent")) for model in listed] == [
+        (MODEL, None), ("bot", MODEL), ("poet", MODEL), ("other", None),
+    ]  # fmt: skip
+    assert (await called.client.get("/v1/models/poet")).json() == listed[2]
+    assert listed[2] == {"id": "poet", "object": "model", "created": 1_700_000_000, "owned_by": "org", "parent": MODEL}
+    assert (await called.client.get("/v1/ready?model=bot")).status_code == 200
+
+
+async def test_a_request_for_an_adapter_goes_to_its_model_s_worker_with_its_name(called: World) -> None:
+    await called.publish(route(called.worker, adapters=("bot",)))
+    replies = [await called.chat(model="bot", n=2), await called.chat(model="Bot"), await called.chat()]
+    assert [reply.json()["model"] for reply in replies] == ["bot", "bot", MODEL]
+    assert [request.adapter for request in called.worker.requests] == ["bot", "bot", "bot", ""]
+    unknown = await called.chat(model="cot")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_asking_for_an_adapter_brings_its_model_up(called: World) -> None:
+    async def load(model: str) -> AsyncIterator[placement_pb2.Replica]:
+        yield called.worker.replica()
+
+    called.placement.ensure = load
+    await called.publish(route(adapters=("bot",)))
+    reply = await called.client.post("/load_model", json={"model": "bot"})
+    assert [orjson.loads(data) for data in sse_data(reply.text)] == [
+        {"status": "ready", "model": "bot", "cached": True}
+    ]
+    assert (await called.chat(model="bot")).json()["model"] == "bot"
+    assert called.placement.ensured == [(MODEL, True), (MODEL, False)]
+    assert [request.adapter for request in called.worker.requests] == ["bot"]

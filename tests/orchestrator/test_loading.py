@@ -333,3 +333,18 @@ async def test_the_same_generation_is_never_given_twice_across_lives(start: Star
     caller = await second.ensure("a")
     assert caller.ready is not None
     assert caller.ready.generation == 2
+
+
+async def test_an_adapter_means_its_model_which_is_loaded_with_all_its_adapters(start: Start) -> None:
+    rig = await start({"name": "a", "adapters": {"bot": "/lora/bot", "poet": "/lora/poet"}}, "b")
+    caller = await rig.ensure("poet")
+    assert caller.ready is not None
+    request = rig.worker("a").request
+    assert request is not None
+    assert [(adapter.name, adapter.path) for adapter in request.adapters] == [
+        ("bot", "/lora/bot"), ("poet", "/lora/poet"),
+    ]  # fmt: skip
+    assert {name: list(route.adapters) for name, route in (await rig.routes()).items()} == {
+        "a": ["bot", "poet"],
+        "b": [],
+    }

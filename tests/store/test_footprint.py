@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hostler.errors import InvalidRequest, ModelLoadFailed
 
-from orchestrator.store import footprint
+from orchestrator.store import adapter_bytes, footprint
 from orchestrator.store.footprint import INDEX, SINGLE
+from tests.models.adapters import write_adapter
 
 
 @pytest.fixture
@@ -156,3 +157,13 @@ def test_the_real_default_model_is_estimated_as_it_is(smollm2: Path) -> None:
     estimate = footprint(smollm2, "bfloat16")
     assert estimate.weight_bytes == 134_515_008 * 2
     assert (estimate.kv_bytes_per_token, estimate.max_context_tokens) == (2 * 30 * 3 * 64 * 2, 8192)
+
+
+def test_an_adapter_counts_its_matrices_in_float32_with_ranks_of_sixteen(tiny_model: Path, tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path, tiny_model, seed=0, rank=19, targets=("q_proj", "down_proj"), layers=(1,))
+    assert adapter_bytes("a", directory) == 4 * 32 * ((64 + 64) + (128 + 64))
+
+
+def test_an_adapter_without_its_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match=r"^Adapter bot: adapter_model\.safetensors is missing"):
+        adapter_bytes("bot", tmp_path)

@@ -16,6 +16,7 @@ from hostler.errors import ModelLoadFailed
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from workers.engine import LoadSpec, ModelFacts
+from workers.text.adapters import Adapter
 from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
 from workers.text.native.build import built
 from workers.text.native.describe import FAMILIES
@@ -44,6 +45,7 @@ class LoadedModel:
         kv: the cache's dimensions.
         facts: what the outside may know.
         vision: for models that take images.
+        adapters: what `facts.adapters` names, in that order.
     """
 
     model: Any
@@ -58,6 +60,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     vision: Vision | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     def told(self, quantized: str, weight_bytes: int) -> LoadedModel:
         """Return the model with facts that say how its weights are really kept."""
@@ -65,7 +68,9 @@ class LoadedModel:
         return replace(self, facts=facts)
 
     def free_weights(self) -> None:
-        """Free the decoder's and the head's weights: the kernels have their own."""
+        """Free the decoder's, the head's and the adapters' weights: the kernels have their own."""
+        for adapter in self.adapters:
+            adapter.release()
         for module in (self.decoder, self.head):
             for parameter in module.parameters():
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -142,6 +147,7 @@ class Directory:
         weight_bytes: int,
         model: Any = None,
         vision: Vision | None = None,
+        adapters: tuple[Adapter, ...] = (),
     ) -> LoadedModel:
         """Return the model that came of it."""
         facts = ModelFacts(
@@ -155,6 +161,7 @@ class Directory:
             weight_bytes=weight_bytes,
             kv_bytes_per_token=self.kv.bytes_per_token(self.dtype.itemsize),
             supports_images=vision is not None,
+            adapters=tuple(adapter.name for adapter in adapters),
         )
         return LoadedModel(
             model=model,
@@ -169,6 +176,7 @@ class Directory:
             device=self.device,
             dtype=self.dtype,
             vision=vision,
+            adapters=adapters,
         )
 
 

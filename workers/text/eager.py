@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from workers.engine import LoadSpec
 from workers.text import linear, threads
+from workers.text.adapters import EagerAdapters
 from workers.text.attention import PagedCache, StepContext
 from workers.text.directory import LoadedModel, choose_dtype
 from workers.text.embeddings import overlaps, overlay
@@ -33,10 +35,11 @@ class ModelRunner:
 
     name = "eager"
 
-    def __init__(self, model: Any, cache: PagedCache, threads: Threads) -> None:
+    def __init__(self, model: Any, cache: PagedCache, threads: Threads, adapters: EagerAdapters | None = None) -> None:
         self._model = model
         self._cache = cache
         self._threads = threads
+        self._adapters = adapters
 
     def run(self, step: Step) -> torch.Tensor:
         """Run one step; see `workers.text.runner.Runner.run`."""
@@ -51,13 +54,14 @@ class ModelRunner:
         def here(array: Any) -> torch.Tensor:
             return torch.from_numpy(array).to(device, torch.long)
 
-        output = self._model(
-            **self._inputs(here(packed.tokens)[None], packed.placed),
-            position_ids=_positions(here(packed.positions)[None], packed.placed),
-            use_cache=False,
-            logits_to_keep=here(packed.logit_rows),
-            step=StepContext.of(packed, self._cache),
-        )
+        with self._adapters.added(packed) if self._adapters is not None else nullcontext():
+            output = self._model(
+                **self._inputs(here(packed.tokens)[None], packed.placed),
+                position_ids=_positions(here(packed.positions)[None], packed.placed),
+                use_cache=False,
+                logits_to_keep=here(packed.logit_rows),
+                step=StepContext.of(packed, self._cache),
+            )
         logits: torch.Tensor = output.logits[0]
         return logits.float().cpu()
 
@@ -77,6 +81,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Let go of the model and the cache."""
+        if self._adapters is not None:
+            self._adapters.close()
         del self._model, self._cache
 
 
@@ -101,7 +107,8 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
     else:
         chosen = threads.measure(loaded.model, loaded.device)
     log.info("threads chosen", extra={"model": spec.model, "decode": chosen.decode, "prefill": chosen.prefill})
-    return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen)
+    adapters = EagerAdapters(loaded.adapters, loaded.decoder, loaded.device, loaded.dtype) if loaded.adapters else None
+    return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen, adapters)
 
 
 def proved(runner: NativeRunner, loaded: LoadedModel, weights: str) -> bool:

@@ -215,10 +215,13 @@ class TextEngine:
             decode=plan.decode,
             serial=self._serial,
             hashes=PrefixHashes(
-                request.cache_scope.encode(), [(span.start, span.content_hash) for span in extras.embeddings]
+                # An adapter changes keys and values; its name has no NUL, so no scope can feign another adapter.
+                f"{request.adapter}\0{request.cache_scope}".encode(),
+                [(span.start, span.content_hash) for span in extras.embeddings],
             ),
             embeddings=extras.embeddings,
             rope=extras.rope,
+            adapter=self._facts.adapters.index(request.adapter) if request.adapter else -1,
             lookup=Lookup(ids) if may_guess else None,
             reply=plan.reply(max_tokens),
         )

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from workers.engine import LoadSpec
 from workers.text import attention, vision
+from workers.text.adapters import linear_layers, read_adapters
 from workers.text.directory import Directory, LoadedModel, read_directory
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> 
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         model=model,
         vision=_open_vision(spec, model, directory) if vision.serves_images(directory.config) else None,
+        adapters=read_adapters(spec.adapters, linear_layers(model)) if spec.adapters else (),
     )
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from workers.engine import GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
+from workers.text.adapters import read_adapters
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
 from workers.text.native import build, recipe
 from workers.text.native.decoder import NativeDecoder
-from workers.text.native.describe import Description, NotSupported, describe
+from workers.text.native.describe import Description, NotSupported, describe, described_layers
 from workers.text.native.runner import NativeRunner
 from workers.text.runner import Runner
 
@@ -84,7 +85,11 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
                 loaded = loaded.with_dtype(choose_dtype("auto", loaded.dtype, loaded.device))
     if spec.quantize:
         loaded = loaded.told(spec.quantize, loaded.facts.weight_bytes - quantize(loaded.decoder, spec.quantize))
-    return loaded, open_eager(loaded, spec, keep_weights=may_compile or bool(spec.quantize)), may_compile
+    eager = open_eager(loaded, spec, keep_weights=may_compile or bool(spec.quantize))
+    if not may_compile:
+        for adapter in loaded.adapters:  # The runner has its own.
+            adapter.release()
+    return loaded, eager, may_compile
 
 
 def open_recipe(
@@ -104,7 +109,11 @@ def open_recipe(
         architecture=found.architecture,
         num_parameters=found.num_parameters,
         weight_bytes=decoder.weight_bytes,
+        adapters=read_adapters(spec.adapters, described_layers(found.description)),
     )
+    for index, adapter in enumerate(loaded.adapters):
+        decoder.add_adapter(index, adapter)
+        adapter.release()
     return loaded.told(spec.quantize, decoder.weight_bytes), NativeRunner(decoder, _num_threads(spec))
 
 
@@ -129,6 +138,8 @@ def open_native(directory: Directory, loaded: LoadedModel, spec: LoadSpec, libra
     if not proved(runner, loaded, weights):
         runner.close()
         raise NotSupported("the kernels' logits differ from transformers'")
+    for index, adapter in enumerate(loaded.adapters):
+        decoder.add_adapter(index, adapter)
     if draft is not None:
         draft.write(recipe.recipe_path(library, directory, weights))
     return runner

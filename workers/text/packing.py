@@ -27,6 +27,7 @@ class PackedStep:
         logit_rows: (wanted,) rows whose logits are wanted, in the order of the step's works.
         num_singles: leading works of one row.
         placed: each work and its first row.
+        adapters: (works,) which adapter each sequence runs with, -1 for none; None when none of them has any.
     """
 
     tokens: Ints
@@ -36,6 +37,7 @@ class PackedStep:
     logit_rows: Ints
     num_singles: int
     placed: tuple[tuple[int, Work], ...] = ()
+    adapters: Ints | None = None
 
 
 def wanted_rows(work: Work) -> int:
@@ -70,4 +72,14 @@ def pack(step: Step) -> PackedStep:
     ]
     singles = sum(work.num_rows == 1 for work in step.works)
     placed = tuple((first_row[at], step.works[at]) for at in order)
-    return PackedStep(tokens, positions, sequences, tables, np.asarray(rows, np.int32), singles, placed)
+    adapters = np.asarray([work.sequence.adapter for _, work in placed], np.int32)
+    return PackedStep(
+        tokens=tokens,
+        positions=positions,
+        sequences=sequences,
+        tables=tables,
+        logit_rows=np.asarray(rows, np.int32),
+        num_singles=singles,
+        placed=placed,
+        adapters=adapters if (adapters >= 0).any() else None,
+    )

@@ -34,6 +34,7 @@ class Sequence:
         lookup: where guesses come from; None for none.
         embeddings: what replaces token embeddings in the prompt.
         rope: rotary positions, where they are not the tokens' own.
+        adapter: which of the model's adapters it runs with; -1 for none.
         reply: turns tokens into events and knows when the reply is over.
     """
 
@@ -53,6 +54,7 @@ class Sequence:
     cancelled: bool = False
     embeddings: tuple[EmbeddingSpan, ...] = ()
     rope: RopePositions | None = None
+    adapter: int = -1
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     first_token_s: float = 0.0

@@ -1,98 +1,17 @@
 // One step of a decoder-only transformer over a paged cache: token ids in, logits out, one call.
 //
 // Above: runner.py calls these C functions through ctypes (which releases the interpreter lock for the whole step).
-// Below: linear.h, attention.h. A model is what model.py describes: RMS norms, rotary positions, grouped heads, a gated
-// MLP. Anything else stays with transformers' own definition.
-#include <sys/mman.h>
-
+// Below: model.h, linear.h, attention.h, lora.h. A model is what describe.py describes: RMS norms, rotary positions,
+// grouped heads, a gated MLP. Anything else stays with transformers' own definition.
 #include <chrono>
-#include <vector>
 
-#include "attention.h"
-#include "pack.h"
+#include "model.h"
 
 using namespace hostler;
 
-extern "C" {
-
-struct ModelConfig {
-  int32_t layers, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, vocab;
-  int32_t gelu;         // 1: gelu(tanh), 0: silu
-  int32_t cache_kind;   // Kind of keys and values: F32 or BF16
-  int32_t threads;
-  int64_t blocks;
-  float eps, embed_scale, attention_scale, residual_scale, logit_scale;
-};
-
-// Rows of a step are tokens; a sequence owns `rows` consecutive ones from `first_row`, at positions `start` on.
-struct SequenceRows {
-  int32_t first_row, rows, start, table;
-};
-
-struct Step {
-  int32_t rows, sequences, logit_rows, overrides, table_stride, threads;
-  const int32_t* tokens;         // (rows,)
-  const SequenceRows* sequence;  // (sequences,)
-  const int32_t* tables;         // (tables, table_stride) block indices
-  const float* const* cosines;   // one (rows, rotary_dim / 2) array for each kind of rotary positions
-  const float* const* sines;
-  const int32_t* logit_row;      // (logit_rows,)
-  float* logits;                 // (logit_rows, vocab)
-  const int32_t* override_row;   // rows whose embedding is given: (overrides,)
-  const float* override_value;   // (overrides, hidden)
-};
-
-}  // extern "C"
-
 namespace {
 
-enum Which { QKV, OUT, GATE_UP, DOWN, WEIGHTS };
-enum Vector { ATTENTION_NORM, ATTENTION_POST_NORM, MLP_NORM, MLP_POST_NORM, QUERY_NORM, KEY_NORM, VECTORS };
-enum Stage { LINEAR, ATTENTION, HEAD, OTHER, STAGES };
-
-struct Layer {
-  Weight weight[WEIGHTS];
-  std::vector<float> vector[VECTORS];
-  int window = 0, rope = 0;  // 0: no window; -1: no rotary positions
-};
-
 using Clock = std::chrono::steady_clock;
-
-struct Model {
-  ModelConfig config;
-  Pool pool;
-  std::vector<Layer> layers;
-  Weight head;
-  Weight embedding;  // empty when the head is the embedding too
-  std::vector<float> final_norm;
-  Cache cache;
-  size_t cache_bytes = 0;
-  Buffer<float> x, normed, qkv, attended, gated;
-  size_t capacity = 0;
-  double seconds[STAGES] = {};
-
-  explicit Model(const ModelConfig& c) : config(c), pool(c.threads), layers(c.layers) {
-    cache.kind = Kind(c.cache_kind), cache.kv_heads = c.kv_heads, cache.head_dim = c.head_dim, cache.blocks = c.blocks;
-    cache_bytes = size_t(c.layers) * c.blocks * c.kv_heads * 2 * cache.half();
-    // Address space only: the system commits a page when a position is first written to it.
-    void* p = mmap(nullptr, cache_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    cache.data = static_cast<uint8_t*>(p);
-  }
-  ~Model() { munmap(cache.data, cache_bytes); }
-
-  int qkv_width() const { return (config.heads + 2 * config.kv_heads) * config.head_dim; }
-
-  void reserve(size_t rows) {
-    if (rows <= capacity) return;
-    x = allocate<float>(rows * config.hidden);
-    normed = allocate<float>(rows * config.hidden);
-    qkv = allocate<float>(rows * qkv_width());
-    attended = allocate<float>(rows * config.heads * config.head_dim);
-    gated = allocate<float>(rows * ((config.intermediate + kPanel - 1) / kPanel * kPanel));
-    capacity = rows;
-  }
-};
 
 void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
   vf squares = {};
@@ -139,9 +58,12 @@ void rotate(float* head, const float* cosines, const float* sines, int half) {
   }
 }
 
-// `normed` (rows, hidden) times w, perhaps normalized, scaled, added to x.
-void add_product(Model& m, const Weight& w, const float* a, size_t lda, int rows, const std::vector<float>& post) {
+// `a` (rows, …) times a layer's weight, perhaps normalized, scaled, added to x.
+void add_product(Model& m, int layer, Which which, const float* a, size_t lda, int rows) {
   const auto& c = m.config;
+  const Weight& w = m.layers[layer].weight[which];
+  const auto& post = m.layers[layer].vector[which == OUT ? ATTENTION_POST_NORM : MLP_POST_NORM];
+  const Added added = m.adapters.of(m.pool, layer * WEIGHTS + which, w, a, lda);
   if (post.empty()) {
     product(m.pool, w, a, lda, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
       for (int p = 0; p < panels; ++p)
@@ -150,7 +72,7 @@ void add_product(Model& m, const Weight& w, const float* a, size_t lda, int rows
           for (int v = 0; v < kPanel; v += W)
             store(x + v, load(x + v) + load(out + (p * count + r) * kPanel + v) * c.residual_scale);
         }
-    });
+    }, added);
     return;
   }
   float* target = m.normed.get();
@@ -158,7 +80,7 @@ void add_product(Model& m, const Weight& w, const float* a, size_t lda, int rows
     for (int p = 0; p < panels; ++p)
       for (int r = 0; r < count; ++r)
         std::memcpy(target + size_t(row + r) * c.hidden + (panel + p) * kPanel, out + (p * count + r) * kPanel, 64);
-  });
+  }, added);
   each_row(m.pool, rows, [&](int r) {
     float *t = target + size_t(r) * c.hidden, *x = m.x.get() + size_t(r) * c.hidden;
     rms_norm(t, post.data(), c.eps, c.hidden, t);
@@ -248,6 +170,8 @@ void run(Model& m, const Step& step) {
       for (int h = 0; h < c.kv_heads; ++h) items.push_back({s, h, first, std::min(kRows, queries - first)});
     for (int r = 0; r < step.sequence[s].rows; ++r) owner[step.sequence[s].first_row + r] = s;
   }
+  if (step.adapter) m.adapters.begin(step.rows, [&](int row) { return step.adapter[owner[row]]; });
+  else m.adapters.begin();
   embed(m, step);
   float *x = m.x.get(), *normed = m.normed.get();
   auto norm_rows = [&](const std::vector<float>& weight) {
@@ -260,22 +184,23 @@ void run(Model& m, const Step& step) {
     const Layer& layer = m.layers[l];
     norm_rows(layer.vector[ATTENTION_NORM]);
     took(OTHER);
+    const Added to_qkv = m.adapters.of(m.pool, l * WEIGHTS + QKV, layer.weight[QKV], normed, c.hidden);
     product(m.pool, layer.weight[QKV], normed, c.hidden, step.rows, 1,
             [&](int row, int count, int panel, int panels, const float* out) {
               for (int p = 0; p < panels; ++p)
                 for (int r = 0; r < count; ++r)
                   std::memcpy(m.qkv.get() + size_t(row + r) * width + (panel + p) * kPanel,
                               out + (p * count + r) * kPanel, 64);
-            });
+            }, to_qkv);
     took(LINEAR);
     place(m, step, layer, l, owner);
     attention(m, step, layer, l, items);
     took(ATTENTION);
-    add_product(m, layer.weight[OUT], m.attended.get(), size_t(c.heads) * c.head_dim, step.rows,
-                layer.vector[ATTENTION_POST_NORM]);
+    add_product(m, l, OUT, m.attended.get(), size_t(c.heads) * c.head_dim, step.rows);
     took(LINEAR);
     norm_rows(layer.vector[MLP_NORM]);
     took(OTHER);
+    const Added to_gate_up = m.adapters.of(m.pool, l * WEIGHTS + GATE_UP, layer.weight[GATE_UP], normed, c.hidden);
     product(m.pool, layer.weight[GATE_UP], normed, c.hidden, step.rows, 2,
             [&](int row, int count, int panel, int panels, const float* out) {
               for (int p = 0; p < panels; p += 2)
@@ -285,8 +210,8 @@ void run(Model& m, const Step& step) {
                   for (int v = 0; v < kPanel; v += W)
                     store(target + v, (c.gelu ? gelu_tanh(load(g + v)) : silu(load(g + v))) * load(u + v));
                 }
-            });
-    add_product(m, layer.weight[DOWN], m.gated.get(), gated_width, step.rows, layer.vector[MLP_POST_NORM]);
+            }, to_gate_up);
+    add_product(m, l, DOWN, m.gated.get(), gated_width, step.rows);
     took(LINEAR);
   }
   for (int i = 0; i < step.logit_rows; ++i)
@@ -345,6 +270,20 @@ int hostler_set_bias(Model* m, int layer, int which, const float* bias, int n) t
 // Layer -1: the final norm.
 void hostler_set_vector(Model* m, int layer, int which, const float* values, int n) {
   (layer < 0 ? m->final_norm : m->layers[layer].vector[which]).assign(values, values + n);
+}
+
+// Adds up (down x) to one product of a layer, for rows with this adapter: to its panels first, first + step, … down is
+// (rank, inputs), up (outputs, rank), both row-major float32, the factor in one of them; the rank is a multiple of 16.
+int hostler_add_low_rank(Model* m, int adapter, int layer, int which, const float* down, const float* up, int rank,
+                         int inputs, int outputs, int first, int step) try {
+  const Source narrowing{down, false, rank, inputs}, widening{up, false, outputs, rank};
+  LowRank low;
+  low.down = pack(m->pool, Kind::F32, &narrowing, 1, false), low.up = pack(m->pool, Kind::F32, &widening, 1, false);
+  low.first = first, low.step = step;
+  m->adapters.add(adapter, layer * WEIGHTS + which, std::move(low));
+  return 0;
+} catch (const std::exception&) {
+  return -1;
 }
 
 void hostler_set_layer(Model* m, int layer, int window, int rope) {

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import pad
 
+from workers.text.adapters import Adapter
 from workers.text.native.describe import Description
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -21,6 +23,7 @@ STAGES = ("linear", "attention", "head", "other")
 _QKV, _OUT, _GATE_UP, _DOWN = range(4)
 _HEAD, _EMBEDDING = 0, 1
 _GROUP = 32
+_PANEL = 16  # outputs that stand together in a packed weight
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -39,7 +42,7 @@ class _Step(c.Structure):
     _fields_ = (
         *((n, c.c_int32) for n in ("rows", "sequences", "logit_rows", "overrides", "table_stride", "threads")),
         *((n, c.c_void_p) for n in ("tokens", "sequence", "tables", "cosines", "sines", "logit_row", "logits")),
-        *((n, c.c_void_p) for n in ("override_row", "override_value")),
+        *((n, c.c_void_p) for n in ("override_row", "override_value", "adapter")),
     )
 
 
@@ -52,10 +55,25 @@ def _load(path: Path) -> Any:
     library.hostler_set_bias.argtypes = [pointer, number, number, pointer, number]
     library.hostler_set_vector.argtypes = [pointer, number, number, pointer, number]
     library.hostler_set_layer.argtypes = [pointer, number, number, number]
+    library.hostler_add_low_rank.argtypes = [pointer, *([number] * 3), pointer, pointer, *([number] * 5)]
     library.hostler_step.argtypes = [pointer, pointer]
     library.hostler_seconds.argtypes = [pointer, pointer]
     library.hostler_weight_bytes.argtypes, library.hostler_weight_bytes.restype = [pointer], c.c_int64
     return library
+
+
+def _places(model: Description) -> dict[str, tuple[int, int, int]]:
+    """Where a linear layer's outputs lie in the packed products: which product, first panel, panels to the next."""
+    query, kv = model.heads * model.head_dim // _PANEL, model.kv_heads * model.head_dim // _PANEL
+    return {
+        "self_attn.q_proj": (_QKV, 0, 1),
+        "self_attn.k_proj": (_QKV, query, 1),
+        "self_attn.v_proj": (_QKV, query + kv, 1),
+        "self_attn.o_proj": (_OUT, 0, 1),
+        "mlp.gate_proj": (_GATE_UP, 0, 2),
+        "mlp.up_proj": (_GATE_UP, 1, 2),
+        "mlp.down_proj": (_DOWN, 0, 1),
+    }
 
 
 class NativeDecoder:
@@ -78,6 +96,7 @@ class NativeDecoder:
     ) -> None:
         self._library = _load(library)
         self._vocab, self._ropes = model.vocab, model.ropes
+        self._places = _places(model)
         self._frequencies = [rope.frequencies.numpy() for rope in model.ropes]
         config = _Config(
             layers=len(model.layers), hidden=model.hidden, heads=model.heads, kv_heads=model.kv_heads,
@@ -140,6 +159,24 @@ class NativeDecoder:
         array = values.detach().float().contiguous().numpy()
         self._library.hostler_set_vector(self._model, layer, which, array.ctypes.data, array.size)
 
+    def add_adapter(self, index: int, adapter: Adapter) -> None:
+        """Pack an adapter; its tensors may be freed afterwards. `step` then takes `index` for it.
+
+        Raises:
+            MemoryError: no room for it.
+        """
+        for (layer, name), delta in adapter.deltas.items():
+            which, panel, panel_step = self._places[name]
+            padding = -delta.rank % _PANEL
+            down = pad(delta.down.float(), (0, 0, 0, padding)).contiguous()
+            up = pad(delta.up.float() * delta.scale, (0, padding)).contiguous()
+            self._done(
+                self._library.hostler_add_low_rank(
+                    self._model, index, layer, which, down.data_ptr(), up.data_ptr(), delta.rank + padding,
+                    down.shape[1], up.shape[0], panel, panel_step,
+                )
+            )  # fmt: skip
+
     @staticmethod
     def _done(status: int) -> None:
         if status:
@@ -147,7 +184,7 @@ class NativeDecoder:
 
     def step(
         self, *, tokens: Ints, positions: Ints, sequences: Ints, tables: Ints, logit_rows: Ints, num_threads: int,
-        override_rows: Ints | None = None, overrides: Floats | None = None,
+        override_rows: Ints | None = None, overrides: Floats | None = None, adapters: Ints | None = None,
     ) -> Floats:  # fmt: skip
         """Run one step: write keys and values of every row, return logits of some.
 
@@ -159,6 +196,7 @@ class NativeDecoder:
             logit_rows: (wanted,) rows whose logits are wanted.
             num_threads: threads that take part.
             override_rows: rows whose embedding is given in `overrides` (n, hidden) instead of looked up.
+            adapters: (sequences,) index of each one's adapter, -1 for none.
 
         Returns:
             (wanted, vocab) logits.
@@ -183,6 +221,7 @@ class NativeDecoder:
             logit_row=logit_rows.ctypes.data, logits=logits.ctypes.data,
             override_row=None if override_rows is None else override_rows.ctypes.data,
             override_value=None if overrides is None else overrides.ctypes.data,
+            adapter=None if adapters is None else adapters.ctypes.data,
         )  # fmt: skip
         self._done(self._library.hostler_step(self._model, c.byref(step)))
         return logits

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from workers.text.adapters import AdaptedLayer
+
 FAMILIES = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"})
 _ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 _ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
@@ -122,6 +124,25 @@ def describe(decoder: Any, head: Any, config: Any) -> Description:
     )
     _check(described)
     return described
+
+
+def described_layers(d: Description) -> dict[str, AdaptedLayer]:
+    """Return what adapters may add to, by its path in the module that was described: a plain text model of a family."""
+    query, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    shapes = {
+        "self_attn.q_proj": (query, d.hidden),
+        "self_attn.k_proj": (kv, d.hidden),
+        "self_attn.v_proj": (kv, d.hidden),
+        "self_attn.o_proj": (d.hidden, query),
+        "mlp.gate_proj": (d.intermediate, d.hidden),
+        "mlp.up_proj": (d.intermediate, d.hidden),
+        "mlp.down_proj": (d.hidden, d.intermediate),
+    }
+    return {
+        f"model.layers.{layer}.{name}": AdaptedLayer(layer, name, *shape)
+        for layer in range(len(d.layers))
+        for name, shape in shapes.items()
+    }
 
 
 def _check(d: Description) -> None:

@@ -201,10 +201,29 @@ void widen_panel(const uint8_t* panel, int k, float* out) {
       for (int v = 0; v < V; ++v) store(out + size_t(i + j) * kPanel + v * W, Loader::at(panel, i, j, v));
 }
 
+// What is added to a product: to its row r, row slot[r] of `values` (…, panels * 16), or nothing where that is -1.
+struct Added {
+  const int32_t* slot = nullptr;
+  const float* values = nullptr;
+  size_t stride = 0;
+  void to(float* out, int row, int rows, int panel, int panels) const {
+    for (int r = 0; r < rows; ++r) {
+      if (slot[row + r] < 0) continue;
+      const float* from = values + size_t(slot[row + r]) * stride + size_t(panel) * kPanel;
+      for (int p = 0; p < panels; ++p)
+        for (int v = 0; v < kPanel; v += W) {
+          float* o = out + (p * rows + r) * kPanel + v;
+          store(o, load(o) + load(from + p * kPanel + v));
+        }
+    }
+  }
+};
+
 // Multiplies `rows` rows of `a` (row r at a + r * lda) with a weight. `done(row, rows, panel, panels, out)` takes each
-// finished piece, out[p][r][16], bias and scale applied; `unit` panels always come in one piece. Runs on the pool.
+// finished piece, out[p][r][16], bias, scale and `added` applied; `unit` panels always come in one piece. Runs on the pool.
 template <class Done>
-void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done) {
+void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done,
+             const Added& added = {}) {
   const int step = std::max(unit, rows < kRows ? wide(rows) : unit);
   const int tiles = (rows + kRows - 1) / kRows;
   const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
@@ -272,6 +291,7 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
             if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
             store(o, x_v);
           }
+      if (added.values) added.to(out, row, count, first, panels);
       done(row, count, first, panels, out);
     }
   });

@@ -50,6 +50,7 @@ class NativeRunner:
             tables=packed.tables,
             logit_rows=packed.logit_rows,
             num_threads=self._num_threads,
+            adapters=packed.adapters,
             **_pictures(packed),
         )
         return torch.from_numpy(logits)

@@ -24,45 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$hostler/lifecycle/v1/lifecycle.proto\x12\x14hostler.lifecycle.v1\"\xb8\x02\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08quantize\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x12\n\nmax_queued\x18\t \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x04\x12\x1c\n\x14prefill_chunk_tokens\x18\x0b \x01(\r\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x19\n\x11trust_remote_code\x18\r \x01(\x08\"F\n\x0cLoadProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\xd0\x02\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\x04\x12\x16\n\x0esupports_tools\x18\n \x01(\x08\x12\x1a\n\x12supports_reasoning\x18\x0b \x01(\x08\x12\x17\n\x0fsupports_images\x18\x0c \x01(\x08\x12\x16\n\x0esupports_audio\x18\r \x01(\x08\"\x81\x01\n\x0cLoadResponse\x12\x36\n\x08progress\x18\x01 \x01(\x0b\x32\".hostler.lifecycle.v1.LoadProgressH\x00\x12\x30\n\x05ready\x18\x02 \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfoH\x00\x42\x07\n\x05\x65vent\"\x0e\n\x0cSleepRequest\"$\n\rSleepResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x1d\n\x0bWakeRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x0e\n\x0cWakeResponse\"#\n\x0c\x44rainRequest\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x01 \x01(\r\"&\n\rDrainResponse\x12\x15\n\rnum_remaining\x18\x01 \x01(\r\"\x0f\n\rUnloadRequest\"\x10\n\x0eUnloadResponse\"#\n\x0cWatchRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"\x83\x03\n\rWatchResponse\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.hostler.lifecycle.v1.WorkerState\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x12\n\nnum_queued\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_reserved_bytes\x18\n \x01(\x04\x12\x1f\n\x17num_prompt_tokens_total\x18\x0b \x01(\x04\x12#\n\x1bnum_completion_tokens_total\x18\x0c \x01(\x04\x12-\n\x04info\x18\r \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfo\x12\x0f\n\x07\x66\x61ilure\x18\x0e \x01(\t*\xab\x01\n\nEngineKind\x12\x1b\n\x17\x45NGINE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NGINE_KIND_TEXT\x10\x01\x12\x18\n\x14\x45NGINE_KIND_SCRIPTED\x10\x02\x12\x19\n\x15\x45NGINE_KIND_EMBEDDING\x10\x03\x12\x1d\n\x19\x45NGINE_KIND_TRANSCRIPTION\x10\x04\x12\x16\n\x12\x45NGINE_KIND_SPEECH\x10\x05*\xc2\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_BLANK\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x17\n\x13WORKER_STATE_ASLEEP\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_FAILED\x10\x06\x32\xff\x03\n\x10LifecycleService\x12O\n\x04Load\x12!.hostler.lifecycle.v1.LoadRequest\x1a\".hostler.lifecycle.v1.LoadResponse0\x01\x12P\n\x05Sleep\x12\".hostler.lifecycle.v1.SleepRequest\x1a#.hostler.lifecycle.v1.SleepResponse\x12M\n\x04Wake\x12!.hostler.lifecycle.v1.WakeRequest\x1a\".hostler.lifecycle.v1.WakeResponse\x12P\n\x05\x44rain\x12\".hostler.lifecycle.v1.DrainRequest\x1a#.hostler.lifecycle.v1.DrainResponse\x12S\n\x06Unload\x12#.hostler.lifecycle.v1.UnloadRequest\x1a$.hostler.lifecycle.v1.UnloadResponse\x12R\n\x05Watch\x12\".hostler.lifecycle.v1.WatchRequest\x1a#.hostler.lifecycle.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$hostler/lifecycle/v1/lifecycle.proto\x12\x14hostler.lifecycle.v1\"\xe9\x02\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08quantize\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x12\n\nmax_queued\x18\t \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x04\x12\x1c\n\x14prefill_chunk_tokens\x18\x0b \x01(\r\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x19\n\x11trust_remote_code\x18\r \x01(\x08\x12/\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x1d.hostler.lifecycle.v1.Adapter\"%\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"F\n\x0cLoadProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\xd0\x02\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\x04\x12\x16\n\x0esupports_tools\x18\n \x01(\x08\x12\x1a\n\x12supports_reasoning\x18\x0b \x01(\x08\x12\x17\n\x0fsupports_images\x18\x0c \x01(\x08\x12\x16\n\x0esupports_audio\x18\r \x01(\x08\"\x81\x01\n\x0cLoadResponse\x12\x36\n\x08progress\x18\x01 \x01(\x0b\x32\".hostler.lifecycle.v1.LoadProgressH\x00\x12\x30\n\x05ready\x18\x02 \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfoH\x00\x42\x07\n\x05\x65vent\"\x0e\n\x0cSleepRequest\"$\n\rSleepResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x1d\n\x0bWakeRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x0e\n\x0cWakeResponse\"#\n\x0c\x44rainRequest\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x01 \x01(\r\"&\n\rDrainResponse\x12\x15\n\rnum_remaining\x18\x01 \x01(\r\"\x0f\n\rUnloadRequest\"\x10\n\x0eUnloadResponse\"#\n\x0cWatchRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"\x83\x03\n\rWatchResponse\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.hostler.lifecycle.v1.WorkerState\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x12\n\nnum_queued\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_reserved_bytes\x18\n \x01(\x04\x12\x1f\n\x17num_prompt_tokens_total\x18\x0b \x01(\x04\x12#\n\x1bnum_completion_tokens_total\x18\x0c \x01(\x04\x12-\n\x04info\x18\r \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfo\x12\x0f\n\x07\x66\x61ilure\x18\x0e \x01(\t*\xab\x01\n\nEngineKind\x12\x1b\n\x17\x45NGINE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NGINE_KIND_TEXT\x10\x01\x12\x18\n\x14\x45NGINE_KIND_SCRIPTED\x10\x02\x12\x19\n\x15\x45NGINE_KIND_EMBEDDING\x10\x03\x12\x1d\n\x19\x45NGINE_KIND_TRANSCRIPTION\x10\x04\x12\x16\n\x12\x45NGINE_KIND_SPEECH\x10\x05*\xc2\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_BLANK\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x17\n\x13WORKER_STATE_ASLEEP\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_FAILED\x10\x06\x32\xff\x03\n\x10LifecycleService\x12O\n\x04Load\x12!.hostler.lifecycle.v1.LoadRequest\x1a\".hostler.lifecycle.v1.LoadResponse0\x01\x12P\n\x05Sleep\x12\".hostler.lifecycle.v1.SleepRequest\x1a#.hostler.lifecycle.v1.SleepResponse\x12M\n\x04Wake\x12!.hostler.lifecycle.v1.WakeRequest\x1a\".hostler.lifecycle.v1.WakeResponse\x12P\n\x05\x44rain\x12\".hostler.lifecycle.v1.DrainRequest\x1a#.hostler.lifecycle.v1.DrainResponse\x12S\n\x06Unload\x12#.hostler.lifecycle.v1.UnloadRequest\x1a$.hostler.lifecycle.v1.UnloadResponse\x12R\n\x05Watch\x12\".hostler.lifecycle.v1.WatchRequest\x1a#.hostler.lifecycle.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hostler.lifecycle.v1.lifecycle_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINEKIND']._serialized_start=1561
-  _globals['_ENGINEKIND']._serialized_end=1732
-  _globals['_WORKERSTATE']._serialized_start=1735
-  _globals['_WORKERSTATE']._serialized_end=1929
+  _globals['_ENGINEKIND']._serialized_start=1649
+  _globals['_ENGINEKIND']._serialized_end=1820
+  _globals['_WORKERSTATE']._serialized_start=1823
+  _globals['_WORKERSTATE']._serialized_end=2017
   _globals['_LOADREQUEST']._serialized_start=63
-  _globals['_LOADREQUEST']._serialized_end=375
-  _globals['_LOADPROGRESS']._serialized_start=377
-  _globals['_LOADPROGRESS']._serialized_end=447
-  _globals['_MODELINFO']._serialized_start=450
-  _globals['_MODELINFO']._serialized_end=786
-  _globals['_LOADRESPONSE']._serialized_start=789
-  _globals['_LOADRESPONSE']._serialized_end=918
-  _globals['_SLEEPREQUEST']._serialized_start=920
-  _globals['_SLEEPREQUEST']._serialized_end=934
-  _globals['_SLEEPRESPONSE']._serialized_start=936
-  _globals['_SLEEPRESPONSE']._serialized_end=972
-  _globals['_WAKEREQUEST']._serialized_start=974
-  _globals['_WAKEREQUEST']._serialized_end=1003
-  _globals['_WAKERESPONSE']._serialized_start=1005
-  _globals['_WAKERESPONSE']._serialized_end=1019
-  _globals['_DRAINREQUEST']._serialized_start=1021
-  _globals['_DRAINREQUEST']._serialized_end=1056
-  _globals['_DRAINRESPONSE']._serialized_start=1058
-  _globals['_DRAINRESPONSE']._serialized_end=1096
-  _globals['_UNLOADREQUEST']._serialized_start=1098
-  _globals['_UNLOADREQUEST']._serialized_end=1113
-  _globals['_UNLOADRESPONSE']._serialized_start=1115
-  _globals['_UNLOADRESPONSE']._serialized_end=1131
-  _globals['_WATCHREQUEST']._serialized_start=1133
-  _globals['_WATCHREQUEST']._serialized_end=1168
-  _globals['_WATCHRESPONSE']._serialized_start=1171
-  _globals['_WATCHRESPONSE']._serialized_end=1558
-  _globals['_LIFECYCLESERVICE']._serialized_start=1932
-  _globals['_LIFECYCLESERVICE']._serialized_end=2443
+  _globals['_LOADREQUEST']._serialized_end=424
+  _globals['_ADAPTER']._serialized_start=426
+  _globals['_ADAPTER']._serialized_end=463
+  _globals['_LOADPROGRESS']._serialized_start=465
+  _globals['_LOADPROGRESS']._serialized_end=535
+  _globals['_MODELINFO']._serialized_start=538
+  _globals['_MODELINFO']._serialized_end=874
+  _globals['_LOADRESPONSE']._serialized_start=877
+  _globals['_LOADRESPONSE']._serialized_end=1006
+  _globals['_SLEEPREQUEST']._serialized_start=1008
+  _globals['_SLEEPREQUEST']._serialized_end=1022
+  _globals['_SLEEPRESPONSE']._serialized_start=1024
+  _globals['_SLEEPRESPONSE']._serialized_end=1060
+  _globals['_WAKEREQUEST']._serialized_start=1062
+  _globals['_WAKEREQUEST']._serialized_end=1091
+  _globals['_WAKERESPONSE']._serialized_start=1093
+  _globals['_WAKERESPONSE']._serialized_end=1107
+  _globals['_DRAINREQUEST']._serialized_start=1109
+  _globals['_DRAINREQUEST']._serialized_end=1144
+  _globals['_DRAINRESPONSE']._serialized_start=1146
+  _globals['_DRAINRESPONSE']._serialized_end=1184
+  _globals['_UNLOADREQUEST']._serialized_start=1186
+  _globals['_UNLOADREQUEST']._serialized_end=1201
+  _globals['_UNLOADRESPONSE']._serialized_start=1203
+  _globals['_UNLOADRESPONSE']._serialized_end=1219
+  _globals['_WATCHREQUEST']._serialized_start=1221
+  _globals['_WATCHREQUEST']._serialized_end=1256
+  _globals['_WATCHRESPONSE']._serialized_start=1259
+  _globals['_WATCHRESPONSE']._serialized_end=1646
+  _globals['_LIFECYCLESERVICE']._serialized_start=2020
+  _globals['_LIFECYCLESERVICE']._serialized_end=2531
 # @@protoc_insertion_point(module_scope)

@@ -7,8 +7,10 @@ Metadata on every call: `hostler-generation`. A worker refuses any generation bu
 (FAILED_PRECONDITION, reason `stale_generation`).
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -90,6 +92,7 @@ class LoadRequest(_message.Message):
     PREFILL_CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     TRUST_REMOTE_CODE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Public name, as clients ask for it."""
     engine: Global___EngineKind.ValueType
@@ -114,6 +117,10 @@ class LoadRequest(_message.Message):
     num_threads: _builtins.int
     """0: the worker chooses."""
     trust_remote_code: _builtins.bool
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """LoRA adapters to be served beside the model."""
+
     def __init__(
         self,
         *,
@@ -130,14 +137,41 @@ class LoadRequest(_message.Message):
         prefill_chunk_tokens: _builtins.int = ...,
         num_threads: _builtins.int = ...,
         trust_remote_code: _builtins.bool = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "engine", b"engine", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "dtype", b"dtype", "engine", b"engine", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """Adapter is a LoRA adapter of the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Public name, as clients ask for it."""
+    path: _builtins.str
+    """Local directory with peft's adapter_config.json and adapter_model.safetensors."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class LoadProgress(_message.Message):

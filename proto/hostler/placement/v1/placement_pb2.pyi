@@ -115,6 +115,7 @@ class ModelRoute(_message.Message):
     INFO_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Public name."""
     state: Global___ModelState.ValueType
@@ -135,6 +136,10 @@ class ModelRoute(_message.Message):
     def info(self) -> _lifecycle_pb2.ModelInfo:
         """Known after the first load."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of LoRA adapters that its replicas serve beside the model itself."""
+
     def __init__(
         self,
         *,
@@ -148,10 +153,11 @@ class ModelRoute(_message.Message):
         info: _lifecycle_pb2.ModelInfo | None = ...,
         failure: _builtins.str = ...,
         quantize: _builtins.str = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_unix_s", b"created_unix_s", "engine", b"engine", "failure", b"failure", "info", b"info", "name", b"name", "owned_by", b"owned_by", "quantize", b"quantize", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "aliases", b"aliases", "created_unix_s", b"created_unix_s", "engine", b"engine", "failure", b"failure", "info", b"info", "name", b"name", "owned_by", b"owned_by", "quantize", b"quantize", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
