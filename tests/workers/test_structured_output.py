@@ -1,7 +1,7 @@
 """Replies that must follow a schema, a grammar or a tool, held against independent validators at a hot temperature.
 
 The tiny model's weights are random, so at temperature 1.5 it tries everything that a grammar lets through. How many
-replies are tried: HOSTLER_TEST_REPLIES (default 40 with the tiny model, half as many with the real one).
+replies are tried: HOSTLER_TEST_REPLIES (default 24 with the tiny model, half as many with the real one).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from workers.engine import (
     ToolUse,
 )
 
-REPLIES = int(os.environ.get("HOSTLER_TEST_REPLIES", "40"))
+REPLIES = int(os.environ.get("HOSTLER_TEST_REPLIES", "24"))
 PROMPT = TextPrompt("An example: ")
 
 

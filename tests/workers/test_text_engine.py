@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,20 @@ def random_prompts(count: int, vocab_size: int, longest: int) -> list[tuple[int,
     return [tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))) for _ in range(count)]
 
 
-def reference(path: Path, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+@cache
+def reference_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = _references.setdefault(path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@cache
+def reference(path: Path, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    model = reference_model(path)
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
     return out[0, len(prompt) :].tolist()
-
-
-_references: dict[Path, Any] = {}
 
 
 async def generated_ids(engine: Any, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
@@ -253,8 +257,9 @@ async def test_fifty_prompts_of_the_real_model_equal_generate_alone_and_in_a_bat
 ) -> None:
     topics = ("gravity", "bread", "the sea", "trains", "Paris", "chess", "bees", "rain", "violins", "snow")
     asks = ("Explain {}.", "Write a line about {}.", "What is {}?", "List facts on {}.", "Tell a story of {}.")
-    torch.set_num_threads(1)
-    async with open_engine(smollm2, max_running=16, prefill_chunk_tokens=64, kv_cache_bytes=2**28) as engine:
+    async with open_engine(
+        smollm2, num_threads=2, max_running=16, prefill_chunk_tokens=64, kv_cache_bytes=2**28
+    ) as engine:
         chats = [ChatPrompt([{"role": "user", "content": ask.format(t)}]) for t in topics for ask in asks]
         prompts = [tuple(await engine.tokenize(chat)) for chat in chats]
         expected = [reference(smollm2, p, 12) for p in prompts]
