@@ -10,6 +10,10 @@ import gc
 
 gc.disable()
 
+# Every configuration class of transformers imports this when a directory is read; it pulls in parts of torch that take
+# most of a second.
+import transformers.utils.type_validators  # noqa: E402, F401
+
 import workers.server  # noqa: E402
 import workers.text.opening  # noqa: E402, F401
 
