@@ -6,13 +6,15 @@ transformers 5.23). What the imports left is then frozen: it lives as long as th
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 gc.disable()
 
 # Every configuration class of transformers imports this when a directory is read; it pulls in parts of torch that take
-# most of a second.
-import transformers.utils.type_validators  # noqa: E402, F401
+# most of a second. Only speed hangs on it.
+with contextlib.suppress(ImportError):
+    import transformers.utils.type_validators  # noqa: F401
 
 import workers.server  # noqa: E402
 import workers.text.opening  # noqa: E402, F401
