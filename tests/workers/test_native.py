@@ -107,7 +107,6 @@ def test_what_an_earlier_owner_left_in_a_block_reaches_nobody(tiny_model: Path) 
     loaded, _ = opened(tiny_model)
     clean, used = decoder_of(loaded, "float32"), decoder_of(loaded, "float32")
     steps = probe(VOCABULARY)
-    poison = np.full((steps[0].tokens.size, 64), np.nan, np.float32)
     for step in steps:
         used.decoder.step(
             tokens=step.tokens,
@@ -117,7 +116,7 @@ def test_what_an_earlier_owner_left_in_a_block_reaches_nobody(tiny_model: Path) 
             logit_rows=step.logit_rows,
             num_threads=1,
             override_rows=np.arange(step.tokens.size, dtype=np.int32),
-            overrides=np.full((step.tokens.size, poison.shape[1]), np.nan, np.float32),
+            overrides=np.full((step.tokens.size, loaded.text_config.hidden_size), np.nan, np.float32),
         )
     torch.testing.assert_close(logits(used), logits(clean), atol=0, rtol=0)
 
