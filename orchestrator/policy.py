@@ -1,6 +1,6 @@
 """Where a model goes and who makes room: a pure function over frozen views.
 
-Above it: `loading.py`, which carries the answer out. Below it: nothing; no clock, no input or output.
+Above it: `loading.py`, which carries the answer out. Below it: `views.py`; no clock, no input or output.
 
 First policy: a model that fits is placed on the device with the most room left. Else the least recently
 used idle models of one device go until it fits. Busy and pinned models never go.
@@ -9,101 +9,20 @@ used idle models of one device go until it fits. Busy and pinned models never go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 
-
-@dataclass(frozen=True, slots=True)
-class DeviceView:
-    """One device: `usable_bytes` is its budget less what other programs hold."""
-
-    id: str
-    usable_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class HolderView:
-    """Something that holds memory: a replica, or a load that was promised its place.
-
-    `busy` also covers a replica that is loading, or that became ready a moment ago for requests that
-    have not arrived yet.
-    """
-
-    id: str
-    model: str
-    device: str
-    reserved_bytes: int
-    busy: bool
-    pinned: bool
-    last_used_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterView:
-    """Everything a decision may depend on."""
-
-    devices: tuple[DeviceView, ...]
-    holders: tuple[HolderView, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What one model needs. The KV cache is elastic between its floor and what it could ever use.
-
-    Attributes:
-        base_bytes: weights and workspace.
-        kv_floor_bytes: less than this is not worth loading.
-        kv_context_bytes: one full context.
-        kv_want_bytes: every running request at full context.
-        num_others: other models that will want a share of the same devices.
-    """
-
-    model: str
-    device: str | None
-    base_bytes: int
-    kv_floor_bytes: int
-    kv_context_bytes: int
-    kv_want_bytes: int
-    num_others: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Place the model here, after these holders have gone."""
-
-    device: str
-    evict: tuple[str, ...]
-    kv_cache_bytes: int
-    needed_bytes: int
-    reason: str
-
-
-class Obstacle(Enum):
-    """Why there is no plan: for good, until somebody unpins, or until somebody becomes idle."""
-
-    NEVER = "never"
-    PINNED = "pinned"
-    BUSY = "busy"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """No plan; `lacking_bytes` is what is missing on the device that comes nearest."""
-
-    obstacle: Obstacle
-    needed_bytes: int
-    lacking_bytes: int
-    reason: str
-
-
-def in_words(num_bytes: int) -> str:
-    """Return a size for people, e.g. "1.5 GiB"."""
-    amount = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(amount) < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} GiB"
+from orchestrator.views import (
+    ClusterView,
+    Demand,
+    DeviceView,
+    HolderState,
+    HolderView,
+    Obstacle,
+    Part,
+    Plan,
+    Refusal,
+    Rules,
+    in_words,
+)
 
 
 def needed_on(device: DeviceView, demand: Demand) -> int:
@@ -127,7 +46,8 @@ def _plan(device: DeviceView, free_bytes: int, victims: Sequence[HolderView], de
         reason = f"{device.id} has room for {in_words(needed_bytes)} once {names} (least recently used, idle) is gone"
     else:
         reason = f"{device.id} has {in_words(free_bytes)} free, {in_words(needed_bytes)} needed"
-    return Plan(device.id, tuple(v.id for v in victims), kv_cache_bytes, needed_bytes, reason)
+    part = Part(device.id, needed_bytes)
+    return Plan(demand.model, (part,), kv_cache_bytes, reason, evict=tuple(v.id for v in victims))
 
 
 def _victims(holders: Sequence[HolderView], lacking_bytes: int) -> list[HolderView] | None:
@@ -137,7 +57,7 @@ def _victims(holders: Sequence[HolderView], lacking_bytes: int) -> list[HolderVi
     for holder in sorted(holders, key=lambda h: (h.last_used_s, h.id)):
         if freed >= lacking_bytes:
             break
-        if holder.busy or holder.pinned or holder.reserved_bytes == 0:
+        if holder.busy or holder.pinned or holder.state is not HolderState.READY or holder.reserved_bytes == 0:
             continue
         chosen.append(holder)
         freed += holder.reserved_bytes
@@ -150,7 +70,7 @@ def _victims(holders: Sequence[HolderView], lacking_bytes: int) -> list[HolderVi
     return chosen
 
 
-def plan(view: ClusterView, demand: Demand) -> Plan | Refusal:
+def plan(view: ClusterView, demand: Demand, rules: Rules = Rules()) -> Plan | Refusal:
     """Decide where `demand` goes now, who must go first, and why; or why not."""
     candidates = [d for d in view.devices if demand.device in (None, d.id)]
     least_bytes = demand.base_bytes + demand.kv_floor_bytes
@@ -168,7 +88,7 @@ def plan(view: ClusterView, demand: Demand) -> Plan | Refusal:
         )
         return Refusal(Obstacle.NEVER, least_bytes, lacking, reason)
 
-    on = {d.id: [h for h in view.holders if h.device == d.id] for d in able}
+    on = {d.id: [h for h in view.holders if h.bytes_on(d.id)] for d in able}
     free = {d.id: d.usable_bytes - sum(h.reserved_bytes for h in on[d.id]) for d in able}
     fitting = [d for d in able if needed_on(d, demand) <= free[d.id]]
     if fitting:

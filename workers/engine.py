@@ -254,11 +254,14 @@ class AdapterSource:
 
 @dataclass(frozen=True, slots=True)
 class LoadSpec:
-    """Everything a worker is told about the one model it will own. Zeros and empty strings mean: choose."""
+    """Everything a worker is told about the one model it will own. Zeros and empty strings mean: choose.
+
+    `devices`: as this process numbers them; several when the model is split.
+    """
 
     model: str
     path: str
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
     dtype: str = "auto"
     max_context_tokens: int = 0
     max_running: int = 16
@@ -269,6 +272,11 @@ class LoadSpec:
     quantize: str = ""
     trust_remote_code: bool = False
     adapters: tuple[AdapterSource, ...] = ()
+
+    @property
+    def device(self) -> str:
+        """The first device, the only one of a model that is not split."""
+        return self.devices[0]
 
 
 class Engine(Protocol):

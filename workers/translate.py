@@ -300,7 +300,7 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
     return LoadSpec(
         model=message.model,
         path=message.path,
-        device=message.device or "cpu",
+        devices=tuple(message.devices) or ("cpu",),
         dtype=message.dtype or "auto",
         max_context_tokens=message.max_context_tokens,
         max_running=message.max_running or 16,

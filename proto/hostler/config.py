@@ -40,6 +40,21 @@ def parse_bytes(value: Any) -> Any:
         raise ValueError(f"{value!r} is not a size; write it like 2GiB or 500MB") from None
 
 
+_TIME_UNITS = {"": 1.0, "MS": 0.001, "S": 1.0, "M": 60.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0}
+
+
+def parse_seconds(value: Any) -> Any:
+    """Turn "90s", "10m" or "1.5 h" into seconds; leave anything else for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        return float(digits) * _TIME_UNITS[text[len(digits) :].strip().upper()]
+    except (KeyError, ValueError):
+        raise ValueError(f"{value!r} is not a time; write it like 30s, 10m or 1.5h") from None
+
+
 def _no_path(value: str) -> str:
     if not value or len(value) > 200 or any(c.isspace() or not c.isprintable() for c in value) or ".." in value:
         raise ValueError(f"{value!r} is not a model name; use letters, digits and . _ - : @ /")
@@ -47,6 +62,7 @@ def _no_path(value: str) -> str:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(ge=0, le=2**60)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds, json_schema_input_type=float | str), Field(ge=0, le=10**8)]
 ModelName = Annotated[str, AfterValidator(_no_path)]
 
 
@@ -86,6 +102,17 @@ class ModelConfig(_Strict):
     num_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: chosen.")
     preload: bool = Field(default=False, description="Load at start.")
     pinned: bool = Field(default=False, description="Never evict.")
+    keep_alive: Seconds | None = Field(
+        default=None, description="Idle for so long it goes to sleep, and later for good; null: until room is needed."
+    )
+    priority: Literal["interactive", "batch"] = Field(
+        default="interactive", description="batch: never displaces models that people wait for."
+    )
+    group: str = Field(default="", max_length=64, description="Name of a group in `apart`.")
+    max_replicas: int = Field(default=1, ge=1, le=64, description="Copies that a busy model may have, in free room.")
+    max_devices: int = Field(
+        default=0, ge=0, le=64, description="Devices that it may be split over if one is too small; 0: as many as needed."
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code from the model repository.")
 
     @model_validator(mode="after")
@@ -118,6 +145,15 @@ class HostlerConfig(_Strict):
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")
     ray_address: str | None = Field(default=None, description="Join this Ray cluster instead of starting one.")
+    sleep_memory: Bytes | None = Field(
+        default=None, description="Host memory for sleeping models; 0: none sleeps; null: chosen from what is free."
+    )
+    warm_workers: int = Field(default=1, ge=0, le=16, description="Blank worker processes kept ready, so loads are quick.")
+    min_residency: Seconds = Field(default=5.0, description="A model that was just loaded stays at least so long.")
+    max_wait: Seconds = Field(
+        default=30.0, description="Who waits longer for memory gets a turn: a busy model takes no new requests meanwhile."
+    )
+    apart: tuple[str, ...] = Field(default=(), description="Groups whose models may not share a device.")
     step_budget_s: float = Field(default=60.0, gt=0, le=3600, description="A busy worker that takes longer is hung.")
     drain_s: float = Field(default=20.0, ge=0, le=3600, description="How long a stop waits for running requests.")
 

@@ -44,6 +44,11 @@ class InferenceServiceStub:
                 request_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Rerank = channel.unary_unary(
+                '/hostler.inference.v1.InferenceService/Rerank',
+                request_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.RerankRequest.SerializeToString,
+                response_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.RerankResponse.FromString,
+                _registered_method=True)
         self.Transcribe = channel.unary_stream(
                 '/hostler.inference.v1.InferenceService/Transcribe',
                 request_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.TranscribeRequest.SerializeToString,
@@ -78,6 +83,13 @@ class InferenceServiceServicer:
 
     def Embed(self, request, context):
         """Embed returns one vector for each input, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rerank(self, request, context):
+        """Rerank returns how relevant each document is to a query, in the documents' order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +135,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.RerankRequest.FromString,
+                    response_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.RerankResponse.SerializeToString,
             ),
             'Transcribe': grpc.unary_stream_rpc_method_handler(
                     servicer.Transcribe,
@@ -199,6 +216,33 @@ class InferenceService:
             '/hostler.inference.v1.InferenceService/Embed',
             hostler_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             hostler_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hostler.inference.v1.InferenceService/Rerank',
+            hostler_dot_inference_dot_v1_dot_inference__pb2.RerankRequest.SerializeToString,
+            hostler_dot_inference_dot_v1_dot_inference__pb2.RerankResponse.FromString,
             options,
             channel_credentials,
             insecure,

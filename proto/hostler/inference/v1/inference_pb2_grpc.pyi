@@ -42,6 +42,8 @@ class InferenceServiceStub:
     """Generate streams one choice for one prompt. The last event is always `finish`."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
     """Embed returns one vector for each input, in order."""
+    Rerank: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]
+    """Rerank returns how relevant each document is to a query, in the documents' order."""
     Transcribe: _grpc.UnaryStreamMultiCallable[_inference_pb2.TranscribeRequest, _inference_pb2.TranscribeResponse]
     """Transcribe streams segments of recognised speech; the last event is `finish`."""
     Speak: _grpc.UnaryStreamMultiCallable[_inference_pb2.SpeakRequest, _inference_pb2.SpeakResponse]
@@ -58,6 +60,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generate streams one choice for one prompt. The last event is always `finish`."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embed returns one vector for each input, in order."""
+    Rerank: _aio.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]  # type: ignore[assignment]
+    """Rerank returns how relevant each document is to a query, in the documents' order."""
     Transcribe: _aio.UnaryStreamMultiCallable[_inference_pb2.TranscribeRequest, _inference_pb2.TranscribeResponse]  # type: ignore[assignment]
     """Transcribe streams segments of recognised speech; the last event is `finish`."""
     Speak: _aio.UnaryStreamMultiCallable[_inference_pb2.SpeakRequest, _inference_pb2.SpeakResponse]  # type: ignore[assignment]
@@ -83,6 +87,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
         """Embed returns one vector for each input, in order."""
+
+    @_abc_1.abstractmethod
+    def Rerank(
+        self,
+        request: _inference_pb2.RerankRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.RerankResponse, _abc.Awaitable[_inference_pb2.RerankResponse]]:
+        """Rerank returns how relevant each document is to a query, in the documents' order."""
 
     @_abc_1.abstractmethod
     def Transcribe(

@@ -4,7 +4,8 @@ isort:skip_file
 What the orchestrator asks of one worker: load, sleep, wake, drain, unload, watch.
 
 Metadata on every call: `hostler-generation`. A worker refuses any generation but its own
-(FAILED_PRECONDITION, reason `stale_generation`).
+(FAILED_PRECONDITION, reason `stale_generation`). A blank worker started ahead has generation 0 and takes that of the
+Load that claims it.
 """
 
 from collections import abc as _abc
@@ -35,6 +36,7 @@ class _EngineKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineKind
     ENGINE_KIND_EMBEDDING: _EngineKind.ValueType  # 3
     ENGINE_KIND_TRANSCRIPTION: _EngineKind.ValueType  # 4
     ENGINE_KIND_SPEECH: _EngineKind.ValueType  # 5
+    ENGINE_KIND_RERANK: _EngineKind.ValueType  # 6
 
 class EngineKind(_EngineKind, metaclass=_EngineKindEnumTypeWrapper): ...
 
@@ -44,6 +46,7 @@ ENGINE_KIND_SCRIPTED: EngineKind.ValueType  # 2
 ENGINE_KIND_EMBEDDING: EngineKind.ValueType  # 3
 ENGINE_KIND_TRANSCRIPTION: EngineKind.ValueType  # 4
 ENGINE_KIND_SPEECH: EngineKind.ValueType  # 5
+ENGINE_KIND_RERANK: EngineKind.ValueType  # 6
 Global___EngineKind: _TypeAlias = EngineKind  # noqa: Y015
 
 class _WorkerState:
@@ -79,10 +82,30 @@ class LoadRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class EnvironmentEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
-    DEVICE_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
@@ -93,13 +116,12 @@ class LoadRequest(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     TRUST_REMOTE_CODE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Public name, as clients ask for it."""
     engine: Global___EngineKind.ValueType
     path: _builtins.str
     """Local directory with config, tokenizer and safetensors."""
-    device: _builtins.str
-    """"cpu", "cuda:0" …, as the worker's own process numbers its devices."""
     dtype: _builtins.str
     """"auto", "bfloat16", "float16", "float32"."""
     quantize: _builtins.str
@@ -118,8 +140,16 @@ class LoadRequest(_message.Message):
     """0: the worker chooses."""
     trust_remote_code: _builtins.bool
     @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"cpu", "cuda:0" …, as the worker's own process numbers its devices. Several: the model is split over them."""
+
+    @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """LoRA adapters to be served beside the model."""
+
+    @_builtins.property
+    def environment(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Set in the process before its libraries look at any device: visible devices, thread counts."""
 
     def __init__(
         self,
@@ -127,7 +157,7 @@ class LoadRequest(_message.Message):
         model: _builtins.str = ...,
         engine: Global___EngineKind.ValueType = ...,
         path: _builtins.str = ...,
-        device: _builtins.str = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
         dtype: _builtins.str = ...,
         quantize: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
@@ -138,10 +168,11 @@ class LoadRequest(_message.Message):
         num_threads: _builtins.int = ...,
         trust_remote_code: _builtins.bool = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "device", b"device", "dtype", b"dtype", "engine", b"engine", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "devices", b"devices", "dtype", b"dtype", "engine", b"engine", "environment", b"environment", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,12 +317,17 @@ Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
 class SleepRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    deadline_ms: _builtins.int
+    """How long to wait for running requests; then it is not done (FAILED_PRECONDITION, reason `unavailable`)."""
     def __init__(
         self,
+        *,
+        deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -302,15 +338,20 @@ class SleepResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FREED_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
+    """No longer held on the device."""
+    host_bytes: _builtins.int
+    """Held in host memory while asleep."""
     def __init__(
         self,
         *,
         freed_bytes: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "host_bytes", b"host_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,16 +361,23 @@ Global___SleepResponse: _TypeAlias = SleepResponse  # noqa: Y015
 class WakeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    DEVICE_FIELD_NUMBER: _builtins.int
-    device: _builtins.str
+    DEVICES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    kv_cache_bytes: _builtins.int
+    """As in LoadRequest."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in LoadRequest."""
+
     def __init__(
         self,
         *,
-        device: _builtins.str = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        kv_cache_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "kv_cache_bytes", b"kv_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -349,6 +397,45 @@ class WakeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WakeResponse: _TypeAlias = WakeResponse  # noqa: Y015
+
+@_typing.final
+class ResizeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    kv_cache_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        kv_cache_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_bytes", b"kv_cache_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeRequest: _TypeAlias = ResizeRequest  # noqa: Y015
+
+@_typing.final
+class ResizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    kv_cache_bytes: _builtins.int
+    """What the KV cache may grow to now."""
+    def __init__(
+        self,
+        *,
+        kv_cache_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_bytes", b"kv_cache_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeResponse: _TypeAlias = ResizeResponse  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
@@ -457,6 +544,11 @@ class WatchResponse(_message.Message):
     NUM_COMPLETION_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    PEAK_DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_ALLOCATED_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
     state: Global___WorkerState.ValueType
     generation: _builtins.int
     pid: _builtins.int
@@ -472,6 +564,16 @@ class WatchResponse(_message.Message):
     num_completion_tokens_total: _builtins.int
     failure: _builtins.str
     """Why the state is FAILED."""
+    device_bytes: _builtins.int
+    """Held on its devices now: the allocator's reserve on a GPU, the process's own memory on a CPU."""
+    peak_device_bytes: _builtins.int
+    """The most that was held since the model was loaded or woken."""
+    kv_allocated_bytes: _builtins.int
+    """Of the KV cache's budget, backed by memory now."""
+    host_bytes: _builtins.int
+    """Held in host memory beyond the device: while asleep, what makes waking quick."""
+    keep_alive_ms: _builtins.int
+    """How long the newest request asked the model to stay up once idle; absent: as configured; negative: for ever."""
     @_builtins.property
     def info(self) -> Global___ModelInfo:
         """Set once loaded."""
@@ -493,11 +595,18 @@ class WatchResponse(_message.Message):
         num_completion_tokens_total: _builtins.int = ...,
         info: Global___ModelInfo | None = ...,
         failure: _builtins.str = ...,
+        device_bytes: _builtins.int = ...,
+        peak_device_bytes: _builtins.int = ...,
+        kv_allocated_bytes: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        keep_alive_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "info", b"info", "keep_alive_ms", b"keep_alive_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "generation", b"generation", "info", b"info", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_used_bytes", b"kv_used_bytes", "max_running", b"max_running", "num_completion_tokens_total", b"num_completion_tokens_total", "num_prompt_tokens_total", b"num_prompt_tokens_total", "num_queued", b"num_queued", "num_running", b"num_running", "num_steps", b"num_steps", "pid", b"pid", "resident_bytes", b"resident_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "device_bytes", b"device_bytes", "failure", b"failure", "generation", b"generation", "host_bytes", b"host_bytes", "info", b"info", "keep_alive_ms", b"keep_alive_ms", "kv_allocated_bytes", b"kv_allocated_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_used_bytes", b"kv_used_bytes", "max_running", b"max_running", "num_completion_tokens_total", b"num_completion_tokens_total", "num_prompt_tokens_total", b"num_prompt_tokens_total", "num_queued", b"num_queued", "num_running", b"num_running", "num_steps", b"num_steps", "peak_device_bytes", b"peak_device_bytes", "pid", b"pid", "resident_bytes", b"resident_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
+    _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_ms) -> _WhichOneofReturnType__keep_alive_ms | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015

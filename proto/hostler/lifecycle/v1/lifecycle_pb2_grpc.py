@@ -49,6 +49,11 @@ class LifecycleServiceStub:
                 request_serializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.WakeRequest.SerializeToString,
                 response_deserializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.WakeResponse.FromString,
                 _registered_method=True)
+        self.Resize = channel.unary_unary(
+                '/hostler.lifecycle.v1.LifecycleService/Resize',
+                request_serializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.ResizeRequest.SerializeToString,
+                response_deserializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.ResizeResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/hostler.lifecycle.v1.LifecycleService/Drain',
                 request_serializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.DrainRequest.SerializeToString,
@@ -77,14 +82,23 @@ class LifecycleServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Sleep(self, request, context):
-        """Sleep moves the weights to host memory and frees the device.
+        """Sleep refuses new requests, waits for the running ones, and frees the device. Process, tokenizer and whatever makes
+        waking quick stay in host memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Wake(self, request, context):
-        """Wake brings them back, perhaps to another device.
+        """Wake brings the model back, perhaps on another device; afterwards it serves as before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resize(self, request, context):
+        """Resize changes what the KV cache may grow to. Shrinking frees cached prefixes first, and stops at what running
+        requests hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +143,11 @@ def add_LifecycleServiceServicer_to_server(servicer, server):
                     servicer.Wake,
                     request_deserializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.WakeRequest.FromString,
                     response_serializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.WakeResponse.SerializeToString,
+            ),
+            'Resize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resize,
+                    request_deserializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.ResizeRequest.FromString,
+                    response_serializer=hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.ResizeResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -227,6 +246,33 @@ class LifecycleService:
             '/hostler.lifecycle.v1.LifecycleService/Wake',
             hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.WakeRequest.SerializeToString,
             hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.WakeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hostler.lifecycle.v1.LifecycleService/Resize',
+            hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.ResizeRequest.SerializeToString,
+            hostler_dot_lifecycle_dot_v1_dot_lifecycle__pb2.ResizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

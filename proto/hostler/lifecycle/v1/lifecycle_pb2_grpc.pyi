@@ -4,7 +4,8 @@ isort:skip_file
 What the orchestrator asks of one worker: load, sleep, wake, drain, unload, watch.
 
 Metadata on every call: `hostler-generation`. A worker refuses any generation but its own
-(FAILED_PRECONDITION, reason `stale_generation`).
+(FAILED_PRECONDITION, reason `stale_generation`). A blank worker started ahead has generation 0 and takes that of the
+Load that claims it.
 """
 
 from collections import abc as _abc
@@ -38,9 +39,15 @@ class LifecycleServiceStub:
     Load: _grpc.UnaryStreamMultiCallable[_lifecycle_pb2.LoadRequest, _lifecycle_pb2.LoadResponse]
     """Load brings the weights to the device and reports progress; the last event is `ready`."""
     Sleep: _grpc.UnaryUnaryMultiCallable[_lifecycle_pb2.SleepRequest, _lifecycle_pb2.SleepResponse]
-    """Sleep moves the weights to host memory and frees the device."""
+    """Sleep refuses new requests, waits for the running ones, and frees the device. Process, tokenizer and whatever makes
+    waking quick stay in host memory.
+    """
     Wake: _grpc.UnaryUnaryMultiCallable[_lifecycle_pb2.WakeRequest, _lifecycle_pb2.WakeResponse]
-    """Wake brings them back, perhaps to another device."""
+    """Wake brings the model back, perhaps on another device; afterwards it serves as before."""
+    Resize: _grpc.UnaryUnaryMultiCallable[_lifecycle_pb2.ResizeRequest, _lifecycle_pb2.ResizeResponse]
+    """Resize changes what the KV cache may grow to. Shrinking frees cached prefixes first, and stops at what running
+    requests hold.
+    """
     Drain: _grpc.UnaryUnaryMultiCallable[_lifecycle_pb2.DrainRequest, _lifecycle_pb2.DrainResponse]
     """Drain refuses new requests and returns when the running ones have ended or the deadline passed."""
     Unload: _grpc.UnaryUnaryMultiCallable[_lifecycle_pb2.UnloadRequest, _lifecycle_pb2.UnloadResponse]
@@ -56,9 +63,15 @@ class LifecycleServiceAsyncStub(LifecycleServiceStub):
     Load: _aio.UnaryStreamMultiCallable[_lifecycle_pb2.LoadRequest, _lifecycle_pb2.LoadResponse]  # type: ignore[assignment]
     """Load brings the weights to the device and reports progress; the last event is `ready`."""
     Sleep: _aio.UnaryUnaryMultiCallable[_lifecycle_pb2.SleepRequest, _lifecycle_pb2.SleepResponse]  # type: ignore[assignment]
-    """Sleep moves the weights to host memory and frees the device."""
+    """Sleep refuses new requests, waits for the running ones, and frees the device. Process, tokenizer and whatever makes
+    waking quick stay in host memory.
+    """
     Wake: _aio.UnaryUnaryMultiCallable[_lifecycle_pb2.WakeRequest, _lifecycle_pb2.WakeResponse]  # type: ignore[assignment]
-    """Wake brings them back, perhaps to another device."""
+    """Wake brings the model back, perhaps on another device; afterwards it serves as before."""
+    Resize: _aio.UnaryUnaryMultiCallable[_lifecycle_pb2.ResizeRequest, _lifecycle_pb2.ResizeResponse]  # type: ignore[assignment]
+    """Resize changes what the KV cache may grow to. Shrinking frees cached prefixes first, and stops at what running
+    requests hold.
+    """
     Drain: _aio.UnaryUnaryMultiCallable[_lifecycle_pb2.DrainRequest, _lifecycle_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain refuses new requests and returns when the running ones have ended or the deadline passed."""
     Unload: _aio.UnaryUnaryMultiCallable[_lifecycle_pb2.UnloadRequest, _lifecycle_pb2.UnloadResponse]  # type: ignore[assignment]
@@ -83,7 +96,9 @@ class LifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lifecycle_pb2.SleepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_lifecycle_pb2.SleepResponse, _abc.Awaitable[_lifecycle_pb2.SleepResponse]]:
-        """Sleep moves the weights to host memory and frees the device."""
+        """Sleep refuses new requests, waits for the running ones, and frees the device. Process, tokenizer and whatever makes
+        waking quick stay in host memory.
+        """
 
     @_abc_1.abstractmethod
     def Wake(
@@ -91,7 +106,17 @@ class LifecycleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lifecycle_pb2.WakeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_lifecycle_pb2.WakeResponse, _abc.Awaitable[_lifecycle_pb2.WakeResponse]]:
-        """Wake brings them back, perhaps to another device."""
+        """Wake brings the model back, perhaps on another device; afterwards it serves as before."""
+
+    @_abc_1.abstractmethod
+    def Resize(
+        self,
+        request: _lifecycle_pb2.ResizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lifecycle_pb2.ResizeResponse, _abc.Awaitable[_lifecycle_pb2.ResizeResponse]]:
+        """Resize changes what the KV cache may grow to. Shrinking frees cached prefixes first, and stops at what running
+        requests hold.
+        """
 
     @_abc_1.abstractmethod
     def Drain(

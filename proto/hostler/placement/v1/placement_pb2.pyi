@@ -20,6 +20,24 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Priority orders those who wait for memory. Batch work never displaces interactive work."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+PRIORITY_BATCH: Priority.ValueType  # 2
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _ModelState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -65,6 +83,83 @@ DEVICE_KIND_UNSPECIFIED: DeviceKind.ValueType  # 0
 DEVICE_KIND_CPU: DeviceKind.ValueType  # 1
 DEVICE_KIND_CUDA: DeviceKind.ValueType  # 2
 Global___DeviceKind: _TypeAlias = DeviceKind  # noqa: Y015
+
+class _EventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
+    EVENT_KIND_PLACED: _EventKind.ValueType  # 1
+    """A model was placed: a load or a wake began."""
+    EVENT_KIND_READY: _EventKind.ValueType  # 2
+    EVENT_KIND_EVICTED: _EventKind.ValueType  # 3
+    EVENT_KIND_ASLEEP: _EventKind.ValueType  # 4
+    EVENT_KIND_UNLOADED: _EventKind.ValueType  # 5
+    EVENT_KIND_RESIZED: _EventKind.ValueType  # 6
+    """A KV cache was resized."""
+    EVENT_KIND_PINNED: _EventKind.ValueType  # 7
+    EVENT_KIND_UNPINNED: _EventKind.ValueType  # 8
+    EVENT_KIND_WAITING: _EventKind.ValueType  # 9
+    """A load had to wait."""
+    EVENT_KIND_FAILED: _EventKind.ValueType  # 10
+    EVENT_KIND_LOST: _EventKind.ValueType  # 11
+    """A worker died, froze or hung."""
+    EVENT_KIND_ADOPTED: _EventKind.ValueType  # 12
+    EVENT_KIND_DEVICE_LOST: _EventKind.ValueType  # 13
+    EVENT_KIND_DEVICE_FOUND: _EventKind.ValueType  # 14
+    EVENT_KIND_FOREIGN_MEMORY: _EventKind.ValueType  # 15
+    """Programs that are not ours took or gave back a noticeable part of a device."""
+
+class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
+
+EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
+EVENT_KIND_PLACED: EventKind.ValueType  # 1
+"""A model was placed: a load or a wake began."""
+EVENT_KIND_READY: EventKind.ValueType  # 2
+EVENT_KIND_EVICTED: EventKind.ValueType  # 3
+EVENT_KIND_ASLEEP: EventKind.ValueType  # 4
+EVENT_KIND_UNLOADED: EventKind.ValueType  # 5
+EVENT_KIND_RESIZED: EventKind.ValueType  # 6
+"""A KV cache was resized."""
+EVENT_KIND_PINNED: EventKind.ValueType  # 7
+EVENT_KIND_UNPINNED: EventKind.ValueType  # 8
+EVENT_KIND_WAITING: EventKind.ValueType  # 9
+"""A load had to wait."""
+EVENT_KIND_FAILED: EventKind.ValueType  # 10
+EVENT_KIND_LOST: EventKind.ValueType  # 11
+"""A worker died, froze or hung."""
+EVENT_KIND_ADOPTED: EventKind.ValueType  # 12
+EVENT_KIND_DEVICE_LOST: EventKind.ValueType  # 13
+EVENT_KIND_DEVICE_FOUND: EventKind.ValueType  # 14
+EVENT_KIND_FOREIGN_MEMORY: EventKind.ValueType  # 15
+"""Programs that are not ours took or gave back a noticeable part of a device."""
+Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
+
+@_typing.final
+class DeviceBytes(_message.Message):
+    """DeviceBytes is what is held, or will be, on one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    num_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "num_bytes", b"num_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceBytes: _TypeAlias = DeviceBytes  # noqa: Y015
 
 @_typing.final
 class Replica(_message.Message):
@@ -208,18 +303,21 @@ class EnsureModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     EXPLICIT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     explicit: _builtins.bool
     """A load asked for by an operator, not by a waiting request."""
+    priority: Global___Priority.ValueType
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         explicit: _builtins.bool = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explicit", b"explicit", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explicit", b"explicit", "model", b"model", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,13 +332,19 @@ class EnsureProgress(_message.Message):
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    NUM_AHEAD_FIELD_NUMBER: _builtins.int
+    ETA_MS_FIELD_NUMBER: _builtins.int
     state: Global___ModelState.ValueType
     stage: _builtins.str
-    """"queue", "evict", "download", "convert", "spawn", "import", "read", "warm-up"."""
+    """"queue", "evict", "download", "convert", "spawn", "import", "read", "warm-up", "wake"."""
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     detail: _builtins.str
     """In words, for people."""
+    num_ahead: _builtins.int
+    """How many other models wait for memory before this one."""
+    eta_ms: _builtins.int
+    """Expected time until the model is ready, from measured loads; 0: not known."""
     def __init__(
         self,
         *,
@@ -249,10 +353,12 @@ class EnsureProgress(_message.Message):
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         detail: _builtins.str = ...,
+        num_ahead: _builtins.int = ...,
+        eta_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "done_bytes", b"done_bytes", "stage", b"stage", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "done_bytes", b"done_bytes", "eta_ms", b"eta_ms", "num_ahead", b"num_ahead", "stage", b"stage", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -308,32 +414,66 @@ class PlanModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FEASIBLE_FIELD_NUMBER: _builtins.int
-    DEVICE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     NEEDED_BYTES_FIELD_NUMBER: _builtins.int
     EVICT_MODELS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
+    SLEEP_MODELS_FIELD_NUMBER: _builtins.int
+    SHRINK_MODELS_FIELD_NUMBER: _builtins.int
+    WAKES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    EXPECTED_MS_FIELD_NUMBER: _builtins.int
+    LACKING_BYTES_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
     feasible: _builtins.bool
-    device: _builtins.str
     needed_bytes: _builtins.int
     reason: _builtins.str
     quantize: _builtins.str
     """Weight-only quantization that the bytes were counted with: "", "int8", "int4"."""
+    wakes: _builtins.bool
+    """It sleeps and would be woken."""
+    kv_cache_bytes: _builtins.int
+    expected_ms: _builtins.int
+    """Expected time until ready, from measured loads; 0: not known."""
+    lacking_bytes: _builtins.int
+    """Missing on the device that comes nearest, when it is not feasible."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceBytes]:
+        """Where it would go; more than one when it is split."""
+
     @_builtins.property
     def evict_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sleep_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def shrink_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models whose KV cache would give room."""
+
+    @_builtins.property
+    def advice(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What would help, in words, when it is not feasible."""
+
     def __init__(
         self,
         *,
         feasible: _builtins.bool = ...,
-        device: _builtins.str = ...,
+        parts: _abc.Iterable[Global___DeviceBytes] | None = ...,
         needed_bytes: _builtins.int = ...,
         evict_models: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
         quantize: _builtins.str = ...,
+        sleep_models: _abc.Iterable[_builtins.str] | None = ...,
+        shrink_models: _abc.Iterable[_builtins.str] | None = ...,
+        wakes: _builtins.bool = ...,
+        kv_cache_bytes: _builtins.int = ...,
+        expected_ms: _builtins.int = ...,
+        lacking_bytes: _builtins.int = ...,
+        advice: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "evict_models", b"evict_models", "feasible", b"feasible", "needed_bytes", b"needed_bytes", "quantize", b"quantize", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "evict_models", b"evict_models", "expected_ms", b"expected_ms", "feasible", b"feasible", "kv_cache_bytes", b"kv_cache_bytes", "lacking_bytes", b"lacking_bytes", "needed_bytes", b"needed_bytes", "parts", b"parts", "quantize", b"quantize", "reason", b"reason", "shrink_models", b"shrink_models", "sleep_models", b"sleep_models", "wakes", b"wakes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -376,6 +516,44 @@ class UnloadModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class SleepModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepModelRequest: _TypeAlias = SleepModelRequest  # noqa: Y015
+
+@_typing.final
+class SleepModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ASLEEP_FIELD_NUMBER: _builtins.int
+    num_asleep: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_asleep: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_asleep", b"num_asleep"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepModelResponse: _TypeAlias = SleepModelResponse  # noqa: Y015
 
 @_typing.final
 class PinModelRequest(_message.Message):
@@ -439,6 +617,8 @@ class Device(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     FOREIGN_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     kind: Global___DeviceKind.ValueType
     name: _builtins.str
@@ -446,6 +626,10 @@ class Device(_message.Message):
     reserved_bytes: _builtins.int
     foreign_bytes: _builtins.int
     """Held by programs that are not ours, where the driver can say."""
+    node: _builtins.str
+    """Which machine it is in; empty: this one."""
+    total_bytes: _builtins.int
+    """Physical memory; 0 where the budget alone counts."""
     def __init__(
         self,
         *,
@@ -455,14 +639,49 @@ class Device(_message.Message):
         budget_bytes: _builtins.int = ...,
         reserved_bytes: _builtins.int = ...,
         foreign_bytes: _builtins.int = ...,
+        node: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "foreign_bytes", b"foreign_bytes", "id", b"id", "kind", b"kind", "name", b"name", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "foreign_bytes", b"foreign_bytes", "id", b"id", "kind", b"kind", "name", b"name", "node", b"node", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class Node(_message.Message):
+    """Node is one machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SLEEP_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    SLEEP_USED_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_BLANK_WORKERS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Empty: this one."""
+    sleep_budget_bytes: _builtins.int
+    """Host memory for sleeping models, and what they hold of it."""
+    sleep_used_bytes: _builtins.int
+    num_blank_workers: _builtins.int
+    """Blank worker processes that stand ready."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        sleep_budget_bytes: _builtins.int = ...,
+        sleep_used_bytes: _builtins.int = ...,
+        num_blank_workers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "num_blank_workers", b"num_blank_workers", "sleep_budget_bytes", b"sleep_budget_bytes", "sleep_used_bytes", b"sleep_used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Node: _TypeAlias = Node  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):
@@ -470,23 +689,33 @@ class ReplicaStatus(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
-    DEVICE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     LOADED_UNIX_MS_FIELD_NUMBER: _builtins.int
     LAST_USED_UNIX_MS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    device: _builtins.str
     reserved_bytes: _builtins.int
+    """The sum of the parts."""
     loaded_unix_ms: _builtins.int
     last_used_unix_ms: _builtins.int
     pinned: _builtins.bool
     reason: _builtins.str
     """Why it is here, in words."""
+    completion_tokens_per_s: _builtins.float
+    """Tokens generated a second, over the last seconds."""
+    node: _builtins.str
+    """Which machine it is on; empty: this one."""
     @_builtins.property
     def replica(self) -> Global___Replica: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceBytes]:
+        """Reserved on each of its devices; none while asleep."""
+
     @_builtins.property
     def worker(self) -> _lifecycle_pb2.WatchResponse: ...
     def __init__(
@@ -494,17 +723,19 @@ class ReplicaStatus(_message.Message):
         *,
         model: _builtins.str = ...,
         replica: Global___Replica | None = ...,
-        device: _builtins.str = ...,
+        parts: _abc.Iterable[Global___DeviceBytes] | None = ...,
         reserved_bytes: _builtins.int = ...,
         loaded_unix_ms: _builtins.int = ...,
         last_used_unix_ms: _builtins.int = ...,
         pinned: _builtins.bool = ...,
         reason: _builtins.str = ...,
         worker: _lifecycle_pb2.WatchResponse | None = ...,
+        completion_tokens_per_s: _builtins.float = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "last_used_unix_ms", b"last_used_unix_ms", "loaded_unix_ms", b"loaded_unix_ms", "model", b"model", "pinned", b"pinned", "reason", b"reason", "replica", b"replica", "reserved_bytes", b"reserved_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens_per_s", b"completion_tokens_per_s", "last_used_unix_ms", b"last_used_unix_ms", "loaded_unix_ms", b"loaded_unix_ms", "model", b"model", "node", b"node", "parts", b"parts", "pinned", b"pinned", "reason", b"reason", "replica", b"replica", "reserved_bytes", b"reserved_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -519,6 +750,7 @@ class GetStatusResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     started_unix_ms: _builtins.int
     @_builtins.property
@@ -527,6 +759,8 @@ class GetStatusResponse(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelRoute]: ...
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]: ...
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
     def __init__(
         self,
         *,
@@ -535,11 +769,82 @@ class GetStatusResponse(_message.Message):
         devices: _abc.Iterable[Global___Device] | None = ...,
         models: _abc.Iterable[Global___ModelRoute] | None = ...,
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
+        nodes: _abc.Iterable[Global___Node] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "models", b"models", "replicas", b"replicas", "started_unix_ms", b"started_unix_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "models", b"models", "nodes", b"nodes", "replicas", b"replicas", "started_unix_ms", b"started_unix_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PAST_FIELD_NUMBER: _builtins.int
+    PAST_ONLY_FIELD_NUMBER: _builtins.int
+    max_past: _builtins.int
+    """At most so many past events; 0: all that are remembered."""
+    past_only: _builtins.bool
+    """End after the past ones."""
+    def __init__(
+        self,
+        *,
+        max_past: _builtins.int = ...,
+        past_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_past", b"max_past", "past_only", b"past_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    UNIX_MS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Rises by one with each event within one life of the orchestrator."""
+    unix_ms: _builtins.int
+    kind: Global___EventKind.ValueType
+    model: _builtins.str
+    device: _builtins.str
+    replica: _builtins.str
+    num_bytes: _builtins.int
+    duration_ms: _builtins.int
+    """How long it took, where it took time."""
+    why: _builtins.str
+    """Why, in words."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        unix_ms: _builtins.int = ...,
+        kind: Global___EventKind.ValueType = ...,
+        model: _builtins.str = ...,
+        device: _builtins.str = ...,
+        replica: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        duration_ms: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "duration_ms", b"duration_ms", "kind", b"kind", "model", b"model", "num_bytes", b"num_bytes", "number", b"number", "replica", b"replica", "unix_ms", b"unix_ms", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015

@@ -54,6 +54,11 @@ class PlacementServiceStub:
                 request_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.SleepModel = channel.unary_unary(
+                '/hostler.placement.v1.PlacementService/SleepModel',
+                request_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.SleepModelRequest.SerializeToString,
+                response_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.SleepModelResponse.FromString,
+                _registered_method=True)
         self.PinModel = channel.unary_unary(
                 '/hostler.placement.v1.PlacementService/PinModel',
                 request_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.PinModelRequest.SerializeToString,
@@ -63,6 +68,11 @@ class PlacementServiceStub:
                 '/hostler.placement.v1.PlacementService/GetStatus',
                 request_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/hostler.placement.v1.PlacementService/WatchEvents',
+                request_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
 
 
@@ -100,6 +110,13 @@ class PlacementServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SleepModel(self, request, context):
+        """SleepModel puts every replica of a model to sleep: off its device, quick to wake.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PinModel(self, request, context):
         """PinModel keeps a model from being evicted, or lets it go again.
         """
@@ -109,6 +126,13 @@ class PlacementServiceServicer:
 
     def GetStatus(self, request, context):
         """GetStatus returns devices, models and replicas as they are now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """WatchEvents streams what happened and why: the latest past events, oldest first, then each new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +161,11 @@ def add_PlacementServiceServicer_to_server(servicer, server):
                     request_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.UnloadModelRequest.FromString,
                     response_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.UnloadModelResponse.SerializeToString,
             ),
+            'SleepModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepModel,
+                    request_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.SleepModelRequest.FromString,
+                    response_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.SleepModelResponse.SerializeToString,
+            ),
             'PinModel': grpc.unary_unary_rpc_method_handler(
                     servicer.PinModel,
                     request_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.PinModelRequest.FromString,
@@ -146,6 +175,11 @@ def add_PlacementServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.GetStatusRequest.FromString,
                     response_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=hostler_dot_placement_dot_v1_dot_placement__pb2.WatchEventsRequest.FromString,
+                    response_serializer=hostler_dot_placement_dot_v1_dot_placement__pb2.WatchEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +301,33 @@ class PlacementService:
             _registered_method=True)
 
     @staticmethod
+    def SleepModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hostler.placement.v1.PlacementService/SleepModel',
+            hostler_dot_placement_dot_v1_dot_placement__pb2.SleepModelRequest.SerializeToString,
+            hostler_dot_placement_dot_v1_dot_placement__pb2.SleepModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def PinModel(request,
             target,
             options=(),
@@ -310,6 +371,33 @@ class PlacementService:
             '/hostler.placement.v1.PlacementService/GetStatus',
             hostler_dot_placement_dot_v1_dot_placement__pb2.GetStatusRequest.SerializeToString,
             hostler_dot_placement_dot_v1_dot_placement__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hostler.placement.v1.PlacementService/WatchEvents',
+            hostler_dot_placement_dot_v1_dot_placement__pb2.WatchEventsRequest.SerializeToString,
+            hostler_dot_placement_dot_v1_dot_placement__pb2.WatchEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,10 +44,14 @@ class PlacementServiceStub:
     """PlanModel says what EnsureModel would do now, and why, without doing it."""
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_placement_pb2.UnloadModelRequest, _placement_pb2.UnloadModelResponse]
     """UnloadModel drains and removes every replica of a model."""
+    SleepModel: _grpc.UnaryUnaryMultiCallable[_placement_pb2.SleepModelRequest, _placement_pb2.SleepModelResponse]
+    """SleepModel puts every replica of a model to sleep: off its device, quick to wake."""
     PinModel: _grpc.UnaryUnaryMultiCallable[_placement_pb2.PinModelRequest, _placement_pb2.PinModelResponse]
     """PinModel keeps a model from being evicted, or lets it go again."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_placement_pb2.GetStatusRequest, _placement_pb2.GetStatusResponse]
     """GetStatus returns devices, models and replicas as they are now."""
+    WatchEvents: _grpc.UnaryStreamMultiCallable[_placement_pb2.WatchEventsRequest, _placement_pb2.WatchEventsResponse]
+    """WatchEvents streams what happened and why: the latest past events, oldest first, then each new one."""
 
 @_typing.type_check_only
 class PlacementServiceAsyncStub(PlacementServiceStub):
@@ -65,10 +69,14 @@ class PlacementServiceAsyncStub(PlacementServiceStub):
     """PlanModel says what EnsureModel would do now, and why, without doing it."""
     UnloadModel: _aio.UnaryUnaryMultiCallable[_placement_pb2.UnloadModelRequest, _placement_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """UnloadModel drains and removes every replica of a model."""
+    SleepModel: _aio.UnaryUnaryMultiCallable[_placement_pb2.SleepModelRequest, _placement_pb2.SleepModelResponse]  # type: ignore[assignment]
+    """SleepModel puts every replica of a model to sleep: off its device, quick to wake."""
     PinModel: _aio.UnaryUnaryMultiCallable[_placement_pb2.PinModelRequest, _placement_pb2.PinModelResponse]  # type: ignore[assignment]
     """PinModel keeps a model from being evicted, or lets it go again."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_placement_pb2.GetStatusRequest, _placement_pb2.GetStatusResponse]  # type: ignore[assignment]
     """GetStatus returns devices, models and replicas as they are now."""
+    WatchEvents: _aio.UnaryStreamMultiCallable[_placement_pb2.WatchEventsRequest, _placement_pb2.WatchEventsResponse]  # type: ignore[assignment]
+    """WatchEvents streams what happened and why: the latest past events, oldest first, then each new one."""
 
 class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -109,6 +117,14 @@ class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
         """UnloadModel drains and removes every replica of a model."""
 
     @_abc_1.abstractmethod
+    def SleepModel(
+        self,
+        request: _placement_pb2.SleepModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_placement_pb2.SleepModelResponse, _abc.Awaitable[_placement_pb2.SleepModelResponse]]:
+        """SleepModel puts every replica of a model to sleep: off its device, quick to wake."""
+
+    @_abc_1.abstractmethod
     def PinModel(
         self,
         request: _placement_pb2.PinModelRequest,
@@ -123,5 +139,13 @@ class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_placement_pb2.GetStatusResponse, _abc.Awaitable[_placement_pb2.GetStatusResponse]]:
         """GetStatus returns devices, models and replicas as they are now."""
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _placement_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_placement_pb2.WatchEventsResponse], _abc.AsyncIterator[_placement_pb2.WatchEventsResponse]]:
+        """WatchEvents streams what happened and why: the latest past events, oldest first, then each new one."""
 
 def add_PlacementServiceServicer_to_server(servicer: PlacementServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
