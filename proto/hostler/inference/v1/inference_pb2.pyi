@@ -882,6 +882,30 @@ class Finish(_message.Message):
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
 
 @_typing.final
+class PromptLogprobs(_message.Message):
+    """PromptLogprobs answers echo_logprobs, before the first text: the prompt's tokens in order. The first one has no
+    probability: its logprob is NaN.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
+
+@_typing.final
 class GenerateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -892,6 +916,7 @@ class GenerateResponse(_message.Message):
     TOOL_CALL_ARGUMENTS_FIELD_NUMBER: _builtins.int
     TOOL_CALL_END_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
@@ -906,6 +931,8 @@ class GenerateResponse(_message.Message):
     def tool_call_end(self) -> Global___ToolCallEnd: ...
     @_builtins.property
     def finish(self) -> Global___Finish: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs: ...
     def __init__(
         self,
         *,
@@ -916,12 +943,13 @@ class GenerateResponse(_message.Message):
         tool_call_arguments: Global___ToolCallArguments | None = ...,
         tool_call_end: Global___ToolCallEnd | None = ...,
         finish: Global___Finish | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finish", b"finish", "progress", b"progress", "reasoning", b"reasoning", "text", b"text", "tool_call_arguments", b"tool_call_arguments", "tool_call_end", b"tool_call_end", "tool_call_start", b"tool_call_start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finish", b"finish", "progress", b"progress", "prompt_logprobs", b"prompt_logprobs", "reasoning", b"reasoning", "text", b"text", "tool_call_arguments", b"tool_call_arguments", "tool_call_end", b"tool_call_end", "tool_call_start", b"tool_call_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finish", b"finish", "progress", b"progress", "reasoning", b"reasoning", "text", b"text", "tool_call_arguments", b"tool_call_arguments", "tool_call_end", b"tool_call_end", "tool_call_start", b"tool_call_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finish", b"finish", "progress", b"progress", "prompt_logprobs", b"prompt_logprobs", "reasoning", b"reasoning", "text", b"text", "tool_call_arguments", b"tool_call_arguments", "tool_call_end", b"tool_call_end", "tool_call_start", b"tool_call_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "text", "reasoning", "tool_call_start", "tool_call_arguments", "tool_call_end", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "text", "reasoning", "tool_call_start", "tool_call_arguments", "tool_call_end", "finish", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
