@@ -3,8 +3,8 @@
 Above it: the scheduler's parts. Below it: `state.py` and the policy's views. It reads the clock from its callers.
 
 The ledger is not stored but summed. *Occupied*: what any worker process may still hold, those on their way out
-included; a spawn or a wake needs occupied room. *Committed*: what will be held once everybody who was told to give way has done
-so, promises included; a plan needs committed room.
+included; a spawn or a wake needs occupied room. *Committed*: what will be held once all who were told to give way
+have done so, promises included; a plan needs committed room.
 """
 
 from __future__ import annotations

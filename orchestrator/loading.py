@@ -78,7 +78,7 @@ class Loading:
         self.place_waiting()
 
     def fail(self, model: Model, error: HostlerError) -> None:
-        """End every wait for a model with `error`, and remember it for a while; a further replica just does not come."""
+        """End every wait for a model with `error`, and remember it a while; a further replica just does not come."""
         further = model.job is not None and model.job.replica
         self.drop(model)
         if further and self._cluster.ready(model.spec.name):
@@ -194,7 +194,7 @@ class Loading:
         self.place_waiting()
 
     def place_waiting(self) -> None:
-        """Plan and begin every load that the memory allows: what people wait for before batch work, oldest first."""
+        """Plan and begin every load that the memory allows: what people wait for first, oldest first."""
         waiting = [m for m in self._cluster.models.values() if m.job is not None and m.job.stage is Stage.PLACE]
         waiting.sort(key=lambda m: (m.batch, m.job.replica if m.job else False, m.job.generation if m.job else 0))
         num_ahead = 0
