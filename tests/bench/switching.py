@@ -1,4 +1,4 @@
-"""Two models where one has room: how long a request waits when it wants the other one. `python -m tests.bench.switching`.
+"""Two models where one has room: how long a request waits for the other one. `python -m tests.bench.switching`.
 
 Above: `make bench`, which runs it last. Below: `client`, the peers' environments. The files are in the page cache, both
 models have the same weights (two directories), and each request asks for four tokens of the model that is not loaded.
@@ -34,7 +34,7 @@ from .client import StreamResult, stream_chat
 from .environments import clean_environment
 from .lineup import physical_threads
 from .llama_server import LlamaServer
-from .peers import Skip, StoredModel, TreeServer, pull
+from .peers import Running, Skip, StoredModel, TreeServer, pull
 from .transformers_serve import TransformersServe
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -189,7 +189,7 @@ def measure_llama(model: StoredModel, directory: Path, rounds: int, say: Callabl
         running.stop()
 
 
-async def until_answers(running: TreeServer, model: str = NAMES[0]) -> None:
+async def until_answers(running: Running, model: str = NAMES[0]) -> None:
     """Ask until there is a reply.
 
     Raises:
