@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 
 import grpc
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 1.0
+# Until a load is over of which nobody knows how long it takes.
+USUAL_LOAD_S = 5.0
 
 
 class PlacementClient:
@@ -58,9 +61,11 @@ class PlacementClient:
             backoff_s = min(_LAST_BACKOFF_S, backoff_s * 2)
 
     async def ensure(
-        self, model: str, *, request_id: str, timeout_s: float, explicit: bool = False
+        self, model: str, *, request_id: str, timeout_s: float, explicit: bool = False, batch: bool = False
     ) -> AsyncGenerator[pb.EnsureProgress | pb.Replica, None]:
         """Bring a model up: progress, and last the replica to use. Closing the generator gives the wait up.
+
+        With `batch` it may wait behind everything that people wait for; without, the model's own priority counts.
 
         Raises:
             OrchestratorAway: it does not answer.
@@ -68,22 +73,30 @@ class PlacementClient:
             HostlerError: what the orchestrator says.
         """
         call = self._stub.EnsureModel(
-            pb.EnsureModelRequest(model=model, explicit=explicit),
+            pb.EnsureModelRequest(
+                model=model,
+                explicit=explicit,
+                priority=pb.PRIORITY_BATCH if batch else pb.PRIORITY_UNSPECIFIED,
+            ),
             timeout=timeout_s,
             metadata=call_metadata(request_id=request_id),
         )
+        expected_at: float | None = None
         try:
             async for response in call:
                 kind = response.WhichOneof("event")
                 if kind == "progress":
+                    expected_at = time.monotonic() + response.progress.eta_ms / 1000 if response.progress.eta_ms else None
                     yield response.progress
                 elif kind == "ready":
                     yield response.ready
                     return
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                left_s = USUAL_LOAD_S if expected_at is None else max(1.0, expected_at - time.monotonic())
                 raise ModelLoadFailed(
-                    f"The model '{model}' is still loading after {timeout_s:.0f} s. Try again later.", retry_after_s=5.0
+                    f"The model '{model}' is still loading after {timeout_s:.0f} s. Try again later.",
+                    retry_after_s=left_s,
                 ) from None
             problem = from_rpc_error(error)
             # Without an ErrorInfo it is the transport that failed, and the far side is no worker here.

@@ -28,7 +28,15 @@ from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
 
 MODEL = "org/tiny-chat"
-QUICK = Patience(ensure_s=10, first_table_s=0.3, gone_s=0.5, ping_s=0.15, first_comment_s=0.02, stalled_reader_s=60)
+QUICK = Patience(
+    ensure_s=10,
+    first_table_s=0.3,
+    gone_s=0.5,
+    ping_s=0.15,
+    first_comment_s=0.02,
+    comment_gap_s=0.02,
+    stalled_reader_s=60,
+)
 
 
 def text(value: str) -> pb.GenerateResponse:

@@ -172,7 +172,7 @@ async def test_waiting_for_a_model_shows_as_comments_only(served: World) -> None
     await served.publish(route())
     reply = await served.chat("at last", stream=True)
     comments = [line for line in reply.text.splitlines() if line.startswith(":")]
-    assert ": loading read 87%" in comments
+    assert ": loading: reading weights 87% of 8 B" in comments
     assert ": ping" in comments
     assert not [line for line in reply.text.splitlines() if line and not line.startswith((":", "data: "))]
     words = [orjson.loads(data)["choices"][0]["delta"].get("content", "") for data in sse_data(reply.text)[:-1]]
