@@ -1,4 +1,4 @@
-"""How far a load is, in words: the comment that a waiting stream shows. Above: routes; below: the placement contract."""
+"""How far a load is, in words: the comment that a waiting stream shows. Above: routes; below: `sse`."""
 
 from __future__ import annotations
 

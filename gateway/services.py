@@ -52,6 +52,8 @@ class Services:
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
     linked_images: LinkedImages = field(init=False)
+    # Callers that follow events.
+    num_followers: int = 0
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:

@@ -64,6 +64,7 @@ class EventStream(Response):
     Args:
         frames: whole frames; those that begin with a colon are comments. Closed in every case.
         lifetime: ends the stream when the server must stop.
+        is_spectator: it only watches, so it ends as soon as the server begins to stop.
         ping_s: longest silence.
         first_comment_s: grace before a comment may be the first byte.
         comment_gap_s: shortest time from a frame to a comment; of those in between the last is sent.
@@ -76,6 +77,7 @@ class EventStream(Response):
         lifetime: Lifetime,
         *,
         request_id: str = "",
+        is_spectator: bool = False,
         ping_s: float = PING_S,
         first_comment_s: float = FIRST_COMMENT_S,
         comment_gap_s: float = COMMENT_GAP_S,
@@ -86,6 +88,7 @@ class EventStream(Response):
         self._frames = frames
         self._lifetime = lifetime
         self._request_id = request_id
+        self._is_spectator = is_spectator
         self._ping_s = ping_s
         self._first_comment_s = first_comment_s
         self._comment_gap_s = comment_gap_s
@@ -99,7 +102,7 @@ class EventStream(Response):
             HostlerError: nothing has been sent yet, so the caller may still choose the status.
         """
         try:
-            await self._lifetime.until_gone(receive, self._pump(scope, send))
+            await self._lifetime.until_gone(receive, self._pump(scope, send), is_spectator=self._is_spectator)
         except ClientGone:
             return
         except Exception as exception:
@@ -134,9 +137,9 @@ class EventStream(Response):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(last_sent + self._ping_s - loop.time()):
                         await holding.wait()
-                while held_back and (left_s := comment_in_s()) > 0:
+                if held_back and (left_s := comment_in_s()) > 0:
                     await asyncio.sleep(left_s)
-                if held_back:
+                elif held_back:
                     await write(held_back)
                 elif loop.time() - last_sent >= self._ping_s:
                     await write(PING)

@@ -1,4 +1,4 @@
-"""On what terms a request is served: the body fields `keep_alive` and `service_tier`. Above: the dialects; below: `fields`.
+"""On what terms a request is served: `keep_alive` and `service_tier`. Above: the dialects; below: `fields`.
 
 `keep_alive` is Ollama's: how long the model is to stay up once idle after this request, as a number of seconds or a
 duration as Go writes it ("5m", "1h30m", "500ms"); 0 lets it go at once, a negative one keeps it for ever.

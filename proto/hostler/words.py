@@ -30,7 +30,9 @@ def size(num_bytes: float | None) -> str:
         return "0"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1023.5:
-            return f"{num_bytes:.0f} {unit}" if unit in ("B", "KiB") or num_bytes >= 99.95 else f"{num_bytes:.1f} {unit}"
+            return (
+                f"{num_bytes:.0f} {unit}" if unit in ("B", "KiB") or num_bytes >= 99.95 else f"{num_bytes:.1f} {unit}"
+            )
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
 
