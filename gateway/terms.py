@@ -44,7 +44,7 @@ def read_keep_alive_ms(fields: Fields) -> int | None:
                 param=name,
             )
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        milliseconds = value * 1e3 if abs(value) <= MAX_KEEP_ALIVE_S else math.copysign(math.inf, value)
+        milliseconds = max(-1, min(value, MAX_KEEP_ALIVE_S + 1)) * 1e3
     else:
         raise wrong_type(name, "a duration in seconds or a string like '5m'", value)
     if milliseconds < 0:
