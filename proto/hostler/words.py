@@ -38,9 +38,11 @@ def size(num_bytes: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span for people: 0.4 s, 12 s, 3 min, 2 h 5 min, 3 d."""
+    """Return a time span for people: 0 s, 0.4 s, 12 s, 3 min, 2 h 5 min, 3 d."""
+    if seconds < 0.05:
+        return "0 s"
     if seconds < 0.95:
-        return f"{max(0.0, seconds):.1f} s"
+        return f"{seconds:.1f} s"
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
