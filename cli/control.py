@@ -135,7 +135,7 @@ def sleep(port: int | None, model: str, as_json: bool) -> None:
     if as_json:
         show_json({"model": model, "num_asleep": num_asleep})
     else:
-        _say(f"{model} sleeps; a request wakes it" if num_asleep else f"{model} was not loaded")
+        _say(f"{model} goes to sleep; a request wakes it" if num_asleep else f"{model} was not awake")
 
 
 def pin(port: int | None, model: str, pinned: bool, as_json: bool) -> None:

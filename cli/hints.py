@@ -37,4 +37,5 @@ def hinted(server: servers.Server, model: str) -> Iterator[None]:
         step = next_step(error, model, servers.names_of(server.run_dir))
         if not step or step in error.message:
             raise
-        raise type(error)(f"{error.message} {step}", param=error.param, retry_after_s=error.retry_after_s) from None
+        message = error.message.rstrip(".")
+        raise type(error)(f"{message}. {step}", param=error.param, retry_after_s=error.retry_after_s) from None

@@ -69,7 +69,9 @@ class LineReporter:
     def progress(self, model: str, progress: ModelProgress) -> None:
         """Print a line, unless nothing changed or the last one is younger than a second."""
         amount = _amount(progress)
-        text = f"{model}: {stage(progress.stage)}" + (f" {amount}" if amount else "")
+        text = f"{model}: {stage(progress.stage)}" + (
+            f"{' ' if progress.total_bytes else ', '}{amount}" if amount else ""
+        )
         at, before = self._last.get(model, (float("-inf"), ""))
         now = self._clock()
         if now - at < LINE_EVERY_S or text == before:

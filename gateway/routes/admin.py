@@ -79,7 +79,7 @@ async def unload_model(request: Request) -> Response:
 
 @router.post("/models/sleep", response_model=None)
 async def sleep_model(request: Request) -> Response:
-    """Let a model's requests finish, then take it off its device, quick to wake."""
+    """Let a model's requests finish, then take it off its device, quick to wake; answers when that has begun."""
     services = services_of(request)
     model = await _model_in(request)
     asking = services.placement.sleep(model, request_id=request_id_of(request.scope))

@@ -140,7 +140,7 @@ def test_debug_shows_the_traceback(hostler: Hostler, server: FakeServer) -> None
 def test_unload_sleep_and_pin_as_json(hostler: Hostler, server: FakeServer) -> None:
     assert json.loads(hostler("unload", "tiny", "--json").stdout) == {"model": "tiny", "num_unloaded": 1}
     assert json.loads(hostler("sleep", "tiny", "--json").stdout) == {"model": "tiny", "num_asleep": 1}
-    assert hostler("sleep", "tiny").stdout == "tiny sleeps; a request wakes it\n"
+    assert hostler("sleep", "tiny").stdout == "tiny goes to sleep; a request wakes it\n"
     assert json.loads(hostler("pin", "tiny", "--json").stdout) == {"model": "tiny", "pinned": True}
     assert server.placement.pinned == {"tiny": True}
     hostler("unpin", "tiny")
