@@ -163,6 +163,7 @@ class Dispatcher:
         self, model: str, request_id: str, *, batch: bool = False
     ) -> AsyncGenerator[Loading | placement_pb2.Replica, None]:
         steps = self._placement.ensure(model, request_id=request_id, timeout_s=self._ensure_timeout_s, batch=batch)
+        self._room.loading(model)
         async with aclosing(steps):
             async for step in steps:
                 if isinstance(step, placement_pb2.EnsureProgress):

@@ -128,11 +128,12 @@ class WaitingRoom:
                 self.ready(model)
             queue.starts.append(self._clock())
 
-    def loading(self, model: str, eta_ms: int) -> None:
-        """Hear that a model that somebody waits for is coming up, in `eta_ms`; 0: nobody knows."""
+    def loading(self, model: str, eta_ms: int | None = None) -> None:
+        """Hear that a model that somebody waits for is coming up, in `eta_ms`; 0: nobody knows; None: nothing new."""
         if (queue := self._queues.get(model)) is not None:
             queue.is_loading = True
-            queue.ready_at = self._clock() + eta_ms / 1000 if eta_ms else None
+            if eta_ms is not None:
+                queue.ready_at = self._clock() + eta_ms / 1000 if eta_ms else None
 
     def ready(self, model: str) -> None:
         """Hear that a model is up: from now on its queue moves."""

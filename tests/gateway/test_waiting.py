@@ -86,6 +86,9 @@ def test_a_load_with_a_known_end_says_when_to_come_back(clock: Clock) -> None:
         assert "which is being loaded. Try again in about 10 s." in error.message
         clock.now += 60
         assert refusal(room, max_waiting=1).retry_after_s == 1.0
+        room.loading("m", eta_ms=7000)
+        room.loading("m")  # another one begins to wait, and knows nothing yet
+        assert refusal(room, max_waiting=1).retry_after_s == 7.0
 
 
 def test_a_load_without_one_takes_as_long_again_as_it_has_taken(clock: Clock) -> None:
@@ -177,6 +180,51 @@ async def test_a_full_queue_turns_away_at_once_with_the_time_that_is_left() -> N
 
 async def one_replica(here: World) -> AsyncIterator[placement_pb2.Replica]:
     yield here.worker.replica()
+
+
+async def test_of_ten_times_as_many_all_are_served_or_turned_away_and_none_is_lost() -> None:
+    models = [{"name": MODEL, "max_running": 2, "max_queued": 4}]
+    async with world(config={"models": models}) as here:
+        gate = asyncio.Event()
+
+        async def load(model: str) -> AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]:
+            yield placement_pb2.EnsureProgress(stage="read", eta_ms=3000)
+            await gate.wait()
+            yield here.worker.replica()
+
+        here.placement.ensure = load
+        await here.publish(route())
+        asked = [asyncio.create_task(here.chat(f"number {number}")) for number in range(60)]
+        turned_away = 0
+        for reply in asyncio.as_completed(asked):
+            turned_away += (await reply).status_code == 429
+            if turned_away == 54:
+                break
+        gate.set()
+        replies = await asyncio.gather(*asked)
+        served = {n: reply for n, reply in enumerate(replies) if reply.status_code == 200}
+        assert len(served) == 6
+        for number, reply in served.items():
+            assert reply.json()["choices"][0]["message"]["content"] == f"number {number}"
+        # 5 s until the orchestrator has said how long the load takes.
+        assert {reply.headers["retry-after"] for reply in replies if reply.status_code == 429} <= {"3", "5"}
+        assert here.app.state.services.dispatcher._room.num_waiting(MODEL) == 0
+
+
+async def test_every_choice_of_a_request_takes_a_place_and_gives_it_back() -> None:
+    async with world(config={"models": [{"name": MODEL, "max_running": 1, "max_queued": 1}]}) as here:
+        assert (await here.chat("x", n=3)).status_code == 429
+        assert here.app.state.services.dispatcher._room.num_waiting(MODEL) == 0
+        assert (await here.chat("x", n=2)).status_code == 200
+
+
+async def test_a_load_that_outlasts_all_patience_says_how_long_it_will_still_take() -> None:
+    async with world(patience=replace(QUICK, ensure_s=0.2)) as here:
+        here.placement.ensure = wait_for_ever
+        await here.publish(route())
+        reply = await here.chat("x")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_load_failed")
+        assert reply.headers["retry-after"] == "30"
 
 
 async def test_batch_work_leaves_places_for_those_whom_people_wait_for() -> None:
