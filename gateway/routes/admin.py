@@ -24,7 +24,7 @@ from gateway.fields import Fields, show
 from gateway.json_response import json_response
 from gateway.routing import Target, find_model, ready_replicas
 from gateway.services import Services, services_of
-from gateway.sse import EventStream, data_frame
+from gateway.sse import EventStream, comment_frame, data_frame
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(admin_door)])
 
@@ -187,6 +187,7 @@ def _event_stream(request: Request, frames: AsyncGenerator[bytes, None], *, is_s
         request_id=request_id_of(request.scope),
         is_spectator=is_spectator,
         ping_s=services.patience.ping_s,
+        first_comment_s=services.patience.first_comment_s,
         stalled_reader_s=services.patience.stalled_reader_s,
     )
 
@@ -196,6 +197,8 @@ async def _followed(services: Services, max_past: int, request_id: str) -> Async
         raise Overloaded(f"{MAX_FOLLOWERS} callers already follow events here. Try again later.", retry_after_s=30.0)
     services.num_followers += 1
     try:
+        # Opens the reply soon, though nothing may happen for hours.
+        yield comment_frame("following")
         async with aclosing(services.placement.events(max_past, request_id=request_id)) as events:
             async for event in events:
                 yield data_frame(event_json(event))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -13,7 +14,7 @@ from hostler.placement.v1 import placement_pb2 as pb
 
 from gateway.admin_door import admin_door
 from gateway.routes import admin
-from tests.gateway.fakes import MODEL, World, route, sse_data, world
+from tests.gateway.fakes import MODEL, QUICK, World, route, sse_data, world
 
 KEY = "correct-horse-battery"
 MOVES = ("load", "unload", "sleep", "pin", "unpin")
@@ -231,6 +232,18 @@ async def test_who_only_watches_does_not_hold_up_a_server_that_stops() -> None:
             async with asyncio.timeout(2):
                 text = "".join([piece async for piece in reply.aiter_text()])
         assert orjson.loads(sse_data(text)[-1])["error"]["code"] == "unavailable"
+
+
+async def test_a_follower_s_reply_opens_before_anything_happens() -> None:
+    async with (
+        world(patience=replace(QUICK, ping_s=60)) as here,
+        asyncio.timeout(5),
+        here.client.stream("GET", "/admin/events?follow=1") as reply,
+    ):
+        assert reply.status_code == 200
+        async for line in reply.aiter_lines():
+            assert line == ": following"
+            break
 
 
 async def test_followers_are_bounded(served: World, monkeypatch: pytest.MonkeyPatch) -> None:
