@@ -17,7 +17,7 @@ from hostler.placement.v1 import placement_pb2
 from gateway.progress import progress_words
 from gateway.services import max_waiting_of
 from gateway.waiting import MAX_RETRY_S, UNKNOWN_LOAD_S, Bounds, WaitingRoom
-from tests.gateway.fakes import MODEL, QUICK, World, echo, finish, route, world
+from tests.gateway.fakes import MODEL, QUICK, World, echo, finish, route, text, world
 
 MIB = 2**20
 
@@ -115,6 +115,20 @@ def test_a_queue_that_moves_says_when_half_of_it_will_have_begun(clock: Clock) -
         assert refusal(room, max_waiting=20).retry_after_s == pytest.approx(20 / 2 * 2.0)
         clock.now += 20.0  # it has stopped moving, which counts as well
         assert refusal(room, max_waiting=20).retry_after_s == pytest.approx(20 / 2 * 4.0)
+
+
+def test_a_queue_that_had_to_wait_for_a_load_again_is_measured_anew(clock: Clock) -> None:
+    room = WaitingRoom(clock=clock)
+    with ExitStack() as stack:
+        places = [stack.enter_context(room.enter("m", 1, 99)) for _ in range(30)]
+        for place in places[:20]:
+            clock.now += 0.01
+            place.begin()
+        room.loading("m", eta_ms=50_000)
+        clock.now += 50
+        room.ready("m")
+        clock.now += 30
+        assert room.retry_after_s("m") == 30.0
 
 
 def test_only_the_latest_starts_count(clock: Clock) -> None:
@@ -225,6 +239,47 @@ async def test_a_load_that_outlasts_all_patience_says_how_long_it_will_still_tak
         reply = await here.chat("x")
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_load_failed")
         assert reply.headers["retry-after"] == "30"
+
+
+async def test_who_has_a_first_token_takes_no_place_from_those_who_come() -> None:
+    async with world(config={"models": [{"name": MODEL, "max_running": 1, "max_queued": 0}]}) as here:
+        gate = asyncio.Event()
+
+        async def speak_then_wait(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+            yield text("begun")
+            await gate.wait()
+            yield finish()
+
+        here.worker.script = speak_then_wait
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+        async with here.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            async for line in reply.aiter_lines():
+                if "begun" in line:
+                    break
+            here.worker.script = echo
+            assert (await here.chat("second")).status_code == 200
+            gate.set()
+
+
+async def test_once_the_model_is_up_its_load_tells_nothing_any_more() -> None:
+    async with world(config={"models": [{"name": MODEL, "max_running": 1, "max_queued": 0}]}) as here:
+        gate = asyncio.Event()
+
+        async def load(model: str) -> AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]:
+            yield placement_pb2.EnsureProgress(stage="read", eta_ms=90_000)
+            yield here.worker.replica()
+
+        async def hold(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+            await gate.wait()
+            yield finish()
+
+        here.placement.ensure, here.worker.script = load, hold
+        await here.publish(route())
+        first = asyncio.create_task(here.chat("first"))
+        await here.worker.until_running(1)
+        assert (await here.chat("second")).headers["retry-after"] == "1"
+        gate.set()
+        assert (await first).status_code == 200
 
 
 async def test_batch_work_leaves_places_for_those_whom_people_wait_for() -> None:
