@@ -65,6 +65,19 @@ async def echo(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse
     yield finish(len(words))
 
 
+def fail_once(error: HostlerError) -> Script:
+    """Fail the first request that comes, to whichever worker that runs this; echo all others."""
+    failures = [error]
+
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        if failures:
+            raise failures.pop()
+        async for event in echo(request):
+            yield event
+
+    return script
+
+
 class FakeWorker(InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 

@@ -145,6 +145,15 @@ async def test_turns_of_one_conversation_meet_in_one_replica(served: World) -> N
         assert len(worker.requests) % 3 == 0
 
 
+async def test_short_prompts_are_shared_out_among_idle_replicas(served: World) -> None:
+    other = await served.add_worker("b")
+    await served.publish(route(served.worker, other))
+    for _ in range(40):
+        await served.chat("hi")
+    assert served.worker.requests
+    assert other.requests
+
+
 async def test_a_crowd_with_one_prefix_is_shared_out_all_the_same(served: World) -> None:
     other = await served.add_worker("b")
     await served.publish(route(served.worker, other))
