@@ -31,6 +31,8 @@ MAX_BAR_CELLS = 100
 # From here on reasons have a column; below they stand under the table, where they squeeze nothing.
 _WIDE_COLUMNS = 120
 _KV_COLUMNS = 96
+# More devices of a node than this have a line each.
+_FEW_DEVICES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +161,12 @@ def draw_status(values: dict[str, Any], width: int, *, plain: bool) -> Group:
     for node_id in dict.fromkeys([*nodes, *(device["node"] for device in values["devices"])]):
         if several:
             parts += [Text(), Text(f"node {node_id or '(this one)'}", style="bold underline")]
-        for device in values["devices"]:
-            if device["node"] == node_id:
-                replicas = [r for r in values["replicas"] if r["node"] == node_id]
-                parts += [Text(), *_draw_device(device, replicas, legend, width)]
+        here = [device for device in values["devices"] if device["node"] == node_id]
+        replicas = [replica for replica in values["replicas"] if replica["node"] == node_id]
+        if len(here) > _FEW_DEVICES:
+            parts += [Text(), *_draw_devices(here, replicas, legend, width)]
+        else:
+            parts += [part for device in here for part in (Text(), *_draw_device(device, replicas, legend, width))]
         if node_id in nodes:
             parts += _draw_node(nodes[node_id])
     return Group(*parts, Text(), *_draw_models(values, width, several))
@@ -181,6 +185,28 @@ def _draw_device(
     held = segments(device, replicas)
     bar_cells = min(width, MAX_BAR_CELLS) - 2
     return [title, legend.bar(held, bar_cells), legend.words(held, width)]
+
+
+def _draw_devices(
+    devices: Sequence[Mapping[str, Any]], replicas: Sequence[Mapping[str, Any]], legend: _Legend, width: int
+) -> list[RenderableType]:
+    """Draw many devices: a line for each, and the words once for all."""
+    from rich.table import Table
+
+    held = {device["id"]: segments(device, replicas) for device in devices}
+    used = {d["id"]: f"{size(d['reserved_bytes'])} of {size(d['budget_bytes'])}" for d in devices}
+    bar_cells = min(width, MAX_BAR_CELLS) - max(map(len, held)) - max(map(len, used.values())) - 6
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for name, parts in held.items():
+        table.add_row(name, legend.bar(parts, max(8, bar_cells)), used[name])
+    whole: dict[tuple[str, str], int] = {}
+    for segment in (segment for parts in held.values() for segment in parts):
+        key = segment.kind, segment.model
+        whole[key] = whole.get(key, 0) + segment.num_bytes
+    return [table, legend.words([Segment(kind, num_bytes, model) for (kind, model), num_bytes in whole.items()], width)]
 
 
 def _draw_node(node: Mapping[str, Any]) -> list[RenderableType]:
@@ -237,7 +263,9 @@ def _draw_models(values: dict[str, Any], width: int, several_nodes: bool) -> lis
 def _row(row: Mapping[str, Any], with_kv: bool, several_nodes: bool) -> list[str | Text]:
     from rich.text import Text
 
-    on = ", ".join(part["device"] for part in row["parts"]) or "host"
+    devices = [part["device"] for part in row["parts"]]
+    on = ", ".join(devices) if len(devices) < 3 else f"{devices[0]} +{len(devices) - 1}"
+    on = on or "host"
     if several_nodes and row["node"]:
         on = f"{row['node']} {on}"
     held = row["reserved_bytes"] or row["host_bytes"] or row["resident_bytes"]

@@ -129,6 +129,21 @@ def test_several_nodes_have_a_heading_each() -> None:
     assert text.index("node (this one)") < text.index("\ncpu") < text.index("node node-2") < text.index("node-2/cuda:0")
 
 
+def test_many_devices_have_a_line_each_and_one_legend_for_all() -> None:
+    status = fake_status()
+    for number in range(8):
+        status.devices.add(id=f"cuda:{number}", budget_bytes=80 * GIB, reserved_bytes=10 * GIB)
+        status.replicas[0].parts.add(device=f"cuda:{number}", num_bytes=10 * GIB)
+    text = drawn(values(status), 80)
+    rows = [line for line in text.splitlines() if line.startswith("cuda:")]
+    assert len(rows) == 8
+    assert all("10.0 GiB of 80.0 GiB" in row and row.count("A") >= 3 for row in rows)
+    assert len({len(re.findall(r"\[.*\]", row)[0]) for row in rows}) == 1
+    assert "cpu +8" in next(line for line in text.splitlines() if line.startswith("tiny "))
+    assert text.count("A tiny 82.0 GiB (1.0 GiB KV)") == 1
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_a_server_without_models_says_how_to_get_one() -> None:
     empty = pb.GetStatusResponse(version="1")
     assert "hostler serve MODEL" in drawn(values(empty))
