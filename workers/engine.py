@@ -127,8 +127,8 @@ class GenerationRequest:
     """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
 
     Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
-    `adapter` names one of `ModelFacts.adapters`; empty for the model itself. `batch`: may wait behind requests that people
-    wait for.
+    `adapter` names one of `ModelFacts.adapters`; empty for the model itself. `batch`: it may wait behind requests that
+    people wait for.
     """
 
     prompt: Prompt
