@@ -52,6 +52,8 @@ class Services:
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
     linked_images: LinkedImages = field(init=False)
+    # Whether `/ready` has said yes before.
+    has_served: bool = False
     # Callers that follow events.
     num_followers: int = 0
 

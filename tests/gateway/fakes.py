@@ -261,13 +261,14 @@ def route(
     name: str = MODEL,
     aliases: Sequence[str] = ("tiny",),
     adapters: Sequence[str] = (),
+    state: Any = placement_pb2.MODEL_STATE_UNLOADED,
     **info: Any,
 ) -> placement_pb2.ModelRoute:
     return placement_pb2.ModelRoute(
         name=name,
         aliases=aliases,
         adapters=adapters,
-        state=placement_pb2.MODEL_STATE_READY if workers else placement_pb2.MODEL_STATE_UNLOADED,
+        state=placement_pb2.MODEL_STATE_READY if workers else state,
         replicas=[worker.replica() for worker in workers],
         engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED,
         created_unix_s=1_700_000_000,
