@@ -34,19 +34,16 @@ from workers.engine import (
 )
 from workers.gentle import gently
 from workers.text.directory import LoadedModel
-from workers.text.embeddings import PromptExtras
 from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
-from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, BlockPool, PrefixHashes
-from workers.text.lookup import Lookup
+from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, BlockPool
 from workers.text.orders import Orders
 from workers.text.pace import Pace
 from workers.text.postprocess import Outcome, Outcomes, Postprocessor, named
-from workers.text.reply_plan import ReplyPlan, ReplyPlanner
+from workers.text.reply_plan import ReplyPlanner
 from workers.text.runner import Runner
-from workers.text.sampler import row_rules
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
-from workers.text.sequence import Sequence
+from workers.text.sequence import Sequence, new_sequence
 from workers.text.sleeping import Bed, Opened
 from workers.text.vocabulary import TokenBytes
 
@@ -156,7 +153,17 @@ class TextEngine:
         plan = await self._replies.plan(request, ids)
         if plan.takes_time:
             self._check(len(ids), 0)
-        sequence = self._new_sequence(request, ids, extras, plan)
+        self._serial += 1
+        sequence = new_sequence(
+            request,
+            ids,
+            extras,
+            plan,
+            serial=self._serial,
+            room=self._scheduler.longest_tokens - len(ids),
+            defaults=self._loaded.defaults,
+            adapters=self._facts.adapters,
+        )
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -258,34 +265,6 @@ class TextEngine:
     def _complete(self, facts: ModelFacts) -> ModelFacts:
         return replace(
             facts, supports_tools=self._replies.supports_tools, supports_reasoning=self._replies.supports_reasoning
-        )
-
-    def _new_sequence(
-        self, request: GenerationRequest, ids: list[int], extras: PromptExtras, plan: ReplyPlan
-    ) -> Sequence:
-        room = self._scheduler.longest_tokens - len(ids)
-        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
-        # Guesses are checked without masks and without forced tokens.
-        may_guess = plan.guide is None and plan.budget_tokens is None
-        self._serial += 1
-        return Sequence(
-            request=request,
-            sampling=row_rules(request.sampling, self._loaded.defaults),
-            token_ids=ids,
-            num_prompt_tokens=len(ids),
-            max_tokens=max_tokens,
-            decode=plan.decode,
-            serial=self._serial,
-            hashes=PrefixHashes(
-                # An adapter changes keys and values; its name has no NUL, so no scope can feign another adapter.
-                f"{request.adapter}\0{request.cache_scope}".encode(),
-                [(span.start, span.content_hash) for span in extras.embeddings],
-            ),
-            embeddings=extras.embeddings,
-            rope=extras.rope,
-            adapter=self._facts.adapters.index(request.adapter) if request.adapter else -1,
-            lookup=Lookup(ids) if may_guess else None,
-            reply=plan.reply(max_tokens),
         )
 
     # ------------------------------------------------------------ engine thread
