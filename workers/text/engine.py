@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from hostler.errors import HostlerError, Unavailable
 
-from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt
+from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt, TextPrompt
 from workers.text.directory import LoadedModel
 from workers.text.embeddings import PromptExtras
 from workers.text.grammar import MaskPool, collect
@@ -62,6 +62,9 @@ class TextEngine:
         )
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
         self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
+        fill = self._intake.fill_format
+        self._fill_ends = fill.end_ids(loaded.tokenizer) if fill else frozenset[int]()
+        self._facts = replace(self._facts, supports_fill_in_middle=fill is not None)
         self._runner = runner
         self._replacement: tuple[Runner, Callable[[], object]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -222,6 +225,9 @@ class TextEngine:
             embeddings=extras.embeddings,
             rope=extras.rope,
             adapter=self._facts.adapters.index(request.adapter) if request.adapter else -1,
+            end_ids=self._fill_ends
+            if isinstance(request.prompt, TextPrompt) and request.prompt.suffix
+            else frozenset(),
             lookup=Lookup(ids) if may_guess else None,
             reply=plan.reply(max_tokens),
         )
