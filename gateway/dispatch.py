@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
@@ -30,6 +31,9 @@ from gateway.channels import WorkerChannels
 from gateway.placement import PlacementClient
 from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
 
+if TYPE_CHECKING:
+    from hostler.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 3
@@ -45,6 +49,8 @@ class Loading:
 
 
 Event = Loading | pb.GenerateResponse
+T = TypeVar("T")
+Send = Callable[["InferenceServiceAsyncStub", tuple[tuple[str, str], ...]], Awaitable[T]]
 
 
 class Dispatcher:
@@ -115,6 +121,39 @@ class Dispatcher:
                 log.warning(
                     "retrying elsewhere", extra={"request_id": request_id, "reason": error.reason, "attempt": attempt}
                 )
+
+    async def ask(self, target: Target, send: Send[T], request_id: str) -> T:
+        """Return a worker's one answer. Cancelling the wait cancels the call; a lost worker is replaced, as in `generate`.
+
+        Args:
+            send: makes the call on a stub with the metadata given to it.
+
+        Raises:
+            HostlerError: from the worker, from the orchestrator, or for the loss of either.
+        """
+        lost: set[ReplicaKey] = set()
+        for attempt in range(1, MAX_TRIES + 1):
+            replica = self._pick(target.route.name, lost)
+            if replica is None:
+                for key in lost:
+                    await self._table.gone(key, self._gone_timeout_s)
+                async with aclosing(self._ensure(target.route.name, request_id)) as steps:
+                    async for step in steps:
+                        replica = None if isinstance(step, Loading) else step
+            if replica is None:
+                raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
+            try:
+                with self._channels.lease(replica) as stub:
+                    return await send(stub, call_metadata(request_id=request_id, generation=replica.generation))
+            except grpc.RpcError as problem:
+                error = _worker_error(problem)
+                if attempt == MAX_TRIES or not _worth_retrying(error):
+                    raise error from None
+                lost.add(key_of(replica))
+                log.warning(
+                    "retrying elsewhere", extra={"request_id": request_id, "reason": error.reason, "attempt": attempt}
+                )
+        raise AssertionError("the last try returns or raises")
 
     def _pick(self, model: str, lost: set[ReplicaKey]) -> placement_pb2.Replica | None:
         target = self._table.routes.find(model) if self._table.routes else None

@@ -1,7 +1,7 @@
 """The seam between a worker's gRPC edge and engines that turn texts into vectors or scores.
 
 Above: `inference.py`, which turns the wire into these dataclasses. Below: `workers/embedding/`. Nothing here imports
-torch or grpc. Such an engine fills `workers.engine.Engine` too, so that lifecycle and tokenizing are alike for all kinds.
+torch or grpc. Such an engine fills `workers.engine.Engine` too: lifecycle and tokenizing are alike for all kinds.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ def tiny_coder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The tiny Qwen3 with StarCoder's names for three of its tokens."""
     directory = tmp_path_factory.mktemp("tiny-coder")
     names = {"<tool_call>": "<fim_prefix>", "</tool_call>": "<fim_suffix>", "<think>": "<fim_middle>"}
+    names["</think>"] = "<file_sep>"
     for file in tiny_model.iterdir():
         text = file.read_bytes()
         if file.suffix == ".json":
@@ -132,10 +133,10 @@ async def test_a_gap_is_asked_for_in_the_models_own_way_and_ends_at_its_own_mark
         assert got == [fim["prefix"], *plain["def f("], fim["suffix"], *plain["): pass"], fim["middle"]]
         forged = await engine.tokenize(TextPrompt("x<fim_middle>", suffix="y<fim_prefix>"))
         assert [forged.count(i) for i in fim.values()] == [1, 1, 1]
-        bias = {0: 100.0}  # <|endoftext|> ends a gap, though this chat model's replies end otherwise, too
-        request = GenerationRequest(
-            TextPrompt("a", suffix="b"), sampling=SamplingParams(temperature=0.0, logit_bias=bias), max_tokens=5
-        )
-        events = [event async for event in engine.generate(request)]
-    assert [e.reason for e in events if isinstance(e, Finish)] == ["stop"]
-    assert not any(isinstance(e, TextDelta) and e.text for e in events)
+        separator = (await engine.tokenize(TextPrompt("<file_sep>")))[0]
+        sampling = SamplingParams(temperature=0.0, logit_bias={separator: 100.0})
+        for suffix, reason in (("b", "stop"), ("", "length")):
+            request = GenerationRequest(TextPrompt("a", suffix=suffix), sampling=sampling, max_tokens=5)
+            events = [event async for event in engine.generate(request)]
+            assert events[-1].reason == reason
+            assert any(isinstance(e, TextDelta) and e.text for e in events) is (reason == "length")

@@ -298,7 +298,8 @@ class EmbeddingEngine:
 def normalized(vectors: Vectors) -> Vectors:
     """Return vectors (n, width) with length 1."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, np.float32(1e-12))
+    unit: Vectors = vectors / np.maximum(lengths, np.float32(1e-12))
+    return unit
 
 
 def refuse_unknown(spec: LoadSpec) -> None:

@@ -103,7 +103,7 @@ def load(spec: LoadSpec, report: Report, *, scores_pairs: bool) -> Loaded:
             normalize=recipe.normalize,
             num_prompt_tokens=skipped,
             pad_id=pad_id,
-            width=int(layers[-1][0].out_features) if layers else pooled,
+            width=layers[-1].width if layers else pooled,
         )
     report("warm-up", 0, 0)
     model.run(encoder.pairs("a", ["b"]) if scores_pairs else encoder.documents(["a"]))
@@ -139,8 +139,10 @@ def _dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
     """As wanted; else float32 on a CPU, where vectors then equal other implementations', and as stored on a GPU."""
     if wanted != "auto":
         return _DTYPES[wanted]
-    stored = getattr(config.get_text_config(), "dtype", None)
-    return stored if device.type != "cpu" and stored in _DTYPES.values() else torch.float32
+    stored: object = getattr(config.get_text_config(), "dtype", None)
+    if device.type != "cpu" and isinstance(stored, torch.dtype) and stored in _DTYPES.values():
+        return stored
+    return torch.float32
 
 
 def _load_module(model: str, path: Path, options: dict[str, Any], *, scores_pairs: bool) -> Any:
@@ -162,7 +164,23 @@ def _load_module(model: str, path: Path, options: dict[str, Any], *, scores_pair
     return module.train(False).requires_grad_(False)
 
 
-def _dense(model: str, layer: DenseLayer) -> torch.nn.Sequential:
+class _Dense(torch.nn.Module):
+    """A linear layer and its activation, float32. `width`: of what comes out."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: torch.nn.Module) -> None:
+        super().__init__()
+        self.width = int(weight.shape[0])
+        self.register_buffer("weight", weight.float())
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.activation = activation
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return (batch, width) of (batch, in)."""
+        out: torch.Tensor = self.activation(torch.nn.functional.linear(vectors, self.weight, self.bias))
+        return out
+
+
+def _dense(model: str, layer: DenseLayer) -> _Dense:
     try:
         tensors = load_file(layer.directory / "model.safetensors")
         weight, bias = tensors["linear.weight"], tensors.get("linear.bias")
@@ -173,11 +191,7 @@ def _dense(model: str, layer: DenseLayer) -> torch.nn.Sequential:
     kind = _ACTIVATIONS.get(layer.activation.rpartition(".")[2])
     if kind is None:
         raise ModelLoadFailed(f"The activation {layer.activation[:80]} of a dense layer of {model} is not known here.")
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight.data = weight.float()
-    if bias is not None:
-        linear.bias.data = bias.float()
-    return torch.nn.Sequential(linear, kind()).requires_grad_(False)
+    return _Dense(weight, bias, kind())
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str) -> int:

@@ -21,37 +21,20 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, modes: Sequence[str], num_ski
     states = hidden.float()
     counted = mask.clone()
     counted[:, :num_skipped] = 0
-    return torch.cat([_POOLS[mode](states, counted) for mode in modes], dim=-1)
+    return torch.cat([_pooled(mode, states, counted) for mode in modes], dim=-1)
 
 
-def _cls(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return states[torch.arange(len(states)), mask.argmax(dim=1)]
-
-
-def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-    return states[torch.arange(len(states)), last]
-
-
-def _max(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return states.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
-
-
-def _weighted(states: torch.Tensor, weights: torch.Tensor, root: bool) -> torch.Tensor:
+def _pooled(mode: str, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(len(states), device=states.device)
+    if mode == "cls":
+        return states[rows, mask.argmax(dim=1)]
+    if mode == "lasttoken":
+        return states[rows, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
+    if mode == "max":
+        return states.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
+    weights = mask.float()
+    if mode == "weightedmean":
+        weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device)
     total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
     summed = torch.einsum("blw,bl->bw", states, weights)
-    return summed / (total.sqrt() if root else total)
-
-
-def _by_position(mask: torch.Tensor) -> torch.Tensor:
-    return mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-
-
-_POOLS = {
-    "cls": _cls,
-    "lasttoken": _last,
-    "max": _max,
-    "mean": lambda states, mask: _weighted(states, mask.float(), root=False),
-    "mean_sqrt_len_tokens": lambda states, mask: _weighted(states, mask.float(), root=True),
-    "weightedmean": lambda states, mask: _weighted(states, _by_position(mask).float(), root=False),
-}
+    return summed / (total.sqrt() if mode == "mean_sqrt_len_tokens" else total)
