@@ -123,7 +123,7 @@ class Dispatcher:
                 )
 
     async def ask(self, target: Target, send: Send[T], request_id: str) -> T:
-        """Return a worker's one answer. Cancelling the wait cancels the call; a lost worker is replaced, as in `generate`.
+        """Return a worker's one answer. Cancelling the wait cancels the call. Lost workers: as in `generate`.
 
         Args:
             send: makes the call on a stub with the metadata given to it.

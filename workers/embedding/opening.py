@@ -167,6 +167,9 @@ def _load_module(model: str, path: Path, options: dict[str, Any], *, scores_pair
 class _Dense(torch.nn.Module):
     """A linear layer and its activation, float32. `width`: of what comes out."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: torch.nn.Module) -> None:
         super().__init__()
         self.width = int(weight.shape[0])
