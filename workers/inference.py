@@ -14,6 +14,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc as rpc
 
 from workers import translate, translate_texts
+from workers.engine import Engine
 from workers.host import WorkerHost
 from workers.vectors import Embedder, Ranker
 
@@ -36,11 +37,12 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
             self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            engine = self._host.engine
-            wanted = translate.generation_request(request, engine.facts, request_id)
-            async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    yield translate.event(event)
+            with self._host.serving() as engine:
+                self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
+                wanted = translate.generation_request(request, engine.facts, request_id)
+                async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield translate.event(event)
         except HostlerError as error:
             await abort(context, error)
         except Exception:
@@ -50,8 +52,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
         """Return one vector for each input."""
 
-        async def embed(request_id: str) -> pb.EmbedResponse:
-            engine = self._host.engine
+        async def embed(engine: Engine, request_id: str) -> pb.EmbedResponse:
             if not isinstance(engine, Embedder):
                 raise InvalidRequest("This model does not make embeddings.", param="model")
             wanted = translate_texts.embedding_request(request, request_id)
@@ -62,8 +63,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
     async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankResponse:  # noqa: N802
         """Return one score for each document."""
 
-        async def rerank(request_id: str) -> pb.RerankResponse:
-            engine = self._host.engine
+        async def rerank(engine: Engine, request_id: str) -> pb.RerankResponse:
             if not isinstance(engine, Ranker):
                 raise InvalidRequest("This model does not rank documents.", param="model")
             wanted = translate_texts.ranking_request(request, request_id)
@@ -74,8 +74,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Return token ids of a text or a rendered chat."""
 
-        async def tokenize(_: str) -> pb.TokenizeResponse:
-            engine = self._host.engine
+        async def tokenize(engine: Engine, _: str) -> pb.TokenizeResponse:
             ids = await engine.tokenize(translate_texts.tokenize_prompt(request))
             return pb.TokenizeResponse(ids=ids, max_context_tokens=engine.facts.max_context_tokens)
 
@@ -84,8 +83,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Return the text of token ids."""
 
-        async def detokenize(_: str) -> pb.DetokenizeResponse:
-            engine = self._host.engine
+        async def detokenize(engine: Engine, _: str) -> pb.DetokenizeResponse:
             worst, size = max(request.ids, default=0), engine.facts.vocab_size
             if size and worst >= size:
                 raise InvalidRequest(f"Token id {worst} is outside the vocabulary of {size}.", param="tokens")
@@ -105,12 +103,13 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         await abort(context, UnsupportedParameter("This model does not speak.", param="model"))
         yield pb.SpeakResponse()
 
-    async def _answer(self, context: Context, work: Callable[[str], Awaitable[T]]) -> T:
+    async def _answer(self, context: Context, work: Callable[[Engine, str], Awaitable[T]]) -> T:
         """Check the generation and run a unary call's `work` with its request id; errors end the call by name."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
             self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            return await work(request_id)
+            with self._host.serving() as engine:
+                return await work(engine, request_id)
         except HostlerError as error:
             await abort(context, error)
         except Exception:

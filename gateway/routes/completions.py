@@ -55,7 +55,7 @@ class _Job:
     async def _text_of(self, ids: pb.TokenIds) -> str:
         message = pb.DetokenizeRequest(ids=ids.ids)
         ask = self.services.dispatcher.ask
-        reply = await ask(self.target, lambda stub, meta: stub.Detokenize(message, metadata=meta), self.request_id)
+        reply = await ask(self.target, lambda stub: stub.Detokenize, message, self.request_id)
         return reply.text
 
 

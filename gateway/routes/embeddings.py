@@ -26,8 +26,6 @@ async def create_embeddings(request: Request) -> Response:
     if target.route.HasField("info"):
         check_lengths(wanted.inputs, target.route.info.max_context_tokens, "input")
     message = wanted.message()
-    asking = services.dispatcher.ask(
-        target, lambda stub, metadata: stub.Embed(message, metadata=metadata), request_id_of(request.scope)
-    )
+    asking = services.dispatcher.ask(target, lambda stub: stub.Embed, message, request_id_of(request.scope))
     reply = await services.lifetime.until_gone(request.receive, asking)
     return json_response(embeddings_object(reply, target.name, as_base64=wanted.as_base64))

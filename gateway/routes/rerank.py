@@ -27,8 +27,6 @@ async def rank_documents(request: Request) -> Response:
     routes = await services.table.first(services.patience.first_table_s)
     target = find_ranking_model(routes, wanted.model)
     message = pb.RerankRequest(query=wanted.query, documents=wanted.documents)
-    asking = services.dispatcher.ask(
-        target, lambda stub, metadata: stub.Rerank(message, metadata=metadata), request_id_of(request.scope)
-    )
+    asking = services.dispatcher.ask(target, lambda stub: stub.Rerank, message, request_id_of(request.scope))
     reply = await services.lifetime.until_gone(request.receive, asking)
     return json_response(ranking_object(reply, wanted, reply_id=f"rerank-{uuid.uuid4().hex}", model=target.name))

@@ -32,9 +32,7 @@ async def tokenize(request: Request) -> Response:
     routes = await services.table.first(services.patience.first_table_s)
     target = _target(routes, body)
     message = _tokenize_request(Fields(body), body, target)
-    asking = services.dispatcher.ask(
-        target, lambda stub, metadata: stub.Tokenize(message, metadata=metadata), request_id_of(request.scope)
-    )
+    asking = services.dispatcher.ask(target, lambda stub: stub.Tokenize, message, request_id_of(request.scope))
     reply = await services.lifetime.until_gone(request.receive, asking)
     return json_response(
         {
@@ -61,9 +59,7 @@ async def detokenize(request: Request) -> Response:
     routes = await services.table.first(services.patience.first_table_s)
     target = _target(routes, body)
     message = pb.DetokenizeRequest(ids=ids)
-    asking = services.dispatcher.ask(
-        target, lambda stub, metadata: stub.Detokenize(message, metadata=metadata), request_id_of(request.scope)
-    )
+    asking = services.dispatcher.ask(target, lambda stub: stub.Detokenize, message, request_id_of(request.scope))
     reply = await services.lifetime.until_gone(request.receive, asking)
     return json_response({"prompt": reply.text})
 

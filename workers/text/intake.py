@@ -20,7 +20,7 @@ from workers.text.fill import FillFormat
 from workers.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
-    from workers.text.vision import Picture
+    from workers.text.vision import Picture, Vision
 
 
 class Intake:
@@ -57,6 +57,10 @@ class Intake:
     def fill_format(self) -> FillFormat | None:
         """How the model fills a gap between two texts; None if it does not."""
         return self._encoder.fill_format
+
+    def see_with(self, vision: Vision | None) -> None:
+        """Look at pictures with these eyes from now on; None while the model sleeps."""
+        self._vision = vision
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; none for an empty text."""
