@@ -18,7 +18,7 @@ from gateway.dialects.openai_completions.stream import CompletionEncoder
 from gateway.dispatch import Event, Loading, merge
 from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
-from gateway.routes.chat import loading_comment
+from gateway.progress import loading_comment
 from gateway.routing import Target, find_writing_model
 from gateway.services import Services, services_of
 from gateway.sse import DONE, EventStream
