@@ -55,7 +55,7 @@ async def detokenize(request: Request) -> Response:
     ids = fields.array("tokens", MAX_TOKEN_IDS) or []
     for index, value in enumerate(ids):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-            raise InvalidRequest(f"Invalid 'tokens[{index}]': not a token id.", param="tokens")
+            raise InvalidRequest(f"Invalid 'tokens[{index}]': not a token id.", param=f"tokens[{index}]")
     routes = await services.table.first(services.patience.first_table_s)
     target = _target(routes, body)
     message = pb.DetokenizeRequest(ids=ids)
