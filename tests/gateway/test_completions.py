@@ -67,6 +67,11 @@ async def test_token_ids_go_to_the_worker_as_they_are(called: World, prompt: Any
     assert sorted(list(r.token_ids.ids) for r in called.worker.requests) == sorted(ids)
 
 
+async def test_the_terms_of_a_chat_hold_for_completions_too(called: World) -> None:
+    await complete(called, prompt="a", keep_alive="5m", service_tier="flex")
+    assert (called.worker.requests[0].keep_alive_ms, called.worker.requests[0].batch) == (300_000, True)
+
+
 async def test_no_prompt_is_the_beginning_of_a_document(called: World) -> None:
     await complete(called)
     assert called.worker.requests[0].WhichOneof("prompt") == "text"

@@ -140,3 +140,15 @@ async def test_a_gap_is_asked_for_in_the_models_own_way_and_ends_at_its_own_mark
             events = [event async for event in engine.generate(request)]
             assert events[-1].reason == reason
             assert any(isinstance(e, TextDelta) and e.text for e in events) is (reason == "length")
+
+
+@pytest.mark.real_model
+async def test_a_real_coder_fills_the_gap(qwen_coder: Path, open_engine: Callable[..., Any], runner_name: str) -> None:
+    if runner_name == "eager":
+        pytest.skip("minutes; the prompt and its end are the same for both runners")
+    prompt = TextPrompt("def add(a, b):\n    return ", suffix="\n\n\nprint(add(1, 2))\n")
+    async with open_engine(qwen_coder, dtype="bfloat16", num_threads=2) as engine:
+        request = GenerationRequest(prompt, sampling=SamplingParams(temperature=0.0), max_tokens=16)
+        events = [event async for event in engine.generate(request)]
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)).strip() == "a + b"
+    assert events[-1].reason == "stop"

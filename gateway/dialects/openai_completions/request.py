@@ -18,6 +18,7 @@ from gateway.dialects.openai_chat.request import MAX_CHOICES, MAX_MODEL_CHARS, M
 from gateway.dialects.sampling import parse_sampling, parse_stop
 from gateway.dialects.texts import TextOrIds, check_lengths, parse_texts
 from gateway.fields import Fields, show
+from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_GENERATIONS = 128
 """Most replies of one request: prompts times choices."""
@@ -122,6 +123,8 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
             constraint=parse_constraint(fields),
             suffix=suffix,
             echo_logprobs=echo and logprobs is not None,
+            keep_alive_ms=read_keep_alive_ms(fields),
+            batch=read_batch(fields),
         ),
         n=n,
         best_of=best_of,
