@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 # In one batch the shortest text has at least this share of the longest one's tokens, unless there are few: below
 # `_FEW_TOKENS` what a text costs is mostly the cost of a call.
-_LEAST_SHARE = 0.7
-_FEW_TOKENS = 16
+_LEAST_SHARE = 0.85
+_FEW_TOKENS = 8
 WINDOW = 2048
 """How many of the eldest texts are looked at; sorting more would cost more than it gives."""
 

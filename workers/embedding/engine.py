@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 MAX_BATCH_TEXTS = 256
 # A GPU needs more tokens than a CPU before its products are bound by arithmetic.
 _GPU_BATCH = 16
+_SWITCH_INTERVAL_S = 0.0002
 
 
 @dataclass(eq=False, slots=True)
@@ -227,7 +229,12 @@ class EmbeddingEngine:
     # ------------------------------------------------------------ engine thread
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._spec.num_threads or len(os.sched_getaffinity(0)))
+        # Every operator takes the interpreter lock again; at Python's 5 ms a busy asyncio thread would hold a batch up a
+        # hundred times.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        # One core stays free for the gateway, the clients and our own tokenizing: a batch has a hundred barriers, and
+        # whoever takes one of its cores for a moment holds all of them up.
+        torch.set_num_threads(self._spec.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         while (batch := self._next_batch()) is not None:
             if not batch:
                 continue
