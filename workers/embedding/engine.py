@@ -229,8 +229,8 @@ class EmbeddingEngine:
     # ------------------------------------------------------------ engine thread
 
     def _loop(self) -> None:
-        # Every operator takes the interpreter lock again; at Python's 5 ms a busy asyncio thread would hold a batch up a
-        # hundred times.
+        # Every operator takes the interpreter lock again; at Python's 5 ms a busy asyncio thread would hold a batch up
+        # a hundred times.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         # One core stays free for the gateway, the clients and our own tokenizing: a batch has a hundred barriers, and
         # whoever takes one of its cores for a moment holds all of them up.
