@@ -5,7 +5,17 @@ Above it: the orchestrator (which asks `find`, `list_stored` and `footprint`: no
 """
 
 from orchestrator.store.footprint import Footprint, adapter_bytes, footprint
+from orchestrator.store.kind import kind_of
 from orchestrator.store.layout import StoredModel, list_stored, resolve_models_dir
 from orchestrator.store.source import find
 
-__all__ = ["Footprint", "StoredModel", "adapter_bytes", "find", "footprint", "list_stored", "resolve_models_dir"]
+__all__ = [
+    "Footprint",
+    "StoredModel",
+    "adapter_bytes",
+    "find",
+    "footprint",
+    "kind_of",
+    "list_stored",
+    "resolve_models_dir",
+]
