@@ -25,10 +25,16 @@ class PagedCache:
     """Keys and values of every block: for each layer (blocks * BLOCK_TOKENS, kv_heads, head_dim).
 
     On the CPU the tensors are reserved address space: memory is committed only where tokens were written.
+
+    Args:
+        kept_heads: which of the heads that the model computes are kept: all, but for some split models.
     """
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: KVShape, dtype: torch.dtype, device: torch.device, kept_heads: slice = slice(None)
+    ) -> None:
         self.device = device
+        self.kept_heads = kept_heads
         size = (shape.num_layers, shape.num_blocks * BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
         self._keys = torch.empty(size, dtype=dtype, device=device)
         self._values = torch.empty(size, dtype=dtype, device=device)
@@ -161,6 +167,7 @@ def attend(
     if step is None:
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
     keys, values = step.cache.layer(int(module.layer_idx))  # type: ignore[arg-type]
+    key, value = key[:, step.cache.kept_heads], value[:, step.cache.kept_heads]
     heads, rows, head_dim = query.shape[1:]
     kv_heads = key.shape[1]
     group = heads // kv_heads

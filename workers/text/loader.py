@@ -23,11 +23,13 @@ log = logging.getLogger(__name__)
 Report = Callable[[str, int, int], None]
 
 
-def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> LoadedModel:
+def load(spec: LoadSpec, report: Report, directory: Directory | None = None, split: Any = None) -> LoadedModel:
     """Load `spec.path`. Blocking: seconds. `report(stage, done_bytes, total_bytes)` tells progress.
 
     Args:
         directory: what was read of it before.
+        split: transformers' `DistributedConfig` when this process is one of several that share the model; it must have
+            joined their group. Parameters are then this rank's part, but the facts are of the whole.
 
     Raises:
         ModelLoadFailed: the directory or the architecture cannot be served; says which.
@@ -43,6 +45,8 @@ def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> 
         "local_files_only": True,
         "use_safetensors": True,
     }
+    if split is not None:
+        options["distributed_config"] = split
     try:
         if vision.is_image_text(directory.config):
             model = vision.load_model(directory.path, attention.NAME, **options)

@@ -1,0 +1,63 @@
+"""Runs a step on every rank of a tensor-parallel model. Above: the engine's loop. Below: `eager.py` on this rank's
+part, `followers.py` for the others.
+
+A step's arrays go to the followers first; then all ranks compute the same rows, each with its part of every layer, and
+meet in the collectives inside the layers. The logits come out whole on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from workers.text.eager import ModelRunner
+from workers.text.packing import pack
+from workers.text.parallel.followers import Followers
+from workers.text.parallel.wire import encode_step
+from workers.text.scheduler import Step
+
+
+class SplitRunner:
+    """The first rank's runner.
+
+    A step that fails on one rank leaves the others inside a collective: no later step can be right. So unlike other
+    runners' failures, any failure here is the end of the model, not of one request.
+
+    Args:
+        leave: leaves the group of ranks and frees what it took; called by `close`.
+    """
+
+    def __init__(self, own: ModelRunner, followers: Followers, leave: Callable[[], None]) -> None:
+        self._own = own
+        self._followers = followers
+        self._leave = leave
+        self._failed = False
+        self.name = f"tensor parallel over {len(followers.pids) + 1}"
+
+    def run(self, step: Step) -> torch.Tensor:
+        """Run one step; see `workers.text.runner.Runner.run`.
+
+        Raises:
+            RuntimeError: a rank failed, now or before.
+        """
+        if self._failed:
+            raise RuntimeError("a part of this model is lost")
+        packed = pack(step)
+        try:
+            self._followers.step(encode_step(packed))
+            return self._own.run_packed(packed)
+        except Exception as error:
+            self._failed = True
+            self._followers.lost(f"a step failed: {type(error).__name__}: {error}"[:300])
+            raise
+
+    def seconds(self) -> dict[str, float]:
+        """Return nothing, as the runner of a model that is not split."""
+        return self._own.seconds()
+
+    def close(self) -> None:
+        """End the followers, free this rank's part."""
+        self._followers.close()
+        self._leave()
+        self._own.close()
