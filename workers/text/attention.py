@@ -7,7 +7,7 @@ come packed in one row (`packing.py`), so that linear layers run once for everyb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class StepContext:
         single_positions: (singles,) int64.
         chunks: works of several rows, in row order.
         masks: filled by the first layer, read by the rest.
+        elsewhere: copies for the devices of other layers.
     """
 
     cache: PagedCache
@@ -77,6 +78,7 @@ class StepContext:
     single_positions: torch.Tensor
     chunks: tuple[Chunk, ...]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    elsewhere: dict[torch.device, StepContext] = field(default_factory=dict)
 
     @classmethod
     def of(cls, packed: PackedStep, cache: PagedCache) -> StepContext:
@@ -101,6 +103,20 @@ class StepContext:
             single_positions=there(packed.positions[:n]),
             chunks=chunks,
         )
+
+    def on(self, device: torch.device) -> StepContext:
+        """Return the same on a layer's device: itself, or a copy that is made once a step."""
+        if device == self.new_places.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = StepContext(
+                cache=self.cache,
+                new_places=self.new_places.to(device),
+                single_places=self.single_places.to(device),
+                single_positions=self.single_positions.to(device),
+                chunks=tuple(replace(chunk, places=chunk.places.to(device)) for chunk in self.chunks),
+            )
+        return self.elsewhere[device]
 
     def single_mask(self, window: int | None) -> torch.Tensor | None:
         """Boolean mask (singles, 1, 1, longest): each row sees its own sequence; None when all see all."""
@@ -166,6 +182,7 @@ def attend(
     """
     if step is None:
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
+    step = step.on(query.device)
     keys, values = step.cache.layer(int(module.layer_idx))  # type: ignore[arg-type]
     key, value = key[:, step.cache.kept_heads], value[:, step.cache.kept_heads]
     heads, rows, head_dim = query.shape[1:]

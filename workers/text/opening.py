@@ -62,6 +62,10 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
     Raises:
         ModelLoadFailed: the directory cannot be served.
     """
+    if len(spec.devices) > 1:
+        from workers.text.parallel.opening import open_split
+
+        return *open_split(spec, report), False
     library = build.built() if directory.kernels else None
     if library is not None and (ready := open_recipe(directory, spec, library, report)) is not None:
         return *ready, False

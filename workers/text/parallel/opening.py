@@ -48,7 +48,9 @@ def check(spec: LoadSpec) -> None:
     """
     kinds = {torch.device(name).type for name in spec.devices}
     if len(kinds) > 1:
-        raise ModelLoadFailed(f"{spec.model} cannot be split over devices of different kinds ({', '.join(spec.devices)}).")
+        raise ModelLoadFailed(
+            f"{spec.model} cannot be split over devices of different kinds ({', '.join(spec.devices)})."
+        )
     if kinds != {"cpu"} and len(set(spec.devices)) < len(spec.devices):
         raise ModelLoadFailed(f"{spec.model} is to be split over the same device twice ({', '.join(spec.devices)}).")
     if spec.adapters:

@@ -4,14 +4,13 @@ Above: `opening.py` (rank 0) and `follower.py`. Below: transformers' tensor para
 
 transformers cuts parameters into DTensors and wraps the forward of each cut layer. That costs host time at every layer
 of every step, so linear layers, of which there are most, become plain modules over plain tensors here: a layer cut by
-its outputs is an ordinary `nn.Linear`, one cut by its inputs a `SummedLinear`. Both can then be packed or quantized like
-any other. What is left (embedding, head, experts) stays as transformers made it.
+its outputs is an ordinary `nn.Linear`, or a `GatheredLinear` where the next one needs all of it; one cut by its inputs a
+`SummedLinear`. They can then be packed or quantized like any other. Embedding and experts stay as transformers made them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,25 +31,54 @@ from workers.text.parallel.group import Membership, joined_environment, limit_wa
 from workers.text.parallel.plan import CannotSplit, SplitPlan, plan_split
 from workers.text.threads import Threads
 
+# transformers' rules for linear layers: cut by outputs, and whether they are gathered; by inputs, and whether those come
+# whole. Parts are as of `torch.chunk`.
+_BY_OUTPUTS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
+_BY_INPUTS = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 class SummedLinear(nn.Module):
-    """A linear layer cut by its inputs: input (…, in / ranks), output (…, out), summed over all ranks.
+    """A linear layer cut by its inputs; output (…, out), summed over all ranks. All must call it at the same point.
 
-    Mutates nothing; every rank must call it at the same point of the same step.
+    Args:
+        part: this rank's columns, without bias.
+        columns: which those are, when the input is whole (…, in); None when it is this rank's part already.
     """
 
-    def __init__(self, part: nn.Linear, bias: torch.Tensor | None) -> None:
+    def __init__(self, part: nn.Linear, bias: torch.Tensor | None, columns: slice | None) -> None:
         super().__init__()
         self.part: nn.Module = part
-        self._bias = bias
+        self._bias, self._columns = bias, columns
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the whole layer's output, the same on every rank."""
-        output: torch.Tensor = self.part(hidden)
+        output: torch.Tensor = self.part(hidden if self._columns is None else hidden[..., self._columns])
         dist.all_reduce(output)
         return output if self._bias is None else output + self._bias
+
+
+class GatheredLinear(nn.Module):
+    """A linear layer cut by its outputs; output (…, out), put together on all ranks. All must call it at the same point.
+
+    Args:
+        part: this rank's rows; the last ranks may have fewer.
+        num_outputs: of the whole layer.
+        most: rows of the first rank's part.
+    """
+
+    def __init__(self, part: nn.Linear, num_outputs: int, most: int) -> None:
+        super().__init__()
+        self.part: nn.Module = part
+        self._num_outputs, self._most = num_outputs, most
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the whole layer's output, the same on every rank."""
+        own: torch.Tensor = self.part(hidden)
+        own = nn.functional.pad(own, (0, self._most - own.shape[-1])).contiguous()
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        return torch.cat(parts, dim=-1)[..., : self._num_outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +131,13 @@ def load_share(
     overrides = {f"{prefix}.{name}": rule for name, rule in plan.overrides.items()}
     config = DistributedConfig(tp_size=member.size, tp_plan=overrides or None)
     with joined_environment(member):
-        loaded = load(spec, report, directory, split=config)
+        loaded = load(spec, report, directory, split={"distributed_config": config})
     limit_waiting(loaded.model._device_mesh.get_group("tp"))
-    flatten(loaded.decoder, {**directory.config.base_model_tp_plan, **plan.overrides})
+    flatten(loaded.model)
     if spec.quantize:
         linear.quantize(loaded.decoder, spec.quantize)
     else:
-        linear.pack(loaded.decoder)
+        linear.pack(loaded.model)
     cache = PagedCache(
         replace(directory.kv, num_kv_heads=plan.num_kv_heads),
         directory.dtype,
@@ -120,30 +148,32 @@ def load_share(
     return Share(loaded, runner, part_bytes(loaded.model))
 
 
-def flatten(decoder: Any, rules: Mapping[str, str]) -> int:
-    """Make a decoder's linear layers that are cut by outputs or inputs plain, in place; return how many there were.
-
-    Args:
-        rules: by the decoder's module names, `*` for the number of a layer.
-    """
-    cut = [
+def flatten(model: Any) -> int:
+    """Make the cut linear layers of a model plain, in place; return how many there were."""
+    linears = [
         (parent, f"{path}.{name}" if path else name, name, child)
-        for path, parent in decoder.named_modules()
+        for path, parent in model.named_modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
     num_flat = 0
-    for parent, path, name, child in cut:
-        rule = rules.get(_NUMBER.sub(".*", path))
-        if rule not in ("colwise", "rowwise"):
+    for parent, path, name, child in linears:
+        rule = model.tp_plan.get(_NUMBER.sub(".*", path), "")
+        if rule not in _BY_OUTPUTS and rule not in _BY_INPUTS:
             continue
-        del child.forward  # transformers' wrapper, set on the instance; the class's own is below it
+        num_outputs, num_inputs = child.weight.shape
         bias = None if child.bias is None else _own(child.bias)
+        del child.forward  # transformers' wrapper, set on the instance; the class's own is below it
         child.weight = nn.Parameter(_own(child.weight), requires_grad=False)
+        child.bias = None if bias is None or rule in _BY_INPUTS else nn.Parameter(bias, requires_grad=False)
         child.out_features, child.in_features = child.weight.shape
-        child.bias = None if bias is None or rule == "rowwise" else nn.Parameter(bias, requires_grad=False)
-        if rule == "rowwise":
-            setattr(parent, name, SummedLinear(child, bias))
+        size = dist.get_world_size()
+        if rule in _BY_INPUTS:
+            most = -(-num_inputs // size)
+            first = dist.get_rank() * most
+            setattr(parent, name, SummedLinear(child, bias, slice(first, first + most) if _BY_INPUTS[rule] else None))
+        elif _BY_OUTPUTS[rule]:
+            setattr(parent, name, GatheredLinear(child, num_outputs, -(-num_outputs // size)))
         num_flat += 1
     return num_flat
 
