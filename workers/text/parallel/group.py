@@ -1,7 +1,7 @@
 """The ranks of one split model as a torch.distributed group: gloo between CPU processes, NCCL between GPUs.
 
-Above: `opening.py` (rank 0) and `follower.py`. Below: torch. They meet at a file in a private directory; gloo listens on
-the loopback interface only. A process belongs to one such group at a time.
+Above: `opening.py` (rank 0) and `follower.py`. Below: torch. They meet at a file in a private directory; gloo listens
+on the loopback interface only. A process belongs to one such group at a time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def join(member: Membership, meeting: Path) -> None:
     with joined_environment(member):
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=dist.FileStore(str(meeting), member.size),
+            store=dist.FileStore(str(meeting), member.size),  # type: ignore[attr-defined]
             rank=member.rank,
             world_size=member.size,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),

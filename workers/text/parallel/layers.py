@@ -82,7 +82,8 @@ def place(directory: Directory, spec: LoadSpec, num_devices: int) -> tuple[dict[
         ModelLoadFailed: its layers are not where other models have them.
     """
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(directory.config, trust_remote_code=spec.trust_remote_code)
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(directory.config, trust_remote_code=spec.trust_remote_code)
     decoder = model.get_decoder()
     path = next(name for name, module in model.named_modules() if module is decoder)
     found = [name for name, module in decoder.named_children() if isinstance(module, torch.nn.ModuleList)]

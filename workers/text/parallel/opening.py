@@ -34,7 +34,10 @@ OnLost = Callable[[str], None]
 
 
 def end_process(reason: str) -> None:
-    """End this worker at once: a rank is lost, and this one may be stuck in a collective. Whoever placed it replaces it."""
+    """End this worker at once: a rank is lost, and this one may be stuck in a collective.
+
+    Whoever placed the worker sees its death and replaces it.
+    """
     log.critical("worker ends", extra={"reason": reason})
     logging.shutdown()
     os._exit(1)

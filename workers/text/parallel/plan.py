@@ -1,8 +1,8 @@
 """How a model's layers are cut for tensor parallelism: transformers' own plan, made right for this number of parts.
 
-Above: `opening.py`, `shard.py`. Below: nothing; pure. The plan of transformers cuts the projections of queries, keys and
-values into equal runs of rows, which are whole heads only where the numbers of heads divide. Elsewhere its rules are
-replaced: by keys and values that every part computes, or by attention that every part does whole.
+Above: `opening.py`, `shard.py`. Below: nothing; pure. The plan of transformers cuts the projections of queries, keys
+and values into equal runs of rows, which are whole heads only where the numbers of heads divide. Elsewhere its rules
+are replaced: by keys and values that every part computes, or by attention that every part does whole.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class CannotSplit(Exception):
 class Attention(Enum):
     """What one part does of a layer's attention.
 
-    HEADS: its share of the heads, with their keys and values. QUERIES: its share of the query heads; keys and values are
-    computed by every part, and each keeps the one head that its queries look at. WHOLE: all of it, as do the others.
+    HEADS: its share of the heads, with their keys and values. QUERIES: its share of the query heads; keys and values
+    are computed by every part, and each keeps the one head that its queries look at. WHOLE: all, as do the others.
     """
 
     HEADS = "heads"
@@ -83,6 +83,6 @@ def plan_split(rules: Mapping[str, str] | None, num_heads: int, num_kv_heads: in
         return SplitPlan(num_parts, Attention.QUERIES, 1, shared)
     if len(rules) == len(attention):
         raise CannotSplit(
-            f"{num_heads} heads with {num_kv_heads} key-value heads do not divide by {num_parts}, and nothing else is cut"
+            f"{num_heads} heads with {num_kv_heads} of keys do not divide by {num_parts}, and nothing else is cut"
         )
     return SplitPlan(num_parts, Attention.WHOLE, num_kv_heads, dict.fromkeys(attention, _WHOLE))

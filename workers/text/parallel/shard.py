@@ -4,8 +4,9 @@ Above: `opening.py` (rank 0) and `follower.py`. Below: transformers' tensor para
 
 transformers cuts parameters into DTensors and wraps the forward of each cut layer. That costs host time at every layer
 of every step, so linear layers, of which there are most, become plain modules over plain tensors here: a layer cut by
-its outputs is an ordinary `nn.Linear`, or a `GatheredLinear` where the next one needs all of it; one cut by its inputs a
-`SummedLinear`. They can then be packed or quantized like any other. Embedding and experts stay as transformers made them.
+its outputs is an ordinary `nn.Linear`, or a `GatheredLinear` where the next one needs all of it; one cut by its inputs
+is a `SummedLinear`. They can then be packed or quantized like any other. Embedding and experts stay as transformers
+made them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from workers.engine import LoadSpec
 from workers.text import linear
@@ -31,8 +32,8 @@ from workers.text.parallel.group import Membership, joined_environment, limit_wa
 from workers.text.parallel.plan import CannotSplit, SplitPlan, plan_split
 from workers.text.threads import Threads
 
-# transformers' rules for linear layers: cut by outputs, and whether they are gathered; by inputs, and whether those come
-# whole. Parts are as of `torch.chunk`.
+# transformers' rules for linear layers: cut by outputs, and whether those are gathered; by inputs, and whether those
+# come whole. Parts are as of `torch.chunk`.
 _BY_OUTPUTS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
 _BY_INPUTS = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -59,7 +60,7 @@ class SummedLinear(nn.Module):
 
 
 class GatheredLinear(nn.Module):
-    """A linear layer cut by its outputs; output (…, out), put together on all ranks. All must call it at the same point.
+    """A linear layer cut by its outputs; output (…, out), put together on all ranks, which must all call it together.
 
     Args:
         part: this rank's rows; the last ranks may have fewer.
@@ -127,7 +128,8 @@ def load_share(
     Raises:
         ModelLoadFailed: as `loader.load`.
     """
-    prefix = AutoModelForCausalLM._model_mapping[type(directory.config)].base_model_prefix
+    architecture: Any = AutoModelForCausalLM._model_mapping[type(directory.config)]
+    prefix = architecture.base_model_prefix
     overrides = {f"{prefix}.{name}": rule for name, rule in plan.overrides.items()}
     config = DistributedConfig(tp_size=member.size, tp_plan=overrides or None)
     with joined_environment(member):
@@ -165,7 +167,8 @@ def flatten(model: Any) -> int:
         bias = None if child.bias is None else _own(child.bias)
         del child.forward  # transformers' wrapper, set on the instance; the class's own is below it
         child.weight = nn.Parameter(_own(child.weight), requires_grad=False)
-        child.bias = None if bias is None or rule in _BY_INPUTS else nn.Parameter(bias, requires_grad=False)
+        kept = None if bias is None or rule in _BY_INPUTS else nn.Parameter(bias, requires_grad=False)
+        child.register_parameter("bias", kept)
         child.out_features, child.in_features = child.weight.shape
         size = dist.get_world_size()
         if rule in _BY_INPUTS:
