@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from workers.text.eager import ModelRunner
-from workers.text.packing import pack
+from workers.text.packing import PackedStep, pack
 from workers.text.parallel.followers import Followers
 from workers.text.parallel.wire import encode_step
 from workers.text.scheduler import Step
@@ -35,15 +35,23 @@ class SplitRunner:
         self._failed = False
         self.name = f"tensor parallel over {len(followers.pids) + 1}"
 
+    @property
+    def pids(self) -> list[int]:
+        """The followers' process ids."""
+        return self._followers.pids
+
     def run(self, step: Step) -> torch.Tensor:
         """Run one step; see `workers.text.runner.Runner.run`.
 
         Raises:
             RuntimeError: a rank failed, now or before.
         """
+        return self.run_packed(pack(step))
+
+    def run_packed(self, packed: PackedStep) -> torch.Tensor:
+        """The same for a packed step."""
         if self._failed:
             raise RuntimeError("a part of this model is lost")
-        packed = pack(step)
         try:
             self._followers.step(encode_step(packed))
             return self._own.run_packed(packed)

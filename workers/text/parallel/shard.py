@@ -182,10 +182,13 @@ def flatten(model: Any) -> int:
 
 
 def part_bytes(model: Any) -> int:
-    """Return the bytes of this rank's parameters and of what quantized or packed layers keep instead."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """Return the bytes of this rank's parameters and of what quantized or packed layers keep instead.
+
+    What embedding and head share counts once.
+    """
+    tensors = [_own(tensor) for tensor in (*model.parameters(), *model.buffers())]
     packed = sum(m.num_bytes for m in model.modules() if isinstance(m, linear.PackedLinear))
-    return packed + sum(int(_own(t).nbytes) for t in tensors.values())
+    return packed + sum({tensor.data_ptr(): int(tensor.nbytes) for tensor in tensors}.values())
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
