@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.lifecycle.v1 import lifecycle_pb2_grpc
 
 from tests.workers.test_text_engine import GREEDY, collect, generated_ids, random_prompts, reference, reference_model
+from workers import memory
 from workers.engine import AdapterSource, ChatPrompt, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
 from workers.text import linear
 from workers.text.attention import PagedCache
@@ -34,6 +35,7 @@ from workers.text.eager import ModelRunner
 from workers.text.engine import TextEngine
 from workers.text.loader import load
 from workers.text.native.runner import probe
+from workers.text.opening import open_text_engine
 from workers.text.parallel.opening import open_split
 from workers.text.threads import Threads
 
@@ -58,6 +60,9 @@ class Split:
 
     def run(self, step: Any) -> torch.Tensor:
         return self.runner.run(step)
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        self.runner.resize(num_blocks, kept)
 
     def seconds(self) -> dict[str, float]:
         return {}
@@ -281,6 +286,24 @@ async def test_a_worker_ends_when_one_of_its_followers_dies(tmp_path: Path, tiny
         assert await asyncio.wait_for(asyncio.to_thread(process.wait), 5) == 1
 
 
+async def test_a_split_model_sleeps_without_followers_and_wakes_with_new_ones(tiny_model: Path) -> None:
+    spec = LoadSpec(model="tiny", path=str(tiny_model), devices=("cpu", "cpu"), dtype="float32", num_threads=2)
+    prompt = random_prompts(1, 900, 40)[0]
+    meter = memory.MemoryMeter()
+    engine = await open_text_engine(spec, lambda *_: None)
+    try:
+        assert await generated_ids(engine, prompt, 12) == reference(tiny_model, prompt, 12)
+        (follower,) = psutil.Process().children()
+        assert meter.look().resident > psutil.Process().memory_info().rss + follower.memory_info().rss // 2
+        await engine.sleep()
+        assert not psutil.Process().children()
+        await engine.wake(spec)
+        assert await generated_ids(engine, prompt, 12) == reference(tiny_model, prompt, 12)
+    finally:
+        await engine.close()
+    assert not psutil.Process().children()
+
+
 @pytest.mark.real_model
 async def test_the_real_model_with_nine_heads_says_the_same_in_two_parts(smollm2: Path) -> None:
     model = opened(smollm2, kv_cache_bytes=2**28)
@@ -346,6 +369,20 @@ async def test_logprobs_are_those_of_the_whole_model(split: Split) -> None:
         assert point.logprob == pytest.approx(float(row[point.token_id]), abs=1e-3)
         values, _ = torch.topk(row, 5)
         assert [t.logprob for t in point.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+async def test_a_cache_that_shrinks_and_grows_on_every_part_loses_no_reply(split: Split) -> None:
+    prompts = random_prompts(4, 900, 60)
+    expected = [reference(split.path, p, 60) for p in prompts]
+    async with split.engine() as engine:
+        block_bytes = 16 * engine.facts.kv_bytes_per_token
+        before = engine.stats().kv_reserved_bytes
+        running = [asyncio.create_task(generated_ids(engine, p, 60)) for p in prompts]
+        while engine.stats().num_running < 4:
+            await asyncio.sleep(0)
+        assert await engine.resize(40 * block_bytes) == 40 * block_bytes
+        assert await engine.resize(before) == before
+        assert await asyncio.gather(*running) == expected
 
 
 async def test_facts_are_those_of_the_whole_model(split: Split) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 from workers.engine import LoadSpec
-from workers.text.attention import StepContext
+from workers.text.attention import PagedCache, StepContext
 from workers.text.directory import read_directory
 from workers.text.eager import ModelRunner
 from workers.text.loader import load
 from workers.text.native.runner import probe
 from workers.text.packing import PackedStep
 from workers.text.parallel.followers import environment, visible_devices
-from workers.text.parallel.layers import SpreadCache, place, spread
+from workers.text.parallel.layers import place, spread
 from workers.text.parallel.plan import Attention, CannotSplit, plan_split
+from workers.text.parallel.runner import SplitRunner
 from workers.text.parallel.wire import decode_step, encode_step
 from workers.text.threads import Threads
 
@@ -110,6 +112,33 @@ def test_a_followers_gpu_is_named_as_the_workers_own_list_names_it() -> None:
     assert visible_devices(("cpu", "cpu"), {"CUDA_VISIBLE_DEVICES": ""}) == [None, None]
 
 
+class Rank:
+    """A rank's cache as the first rank sees it; it says no to more than `room` blocks."""
+
+    pids: tuple[int, ...] = (1,)
+
+    def __init__(self, room: int) -> None:
+        self.room, self.num_blocks, self.lost_for = room, 10, ""
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> bool:
+        if num_blocks <= self.room:
+            self.num_blocks = num_blocks
+        return num_blocks <= self.room
+
+    def lost(self, reason: str) -> None:
+        self.lost_for = reason
+
+
+def test_a_cache_that_one_rank_has_no_room_for_stays_as_it_was_on_all() -> None:
+    own, other = Rank(room=100), Rank(room=20)
+    runner = SplitRunner(own, other, 10, lambda: None)  # type: ignore[arg-type]
+    runner.resize(20, {})
+    assert (own.num_blocks, other.num_blocks) == (20, 20)
+    with pytest.raises(MemoryError):
+        runner.resize(50, {})
+    assert (own.num_blocks, other.num_blocks, other.lost_for) == (20, 20, "")
+
+
 def test_layers_fill_devices_evenly_and_the_first_takes_fewer_for_what_else_it_holds() -> None:
     assert spread([10] * 8, 0, 2) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert spread([10] * 8, 40, 2) == [0, 0, 1, 1, 1, 1, 1, 1]
@@ -135,7 +164,7 @@ def test_a_model_whose_layers_have_hooks_and_caches_of_their_own_computes_the_sa
     dispatch_model(hooked.model, dict.fromkeys(names, torch.device("cpu")), force_hooks=True)
 
     def logits(model: Any) -> torch.Tensor:
-        cache = SpreadCache(directory.kv, torch.float32, [torch.device("cpu")] * 2)
+        cache = PagedCache(directory.kv, torch.float32, torch.device("cpu"), layer_devices=[torch.device("cpu")] * 2)
         runner = ModelRunner(model, cache, Threads(1, 1))
         return torch.cat([runner.run_packed(step) for step in probe(1024)])
 
@@ -144,10 +173,11 @@ def test_a_model_whose_layers_have_hooks_and_caches_of_their_own_computes_the_sa
 
 def test_a_steps_layout_is_copied_once_to_the_device_of_another_layer(tiny_model: Path) -> None:
     spec = LoadSpec(model="tiny", path=str(tiny_model), devices=("cpu", "cpu"), dtype="float32")
-    cache = SpreadCache(read_directory(spec).kv, torch.float32, [torch.device("cpu"), torch.device("meta")])
+    here, elsewhere = torch.device("cpu"), torch.device("meta")
+    cache = PagedCache(read_directory(spec).kv, torch.float32, here, layer_devices=[here, elsewhere])
     step = StepContext.of(probe(1024)[1], cache)
-    there = step.on(torch.device("meta"))
+    there = step.on(elsewhere)
     assert {there.new_places.device.type, there.chunks[0].places.device.type} == {"meta"}
-    assert there is step.on(torch.device("meta"))
-    assert step.on(torch.device("cpu")) is step
+    assert there is step.on(elsewhere)
+    assert step.on(here) is step
     assert cache.layer(1)[0].device.type == "meta"

@@ -7,6 +7,7 @@ come packed in one row (`packing.py`), so that linear layers run once for everyb
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,24 +25,67 @@ NAME = "hostler"
 class PagedCache:
     """Keys and values of every block: for each layer (blocks * BLOCK_TOKENS, kv_heads, head_dim).
 
-    On the CPU the tensors are reserved address space: memory is committed only where tokens were written.
+    On the CPU the tensors are reserved address space: memory is committed only where tokens were written. Each layer
+    has tensors of its own, so that a resize needs room for one layer's beside the cache, not for the cache twice.
 
     Args:
         kept_heads: which of the heads that the model computes are kept: all, but for some split models.
+        layer_devices: of each layer, when not all are on `device`.
     """
 
     def __init__(
-        self, shape: KVShape, dtype: torch.dtype, device: torch.device, kept_heads: slice = slice(None)
+        self,
+        shape: KVShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        kept_heads: slice = slice(None),
+        layer_devices: Sequence[torch.device] = (),
     ) -> None:
         self.device = device
+        self.dtype = dtype
         self.kept_heads = kept_heads
-        size = (shape.num_layers, shape.num_blocks * BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
-        self._keys = torch.empty(size, dtype=dtype, device=device)
-        self._values = torch.empty(size, dtype=dtype, device=device)
+        self._row = (shape.num_kv_heads, shape.head_dim)
+        self._devices = tuple(layer_devices) or (device,) * shape.num_layers
+        self._keys = [self._empty(shape.num_blocks, there) for there in self._devices]
+        self._values = [self._empty(shape.num_blocks, there) for there in self._devices]
+
+    def _empty(self, num_blocks: int, device: torch.device) -> torch.Tensor:
+        return torch.empty((num_blocks * BLOCK_TOKENS, *self._row), dtype=self.dtype, device=device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of one layer, views of (positions, kv_heads, head_dim)."""
+        """Return keys and values of one layer, each (positions, kv_heads, head_dim)."""
         return self._keys[index], self._values[index]
+
+    def drop(self) -> None:
+        """Let go of all keys and values; the cache is of no further use."""
+        self._keys, self._values = [], []
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have so many blocks; the contents of kept ones (old index, new index) stay.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: no room to grow; blocks that were there stay usable.
+        """
+        offsets = torch.arange(BLOCK_TOKENS)
+
+        def places(blocks: Collection[int]) -> torch.Tensor:
+            first = torch.tensor(list(blocks), dtype=torch.long) * BLOCK_TOKENS
+            return (first[:, None] + offsets).reshape(-1)
+
+        everywhere = {
+            there: (places(kept.keys()).to(there), places(kept.values()).to(there)) for there in self._devices
+        }
+        for tensors in (self._keys, self._values):
+            for index, there in enumerate(self._devices):
+                old, new = everywhere[there]
+                contents = tensors[index][old]
+                if num_blocks * BLOCK_TOKENS < tensors[index].shape[0]:
+                    tensors[index] = torch.empty(0)  # First let go: there may be no room for both.
+                resized = self._empty(num_blocks, there)
+                resized[new] = contents
+                tensors[index] = resized
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from workers.engine import LoadSpec
 from workers.text.parallel.wire import Channel, Kind, decode_step
 
 if TYPE_CHECKING:
+    from workers.text.eager import ModelRunner
     from workers.text.parallel.shard import Share
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,23 @@ def follow(channel: Channel) -> None:
     except HostlerError as error:
         channel.tell(Kind.FAILED, message=error.message)
         raise
-    while True:
-        runner.run_packed(decode_step(expect(channel, Kind.STEP)))
+    while (frame := channel.receive()) is not None:
+        kind, body = frame
+        if kind is Kind.STEP:
+            runner.run_packed(decode_step(body))
+        else:
+            assert kind is Kind.RESIZE, kind.name
+            channel.tell(Kind.RESIZED, done=resized(runner, json.loads(body)))
+
+
+def resized(runner: ModelRunner, wanted: dict[str, Any]) -> bool:
+    """Resize this rank's cache; return False when there is no room."""
+    try:
+        runner.resize(wanted["num_blocks"], {int(old): int(new) for old, new in wanted["kept"]})
+    except (MemoryError, RuntimeError):  # torch.OutOfMemoryError is a RuntimeError
+        log.warning("no room to resize", exc_info=True)
+        return False
+    return True
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import hostler.logs
 from hostler.errors import ModelLoadFailed
 
 import workers
+from workers import memory
 from workers.text.parallel.wire import Channel, Kind
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ class Follower:
                     pass_fds=(theirs.fileno(),),
                     process_group=0,  # so that a terminal's interrupt reaches the worker alone
                 )
+            memory.count_in(self._process.pid)
             status = self._process.wait()
+            memory.leave_out(self._process.pid)
         except OSError as error:
             log.error("follower not started", extra={"rank": self.rank, "reason": str(error)})
         finally:
@@ -190,6 +193,17 @@ class Followers:
         """
         for follower in self._all:
             follower.channel.send(Kind.STEP, body)
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> bool:
+        """Resize everybody's cache; return whether all had room.
+
+        Raises:
+            OSError, ModelLoadFailed: one is gone.
+        """
+        fields = {"num_blocks": num_blocks, "kept": sorted(kept.items())}
+        for follower in self._all:
+            follower.channel.tell(Kind.RESIZE, **fields)
+        return all([bool(told["done"]) for told in self.expect(Kind.RESIZED)])
 
     def lost(self, reason: str) -> None:
         """Tell the owner, once, that the model cannot go on."""

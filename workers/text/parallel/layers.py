@@ -7,7 +7,7 @@ what goes in and what comes out are in one place. One device works at a time: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,27 +20,35 @@ from workers.text import linear, vision
 from workers.text.attention import PagedCache
 from workers.text.directory import Directory, LoadedModel, read_directory
 from workers.text.eager import ModelRunner
-from workers.text.kv_cache import BLOCK_TOKENS, KVShape
+from workers.text.kv_cache import BLOCK_TOKENS
 from workers.text.loader import Report, load
+from workers.text.scheduler import Step
 from workers.text.threads import Threads
 
 
-class SpreadCache(PagedCache):
-    """The paged cache with each layer's part on a device of its own.
+class LayersRunner:
+    """Transformers' definition with its layers on several devices. It cannot be moved: it sleeps by being closed."""
 
-    Args:
-        devices: of each layer, in order.
-    """
+    name = "layers over devices"
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
-        self.device = devices[0]
-        self.kept_heads = slice(None)
-        size = (2, shape.num_blocks * BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
-        self._layers = [torch.empty(size, dtype=dtype, device=device) for device in devices]
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of one layer, views of (positions, kv_heads, head_dim)."""
-        return self._layers[index][0], self._layers[index][1]
+    def run(self, step: Step) -> torch.Tensor:
+        """Run one step; see `workers.text.runner.Runner.run`."""
+        return self._runner.run(step)
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have a cache of so many blocks; see `workers.text.runner.Runner.resize`."""
+        self._runner.resize(num_blocks, kept)
+
+    def seconds(self) -> dict[str, float]:
+        """Return nothing, as the runner inside."""
+        return self._runner.seconds()
+
+    def close(self) -> None:
+        """Let go of the model and the cache."""
+        self._runner.close()
 
 
 def spread(layer_bytes: Sequence[int], other_bytes: int, num_devices: int) -> list[int]:
@@ -55,7 +63,7 @@ def spread(layer_bytes: Sequence[int], other_bytes: int, num_devices: int) -> li
     return [min(num_devices - 1, int((other_bytes + middle) * num_devices / total)) for middle in middles]
 
 
-def open_layers(spec: LoadSpec, report: Report) -> tuple[LoadedModel, ModelRunner]:
+def open_layers(spec: LoadSpec, report: Report) -> tuple[LoadedModel, LayersRunner]:
     """Return the model over `spec.devices` and its runner. Blocking: seconds.
 
     Raises:
@@ -71,8 +79,9 @@ def open_layers(spec: LoadSpec, report: Report) -> tuple[LoadedModel, ModelRunne
     if spec.quantize:
         saved = linear.quantize(loaded.decoder, spec.quantize)
         loaded = loaded.told(spec.quantize, loaded.facts.weight_bytes - saved)
-    cache = SpreadCache(directory.kv, directory.dtype, [devices[index] for index in of_layers])
-    return loaded, ModelRunner(loaded.model, cache, Threads(1, 1))
+    layer_devices = [devices[index] for index in of_layers]
+    cache = PagedCache(directory.kv, directory.dtype, devices[0], layer_devices=layer_devices)
+    return loaded, LayersRunner(ModelRunner(loaded.model, cache, Threads(1, 1)))
 
 
 def place(directory: Directory, spec: LoadSpec, num_devices: int) -> tuple[dict[str, int], list[int]]:

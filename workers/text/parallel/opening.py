@@ -126,4 +126,5 @@ def open_tensor_parallel(
     log.info(
         "model split", extra={"model": spec.model, "attention": plan.attention.value, "weight_bytes_of_parts": parts}
     )
-    return share.loaded.told(spec.quantize, sum(parts)), SplitRunner(share.runner, followers, leave)
+    runner = SplitRunner(share.runner, followers, directory.kv.num_blocks, leave)
+    return share.loaded.told(spec.quantize, sum(parts)), runner

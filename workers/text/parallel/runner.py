@@ -7,7 +7,7 @@ meet in the collectives inside the layers. The logits come out whole on this ran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -25,12 +25,14 @@ class SplitRunner:
     runners' failures, any failure here is the end of the model, not of one request.
 
     Args:
+        num_blocks: of the cache.
         leave: leaves the group of ranks and frees what it took; called by `close`.
     """
 
-    def __init__(self, own: ModelRunner, followers: Followers, leave: Callable[[], None]) -> None:
+    def __init__(self, own: ModelRunner, followers: Followers, num_blocks: int, leave: Callable[[], None]) -> None:
         self._own = own
         self._followers = followers
+        self._num_blocks = num_blocks
         self._leave = leave
         self._failed = False
         self.name = f"tensor parallel over {len(followers.pids) + 1}"
@@ -59,6 +61,25 @@ class SplitRunner:
             self._failed = True
             self._followers.lost(f"a step failed: {type(error).__name__}: {error}"[:300])
             raise
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have a cache of so many blocks on every rank; see `workers.text.runner.Runner.resize`.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: one had no room; all have what they had.
+        """
+        self._own.resize(num_blocks, kept)
+        try:
+            if self._followers.resize(num_blocks, kept):
+                self._num_blocks = num_blocks
+                return
+            self._own.resize(self._num_blocks, kept)
+            self._followers.resize(self._num_blocks, kept)
+        except Exception as error:
+            self._failed = True
+            self._followers.lost(f"a resize failed: {type(error).__name__}: {error}"[:300])
+            raise
+        raise MemoryError("one rank has no room for a larger cache")
 
     def seconds(self) -> dict[str, float]:
         """Return nothing, as the runner of a model that is not split."""

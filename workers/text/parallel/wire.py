@@ -1,7 +1,7 @@
 """What the first rank and its followers say to each other beside the collectives, over an inherited Unix socket pair.
 
-Above: `followers.py` and `follower.py`. Below: sockets. A frame is a kind (one byte), a length (four) and a body: JSON
-before the first step, then the arrays of each step as they lie in memory. Nothing is pickled.
+Above: `followers.py` and `follower.py`. Below: sockets. A frame is a kind (one byte), a length (four) and a body: JSON,
+or the arrays of a step as they lie in memory. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ _STEP = struct.Struct("<5I")
 
 
 class Kind(IntEnum):
-    """What a frame is. To a follower: TASK, LOAD, then STEP for ever. From it: PREPARED, READY; or FAILED instead."""
+    """What a frame is.
+
+    To a follower: TASK, LOAD, then STEP and RESIZE for ever. From it: PREPARED, READY, or FAILED instead; then RESIZED
+    for each RESIZE.
+    """
 
     TASK = 1
     PREPARED = 2
@@ -30,6 +34,8 @@ class Kind(IntEnum):
     READY = 4
     FAILED = 5
     STEP = 6
+    RESIZE = 7
+    RESIZED = 8
 
 
 class Channel:
