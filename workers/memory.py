@@ -110,5 +110,10 @@ def give_back() -> None:
     gc.collect()
     if (cuda := _cuda()) is not None:
         cuda.empty_cache()
+    trim()
+
+
+def trim() -> None:
+    """Return to the system what the C library's allocator keeps for later. Blocking: milliseconds."""
     with contextlib.suppress(OSError, AttributeError):  # glibc's; other C libraries give back by themselves
         ctypes.CDLL(None).malloc_trim(0)

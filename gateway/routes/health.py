@@ -37,8 +37,8 @@ async def get_ready(request: Request) -> Response:
 def can_serve(routes: Routes | None, *, has_served: bool) -> bool:
     """Return whether a load balancer should send requests here.
 
-    At the start not before the models that are loaded first are up. Later a model that sleeps, or is being exchanged for
-    another, is no reason to stay away: it comes up when it is asked for. That all have failed is one.
+    At the start not before the models that are loaded first are up. Later a model that sleeps, or is being exchanged
+    for another, is no reason to stay away: it comes up when it is asked for. That all have failed is one.
     """
     if routes is None:
         return False

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from workers import memory
 from workers.engine import LoadSpec
 from workers.gentle import gently
 from workers.text.adapters import read_adapters
@@ -87,6 +88,7 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
             if (library := build.built()) is not None:
                 runner = open_native(directory, loaded, spec, library)
                 loaded.free_weights()
+                memory.give_back()
                 return loaded.told(spec.quantize, runner.decoder.weight_bytes), runner, False
             describe(loaded.decoder, loaded.head, loaded.text_config)
             may_compile = not spec.quantize  # quantized weights replace the ones that the kernels would be packed from
@@ -126,6 +128,7 @@ def open_recipe(
         decoder.add_adapter(index, adapter)
         adapter.release()
     decoder.rest()
+    memory.trim()
     return loaded.told(spec.quantize, decoder.weight_bytes), NativeRunner(decoder, _num_threads(spec))
 
 

@@ -73,16 +73,19 @@ void pack_panel(Kind kind, int k, uint8_t* panel, float* scales, const T* const*
     for (int i = 0; i < k; ++i)
       for (int c = 0; c < kPanel; ++c) out[size_t(i / 2) * kPanel * 2 + c * 2 + i % 2] = narrow(widen(rows[c][i]));
   } else if (kind == Kind::I8) {  // symmetric, one scale for each output
-    thread_local std::vector<int8_t> row;
-    row.assign(size_t(k + 3) / 4 * 4, 0);
+    thread_local std::vector<int8_t> quantized;
+    quantized.resize(size_t(k) + 4);
+    int8_t* __restrict values = quantized.data();
     for (int c = 0; c < kPanel; ++c) {
-      const float most = peak(rows[c], k);
+      const T* __restrict row = rows[c];
+      const float most = peak(row, k);
       const float inverse = most > 0 ? 127.0f / most : 0.0f;
       scales[c] = most / 127.0f;
-      int8_t* values = row.data();
-      for (int i = 0; i < k; ++i) values[i] = int8_t(nearest(widen(rows[c][i]) * inverse));
-      for (int i = 0; i < k; i += 4)
-        std::memcpy(panel + size_t(i / 4) * kPanel * 4 + c * 4, values + i, size_t(std::min(4, k - i)));
+      for (int i = 0; i < k; ++i) values[i] = int8_t(nearest(widen(row[i]) * inverse));
+      uint8_t* to = panel + c * 4;
+      int i = 0;
+      for (; i + 4 <= k; i += 4, to += kPanel * 4) std::memcpy(to, values + i, 4);
+      std::memcpy(to, values + i, size_t(k - i));
     }
   } else {  // 0 … 15 between the least and the greatest of 32 inputs of an output
     for (int g = 0; g < k; g += kGroup) {
@@ -105,12 +108,15 @@ void pack_panel(Kind kind, int k, uint8_t* panel, float* scales, const T* const*
         const float scale = widen(pairs[2 * c]);
         inverse[c] = scale > 0 ? 1.0f / scale : 0.0f;
       }
-      for (int i = 0; i < kGroup; i += 2)
+      int levels[kGroup][kPanel];
+      for (int i = 0; i < kGroup; ++i)
+        for (int c = 0; c < kPanel; ++c)
+          levels[i][c] = std::min(15, std::max(0, nearest((tile[i][c] - least[c]) * inverse[c])));
+      for (int i = 0; i < kGroup; i += 8)
         for (int c = 0; c < kPanel; ++c) {
-          auto quantized = [&](int j) {
-            return std::min(15, std::max(0, nearest((tile[j][c] - least[c]) * inverse[c])));
-          };
-          bytes[size_t(i / 8) * kPanel * 4 + c * 4 + i % 8 / 2] = uint8_t(quantized(i) | quantized(i + 1) << 4);
+          uint32_t word = 0;
+          for (int j = 0; j < 8; ++j) word |= uint32_t(levels[i + j][c]) << (4 * j);
+          std::memcpy(bytes + size_t(i / 8) * kPanel * 4 + c * 4, &word, 4);
         }
     }
   }
