@@ -22,7 +22,7 @@ from workers.text.directory import Directory, LoadedModel
 from workers.text.loader import Report
 from workers.text.parallel import group
 from workers.text.parallel.followers import Followers, environment, visible_devices
-from workers.text.parallel.plan import CannotSplit, SplitPlan
+from workers.text.parallel.plan import Attention, CannotSplit, SplitPlan
 from workers.text.parallel.runner import SplitRunner
 from workers.text.parallel.shard import load_share, prepare
 from workers.text.parallel.wire import Kind
@@ -70,10 +70,14 @@ def open_split(spec: LoadSpec, report: Report, on_lost: OnLost = end_process) ->
         ModelLoadFailed: it cannot be loaded, or not be split; says why.
     """
     check(spec)
+    on_cpu = torch.device(spec.device).type == "cpu"
     try:
         directory, plan = prepare(spec)
+        if plan.overrides and plan.attention is Attention.WHOLE and not on_cpu:
+            # GPUs are for what is too large for one: even parts of layers, rather than a whole attention on each.
+            raise CannotSplit("its heads do not divide")
     except CannotSplit as reason:
-        if torch.device(spec.device).type == "cpu":
+        if on_cpu:
             raise ModelLoadFailed(
                 f"{spec.model} cannot be split over {len(spec.devices)} CPU devices: {reason}."
             ) from reason
