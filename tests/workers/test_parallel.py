@@ -294,10 +294,12 @@ async def test_a_split_model_sleeps_without_followers_and_wakes_with_new_ones(ti
     try:
         assert await generated_ids(engine, prompt, 12) == reference(tiny_model, prompt, 12)
         (follower,) = psutil.Process().children()
+        assert follower.nice() == psutil.Process().nice()
         assert meter.look().resident > psutil.Process().memory_info().rss + follower.memory_info().rss // 2
         await engine.sleep()
         assert not psutil.Process().children()
         await engine.wake(spec)
+        assert psutil.Process().children()[0].nice() == psutil.Process().nice()
         assert await generated_ids(engine, prompt, 12) == reference(tiny_model, prompt, 12)
     finally:
         await engine.close()
@@ -378,8 +380,9 @@ async def test_a_cache_that_shrinks_and_grows_on_every_part_loses_no_reply(split
         block_bytes = 16 * engine.facts.kv_bytes_per_token
         before = engine.stats().kv_reserved_bytes
         running = [asyncio.create_task(generated_ids(engine, p, 60)) for p in prompts]
-        while engine.stats().num_running < 4:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            while not engine.stats().num_running:
+                await asyncio.sleep(0)
         assert await engine.resize(40 * block_bytes) == 40 * block_bytes
         assert await engine.resize(before) == before
         assert await asyncio.gather(*running) == expected

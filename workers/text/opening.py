@@ -18,7 +18,7 @@ import torch
 
 from workers import memory
 from workers.engine import LoadSpec
-from workers.gentle import gently
+from workers.gentle import gently, load_niceness
 from workers.text.adapters import read_adapters
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
@@ -42,7 +42,7 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
         ModelLoadFailed: the directory cannot be served.
     """
     directory = await gently(partial(read_directory, spec))
-    opened = await gently(partial(open_model, directory, spec, report))
+    opened = await gently(partial(open_model, directory, spec, report), load_niceness(len(spec.devices)))
     log.info("runner chosen", extra={"model": spec.model, "runner": opened.runner.name})
     report("warm-up", 0, 0)
     engine = TextEngine(opened.loaded, spec, opened.runner, Bed(directory, spec, open_model))
