@@ -332,8 +332,11 @@ class WorkerHost:
         return self._version
 
     async def watch(self, interval_s: float) -> AsyncIterator[None]:
-        """Yield at once, then on every change and at least each `interval_s`."""
-        while True:
+        """Yield at once, then on every change and at least each `interval_s`, until the worker ends.
+
+        A stream that stayed open would hold the server's stop up for its whole grace.
+        """
+        while not self.ended.is_set():
             seen = self._version
             yield
             if await self.wait_change(seen, interval_s) != seen:
@@ -348,6 +351,7 @@ class WorkerHost:
         if self._engine is not None:
             await self._engine.close()
         self.ended.set()
+        self.changed()
 
 
 def _import_text_engine() -> Opener:
