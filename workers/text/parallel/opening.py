@@ -122,6 +122,8 @@ def open_tensor_parallel(
             raise ModelLoadFailed(f"The processes of {spec.model} did not find each other: {error}."[:300]) from error
         share = load_share(spec, directory, plan, member, num_threads, report)
         parts = [share.weight_bytes, *(int(part["weight_bytes"]) for part in followers.expect(Kind.READY))]
+        if directory.device.type == "cpu":  # NCCL may meet there once more, at the first use of a group.
+            shutil.rmtree(private, ignore_errors=True)
         followers.serve(group.COLLECTIVE_TIMEOUT_S)
     except BaseException:
         followers.close()
