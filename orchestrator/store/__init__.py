@@ -1,6 +1,6 @@
 """The model store: models on disk, whole or not there at all. Its README is the design note.
 
-Above it: the orchestrator (which asks `find`, `list_stored` and `footprint`: no network, no torch) and the
+Above it: the orchestrator (which asks `find`, `list_stored`, `footprint` and `splitting`: no network, no torch) and the
 `hostler` command (which runs `python -m orchestrator.store`). Below it: the Hub, pip, and `workers.convert`.
 """
 
@@ -8,9 +8,11 @@ from orchestrator.store.footprint import Footprint, adapter_bytes, footprint
 from orchestrator.store.kind import kind_of
 from orchestrator.store.layout import StoredModel, list_stored, resolve_models_dir
 from orchestrator.store.source import find
+from orchestrator.store.split import Splitting, splitting
 
 __all__ = [
     "Footprint",
+    "Splitting",
     "StoredModel",
     "adapter_bytes",
     "find",
@@ -18,4 +20,5 @@ __all__ = [
     "kind_of",
     "list_stored",
     "resolve_models_dir",
+    "splitting",
 ]

@@ -32,7 +32,7 @@ from workers.engine import (
     SamplingParams,
     TokenPrompt,
 )
-from workers.gentle import gently
+from workers.gentle import gently, load_niceness
 from workers.text.directory import LoadedModel
 from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
@@ -233,7 +233,7 @@ class TextEngine:
     async def wake(self, spec: LoadSpec) -> None:
         """See `workers.engine.Sleeper.wake`."""
         assert self._bed is not None, "opened without a bed"
-        opened = await gently(partial(self._bed.get_up, spec))
+        opened = await gently(partial(self._bed.get_up, spec), load_niceness(len(spec.devices)))
         self._loaded, self._facts = opened.loaded, self._complete(opened.loaded.facts)
         self._intake.see_with(opened.loaded.vision)
         await self._orders.between_steps(partial(self._return, opened))
