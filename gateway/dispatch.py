@@ -116,6 +116,28 @@ class Dispatcher:
                     "retrying elsewhere", extra={"request_id": request_id, "reason": error.reason, "attempt": attempt}
                 )
 
+    async def tokenize(self, target: Target, request: pb.TokenizeRequest, request_id: str) -> pb.TokenizeResponse:
+        """Return the token ids of a prompt, from a worker of the target's model, which is brought up if need be.
+
+        Raises:
+            HostlerError: from the worker, from the orchestrator, or for the loss of either.
+        """
+        model = target.route.name
+        replica = self._pick(model, set())
+        if replica is None:
+            async with aclosing(self._ensure(model, request_id)) as steps:
+                async for step in steps:
+                    if not isinstance(step, Loading):
+                        replica = step
+        if replica is None:
+            raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
+        metadata = call_metadata(request_id=request_id, generation=replica.generation)
+        with self._channels.lease(replica) as stub:
+            try:
+                return await stub.Tokenize(request, metadata=metadata)
+            except grpc.RpcError as error:
+                raise _worker_error(error) from None
+
     def _pick(self, model: str, lost: set[ReplicaKey]) -> placement_pb2.Replica | None:
         target = self._table.routes.find(model) if self._table.routes else None
         if target is None:

@@ -45,10 +45,11 @@ class Conversations(Rows):
     def update_conversation(self, owner: str, conversation: dict[str, Any]) -> None:
         """Replace a conversation's object."""
         self._record(owner, conversation["id"], "conversation")
+        text = orjson.dumps(conversation)
         with self.writing() as connection:
             connection.execute(
-                "UPDATE records SET body = ? WHERE id = ? AND owner = ?",
-                (orjson.dumps(conversation), conversation["id"], owner),
+                "UPDATE records SET num_bytes = num_bytes + ? - length(body), body = ? WHERE id = ? AND owner = ?",
+                (len(text), text, conversation["id"], owner),
             )
 
     def extend_conversation(self, owner: str, conversation_id: str, items: Sequence[Item]) -> None:

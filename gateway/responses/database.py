@@ -112,6 +112,11 @@ class Database(Conversations):
             self._append_frames(response_id, frames)
         return True
 
+    def still_runs(self, response_id: str) -> bool:
+        """Return whether nobody has ended or deleted a response."""
+        sought = f"SELECT 1 FROM records WHERE id = ? AND {IS_LIVE}"
+        return self._connection.execute(sought, (response_id,)).fetchone() is not None
+
     def finish(self, owner: str, response: dict[str, Any], frames: Iterable[tuple[int, bytes]]) -> bool:
         """End a running response; False when another was first.
 

@@ -61,6 +61,8 @@ class ResponseStore:
         self._database: Database | None = None
         self._runner: Runner | None = None
         self._news: dict[str, asyncio.Event] = {}
+        self.active: set[str] = set()
+        """Responses that this process works on; written by `background` alone."""
 
     @property
     def is_on(self) -> bool:
@@ -108,7 +110,7 @@ class ResponseStore:
 
         def read(database: Database) -> Stored:
             stored = database.get(owner, response_id)
-            if stored.is_live and stored.runner is not None and not self._opened()[1].lives(stored.runner):
+            if stored.is_live and not self._is_worked_on(response_id, stored.runner):
                 log.warning("a background response lost its process", extra={"response_id": response_id})
                 return database.end(owner, response_id, when_dead)
             return stored
@@ -117,7 +119,7 @@ class ResponseStore:
 
     async def follow(
         self, owner: str, response_id: str, after: int, when_dead: MakeEnding
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
         """Yield the frames of a response with numbers above `after`, as they come, to its last one.
 
         Raises:
@@ -130,7 +132,7 @@ class ResponseStore:
                 frames = await self.run(Database.events_after, owner, response_id, after, _EVENTS_AT_ONCE)
                 for number, frame in frames:
                     after = number
-                    yield frame
+                    yield number, frame
                 if len(frames) == _EVENTS_AT_ONCE:
                     continue
                 if not stored.is_live:
@@ -142,6 +144,12 @@ class ResponseStore:
                     pass
         finally:
             self._news.pop(response_id, None)
+
+    def _is_worked_on(self, response_id: str, runner_name: str | None) -> bool:
+        runner = self._opened()[1]
+        if runner_name == runner.name:
+            return response_id in self.active
+        return runner_name is not None and runner.lives(runner_name)
 
     def announce(self, response_id: str) -> None:
         """Wake who follows a response here."""

@@ -67,6 +67,7 @@ class FakeWorker(InferenceServiceServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.request_ids: list[str | None] = []
         self.num_running = 0
+        self.max_context_tokens = 8192
         self.changed = asyncio.Condition()
         self._server: Any = None
 
@@ -106,7 +107,12 @@ class FakeWorker(InferenceServiceServicer):
         finally:
             await asyncio.shield(self._count(-1))
 
-    Embed = Transcribe = Speak = Tokenize = Detokenize = None
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
+        """Count one token for each word of the messages."""
+        words = [word for m in request.chat.messages for part in m.parts for word in part.text.split()]
+        return pb.TokenizeResponse(ids=range(len(words)), max_context_tokens=self.max_context_tokens)
+
+    Embed = Transcribe = Speak = Detokenize = None
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]

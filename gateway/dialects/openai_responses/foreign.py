@@ -11,7 +11,7 @@ from typing import Any
 
 Entry = dict[str, Any]
 
-_BLOCKS = {"tool_use", "tool_result", "thinking", "redacted_thinking"}
+BLOCKS = {"tool_use", "tool_result", "thinking", "redacted_thinking"}
 
 
 def spelled_out(entry: Entry) -> Iterator[Entry]:
@@ -27,7 +27,7 @@ def spelled_out(entry: Entry) -> Iterator[Entry]:
         }
     elif entry.get("tool_calls"):
         yield from _chat_calls(entry)
-    elif isinstance(content, list) and any(isinstance(b, dict) and b.get("type") in _BLOCKS for b in content):
+    elif isinstance(content, list) and any(isinstance(b, dict) and b.get("type") in BLOCKS for b in content):
         yield from _blocks(entry, content)
     elif isinstance(content, list):
         yield {**entry, "content": [_image(part) for part in content]}
@@ -54,7 +54,7 @@ def _blocks(entry: Entry, content: list[Any]) -> Iterator[Entry]:
     texts: list[Any] = []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
-        if kind not in _BLOCKS:
+        if kind not in BLOCKS:
             texts.append(_image(block))
             continue
         if texts:
