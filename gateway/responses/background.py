@@ -192,7 +192,8 @@ class _Run:
         try:
             # Once begun it must not be lost to the server's stop.
             await asyncio.shield(self._store.run(Database.finish, owner, ending, [*self._frames, *self._last_frames]))
-        except HostlerError as error:
+        except Exception as exception:
+            error = as_hostler_error(exception, request_id=self._answer.caller.request_id)
             # Told as failed if the store takes that; else whoever asks next finds that nobody works on it.
             with suppress(HostlerError):
                 await self._store.run(Database.end, owner, response_id, failed(error))
