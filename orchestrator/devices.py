@@ -18,6 +18,8 @@ from hostler.config import DeviceConfig
 
 CPU_SHARE = 0.8
 CUDA_SHARE = 0.95
+SLEEP_SHARE_BESIDE_GPUS = 0.5
+SLEEP_SHARE_BESIDE_CPU = 0.1
 MIN_CPU_BUDGET_BYTES = 2**30
 
 
@@ -32,6 +34,7 @@ class Device:
         budget_bytes: the most that hostler reserves on it.
         auto_budget: the budget was taken from what was free at start.
         uuid: NVML's name of the GPU, empty when unknown.
+        node: the machine it is in; empty for this one.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Device:
     budget_bytes: int
     auto_budget: bool = False
     uuid: str = ""
+    node: str = ""
 
 
 @contextlib.contextmanager
@@ -110,6 +114,18 @@ def discover(configured: Sequence[DeviceConfig] = ()) -> tuple[Device, ...]:
     return tuple(gpus) or (_cpu(),)
 
 
+def sleep_budget_bytes(configured: int | None, found: Sequence[Device]) -> int:
+    """Return how much host memory sleeping models may hold on this machine.
+
+    Asleep, a GPU's model keeps its weights in host memory; a CPU's keeps little more than its process, and the budget
+    of the CPU device takes most of the memory already.
+    """
+    if configured is not None:
+        return configured
+    share = SLEEP_SHARE_BESIDE_GPUS if any(d.kind == "cuda" for d in found) else SLEEP_SHARE_BESIDE_CPU
+    return int(psutil.virtual_memory().available * share)
+
+
 def foreign_bytes(devices: Sequence[Device], our_pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
     """Return, for each real GPU, the memory that programs other than our workers hold.
 
@@ -135,15 +151,14 @@ def num_physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
-def worker_device(device: Device) -> str:
-    """Return the device as the worker's own process numbers it: pinning leaves a GPU worker exactly one."""
-    return "cuda:0" if device.kind == "cuda" else "cpu"
+def worker_devices(placed: Sequence[Device]) -> list[str]:
+    """Return devices as the worker's own process numbers them: pinning leaves a GPU worker exactly its own."""
+    return [f"cuda:{index}" if device.kind == "cuda" else "cpu" for index, device in enumerate(placed)]
 
 
-def worker_env(device: Device, num_threads: int) -> dict[str, str]:
-    """Return the environment that pins a worker process, to be set before it initialises torch."""
-    if device.kind == "cuda":
-        _, _, index = device.id.partition(":")
-        visible = device.uuid or index or "0"
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
-    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+def worker_env(placed: Sequence[Device], num_threads: int) -> dict[str, str]:
+    """Return the environment that pins a worker process, to be set before it initialises any device."""
+    if placed[0].kind != "cuda":
+        return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+    visible = ",".join(device.uuid or device.id.rpartition(":")[2] or "0" for device in placed)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}

@@ -27,6 +27,7 @@ from hostler.rundir import RunDir
 from orchestrator import devices, ray_session
 from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker, Memory, Placement, Report
+from orchestrator.experience import Experience
 from orchestrator.models import Located, ModelSpec
 from orchestrator.process_id import ProcessId
 from orchestrator.store_client import StoreClient
@@ -50,6 +51,7 @@ class RayEffects:
 
     def __init__(self, config: HostlerConfig, run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> None:
         self._run_dir = run_dir
+        self._models_dir = config.models_dir
         self._store = StoreClient(config.models_dir)
         self._devices: Sequence[Device] = ()
         self._actor_class = actor_class
@@ -140,21 +142,20 @@ class RayEffects:
             self._remember_pid(worker_id, report.pid)
         return FoundWorker(worker_id, report, placement)
 
-    async def spawn(self, worker_id: str, generation: int, device: Device) -> int:
-        """Start a blank worker pinned to a device; return its pid once it serves its socket.
+    async def spawn(self, worker_id: str, node: str) -> int:
+        """Start a blank worker; return its pid once it serves its socket.
 
         Raises:
             HostlerError: Ray could not start it, or it does not answer.
         """
         ray = await self._ray()
         socket_path = str(self._run_dir.worker_socket(worker_id))
-        env = devices.worker_env(device, devices.num_physical_cores())
 
         def create() -> Any:
             module, _, name = self._actor_class.partition(":")
             actor_class = ray.remote(getattr(importlib.import_module(module), name))
             options = {"name": ACTOR_PREFIX + worker_id, "lifetime": "detached", "num_cpus": 0, "max_restarts": 0}
-            return actor_class.options(**options).remote(worker_id, socket_path, generation, env)
+            return actor_class.options(**options).remote(worker_id, socket_path)
 
         # Kept until the worker is killed: a spawn may be given up while the thread still registers the actor.
         creating = self._creating[worker_id] = asyncio.ensure_future(asyncio.to_thread(create))
@@ -168,7 +169,7 @@ class RayEffects:
             log.error("Ray could not start a worker", extra={"worker": worker_id, "error": str(error)[:2000]})
             raise WorkerLost("a worker process could not be started") from None
         self._remember_pid(worker_id, pid)
-        await self._client(worker_id, generation).connect(CONNECT_TIMEOUT_S)
+        await self._client(worker_id).connect(CONNECT_TIMEOUT_S)
         return pid
 
     def _remember_pid(self, worker_id: str, pid: int) -> None:
@@ -215,9 +216,12 @@ class RayEffects:
         """Return a random id."""
         return secrets.token_hex(8)
 
-    def _client(self, worker_id: str, generation: int) -> WorkerClient:
+    def _client(self, worker_id: str, generation: int = 0) -> WorkerClient:
+        """Return the client of a worker, speaking under its generation; 0 for a blank one."""
         if worker_id not in self._clients:
-            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation)
+            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation or None)
+        elif generation:
+            self._clients[worker_id].claim(generation)
         return self._clients[worker_id]
 
     async def load(
@@ -225,6 +229,18 @@ class RayEffects:
     ) -> lifecycle_pb2.ModelInfo:
         """Have a blank worker load its model."""
         return await self._client(worker_id, generation).load(request, report)
+
+    async def sleep(self, worker_id: str, generation: int, deadline_s: float) -> lifecycle_pb2.SleepResponse:
+        """Have the worker free its devices once its requests have ended."""
+        return await self._client(worker_id, generation).sleep(deadline_s)
+
+    async def wake(self, worker_id: str, generation: int, devices: Sequence[str], kv_cache_bytes: int) -> None:
+        """Have a sleeping worker serve again."""
+        await self._client(worker_id, generation).wake(devices, kv_cache_bytes)
+
+    async def resize(self, worker_id: str, generation: int, kv_cache_bytes: int) -> int:
+        """Change what the worker's KV cache may grow to."""
+        return await self._client(worker_id, generation).resize(kv_cache_bytes)
 
     def watch(self, worker_id: str, generation: int) -> AsyncIterator[lifecycle_pb2.WatchResponse]:
         """Yield the worker's heartbeats until its stream ends."""
@@ -259,8 +275,32 @@ class RayEffects:
         return await asyncio.to_thread(devices.foreign_bytes, self._devices, pids, reserved)
 
     @property
+    def _experience_path(self) -> Path:
+        from orchestrator.store import resolve_models_dir
+
+        return resolve_models_dir(self._models_dir) / "experience.json"
+
+    @property
     def _memory_path(self) -> Path:
         return self._run_dir.path / "placements.json"
+
+    def recall_experience(self) -> Experience:
+        """Return what earlier loads have taught; nothing if there is no such file, or not one of ours."""
+        try:
+            return Experience.from_json(json.loads(self._experience_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return Experience()
+        except (OSError, ValueError, AttributeError):
+            log.exception("what earlier loads have taught cannot be read; it will be learned again")
+            return Experience()
+
+    def remember_experience(self, experience: Experience) -> None:
+        """Replace the file; what cannot be written is learned again."""
+        try:
+            self._experience_path.parent.mkdir(parents=True, exist_ok=True)
+            ray_session.write_private(self._experience_path, json.dumps(experience.as_json(), indent=1))
+        except OSError as error:
+            log.warning("what loads have taught could not be stored", extra={"error": error.strerror})
 
     def recall(self) -> Memory:
         """Return what was remembered last; nothing if there is no such file, or not one of ours."""
@@ -268,7 +308,7 @@ class RayEffects:
             values = json.loads(self._memory_path.read_text(encoding="utf-8"))
             for worker_id, (pid, start_ticks) in values["processes"].items():
                 self._processes.setdefault(worker_id, ProcessId(int(pid), int(start_ticks)))
-            return Memory(int(values["generation"]), tuple(Placement(**p) for p in values["placements"]))
+            return Memory(int(values["generation"]), tuple(_placement(p) for p in values["placements"]))
         except FileNotFoundError:
             return Memory()
         except (OSError, ValueError, KeyError, TypeError):
@@ -287,3 +327,8 @@ class RayEffects:
     def unix_ms(self) -> int:
         """Return wall-clock milliseconds."""
         return int(time.time() * 1000)
+
+
+def _placement(values: dict[str, Any]) -> Placement:
+    parts = tuple((str(device), int(num_bytes)) for device, num_bytes in values["parts"])
+    return Placement(**(values | {"parts": parts}))
