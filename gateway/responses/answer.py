@@ -25,7 +25,7 @@ from gateway.linked_images import LinkedImages
 from gateway.responses.database import Database
 from gateway.responses.errors import NotStored
 from gateway.responses.store import ResponseStore
-from gateway.responses.truncation import fit
+from gateway.responses.truncation import fit, surely_fits
 from gateway.routing import RouteTable, Target, find_chat_model
 
 ENDINGS = ("response.completed", "response.incomplete", "response.failed")
@@ -122,8 +122,8 @@ class Answer:
         generate = self._chat.generate
         if self._chat.links:
             await self._answering.linked_images.fill(generate.chat.messages, self._chat.links)
-        if self._fits:
-            max_tokens = generate.max_tokens if generate.HasField("max_tokens") else None
+        max_tokens = generate.max_tokens if generate.HasField("max_tokens") else None
+        if self._fits and not surely_fits(generate.chat, max_tokens, self._target.route.info.max_context_tokens):
             await fit(generate.chat, max_tokens, self._count)
 
     async def _count(self, chat: pb.Chat) -> tuple[int, int]:

@@ -22,8 +22,12 @@ class Runner:
     def __init__(self, database: Path) -> None:
         self._database = database
         self.name = uuid.uuid4().hex
-        self._descriptor = os.open(self._path(self.name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Locked before it has its name, so that nobody ever finds it unlocked.
+        unnamed = database.with_name(f"{database.name}.new-{self.name}")
+        self._descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        unnamed.rename(self._path(self.name))
+        self._sweep()
 
     def lives(self, name: str) -> bool:
         """Return whether the process of that name lives; the file of a dead one is removed."""
@@ -43,6 +47,12 @@ class Runner:
             return False
         finally:
             os.close(descriptor)
+
+    def _sweep(self) -> None:
+        """Remove what dead processes left."""
+        prefix = self._path("").name
+        for path in self._database.parent.glob(f"{prefix}*"):
+            self.lives(path.name.removeprefix(prefix))
 
     def close(self) -> None:
         """Be dead to the others."""

@@ -17,6 +17,8 @@ Count = Callable[[pb.Chat], Awaitable[tuple[int, int]]]
 _INSTRUCTING = (pb.ROLE_SYSTEM, pb.ROLE_DEVELOPER)
 _LEAST_RESERVE_TOKENS = 16
 _USUAL_RESERVE_TOKENS = 1024
+# What a template writes around a message or a tool, generously.
+_TEMPLATE_TOKENS = 64
 
 
 def cut_points(messages: list[pb.Message]) -> tuple[int, list[int]]:
@@ -32,6 +34,18 @@ def reserve_tokens(max_tokens: int | None, max_context_tokens: int) -> int:
     """Return the room to leave for the reply: what was asked for, but never more than half of the context."""
     wanted = min(_USUAL_RESERVE_TOKENS, max_context_tokens // 8) if max_tokens is None else max_tokens
     return max(_LEAST_RESERVE_TOKENS, min(wanted, max_context_tokens // 2))
+
+
+def surely_fits(chat: pb.Chat, max_tokens: int | None, max_context_tokens: int) -> bool:
+    """Return whether a conversation is so short that nobody need count: no token is shorter than a byte.
+
+    Args:
+        max_context_tokens: 0 if unknown.
+    """
+    if any(part.WhichOneof("part") != "text" for message in chat.messages for part in message.parts):
+        return False
+    num_bytes = chat.ByteSize() + _TEMPLATE_TOKENS * (len(chat.messages) + len(chat.tools) + 1)
+    return num_bytes + reserve_tokens(max_tokens, max_context_tokens) <= max_context_tokens
 
 
 async def fit(chat: pb.Chat, max_tokens: int | None, count: Count) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 from typing import Any
 
+import orjson
 import pytest
 from hostler.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
@@ -26,6 +27,8 @@ from tests.gateway.responses_schema import check_events, check_response
 
 ECHO = {"type": "function", "name": "echo", "parameters": {"type": "object", "b": 1, "a": 2}, "strict": True}
 PATCH = {"type": "custom", "name": "apply_patch", "description": "Patch.", "format": {"type": "text"}}
+# As deep as can be read, but not written again within an object.
+NESTED: dict[str, Any] = {"type": "function", "name": "echo", "x": orjson.loads("[" * 245 + "]" * 245)}
 DEMO = {"type": "namespace", "name": "mcp__demo", "description": "A demo.", "tools": [ECHO]}
 
 
@@ -193,6 +196,9 @@ def test_media_travels_as_bytes_and_addresses_are_noted() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [ECHO], "tool_choice": {}}, "tool_choice.type"),
         ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
+        ({"input": [{"role": "user", "content": ["x"] * 4097}]}, "input"),
+        ({"tools": [ECHO], "tool_choice": {"type": "allowed_tools", "tools": [NESTED]}}, "tool_choice"),
+        ({"tools": [{**ECHO, "parameters": NESTED}]}, "tools"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_the_name_of_its_field(fields: dict[str, Any], param: str | None) -> None:
@@ -201,6 +207,15 @@ def test_what_cannot_be_honoured_is_refused_by_the_name_of_its_field(fields: dic
             {**fields, "input": "x"}
         )
     assert param is None or caught.value.param == param
+
+
+def test_only_what_is_read_of_an_item_is_kept() -> None:
+    part = {"type": "input_image", "image_url": {"url": "data:image/png;base64,aGk=", "x": 1}, "y": NESTED}
+    thought = {"type": "reasoning", "summary": [{"text": "a", "z": NESTED}, 3], "content": [{"type": "q", "text": "b"}]}
+    image, reasoning = parse([{"role": "user", "content": [part]}, thought]).items
+    assert image["content"] == [{"type": "input_image", "image_url": "data:image/png;base64,aGk=", "detail": "auto"}]
+    assert reasoning["summary"] == [{"type": "summary_text", "text": "a"}]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "b"}]
 
 
 def test_null_means_absent_and_unknown_fields_mean_nothing() -> None:

@@ -17,7 +17,7 @@ from gateway.responses.errors import HistoryGone, HistoryTooLong, NotStored, Sti
 from gateway.responses.rows import Limits
 from gateway.responses.runners import Runner
 from gateway.responses.schema import open_database
-from gateway.responses.truncation import cut_points, reserve_tokens
+from gateway.responses.truncation import cut_points, reserve_tokens, surely_fits
 
 ME, OTHER = "me", "other"
 LARGE = Limits(max_records=100, max_bytes=10**6, max_age_s=1000)
@@ -270,6 +270,22 @@ def test_a_process_lives_as_long_as_its_lock(tmp_path: Path) -> None:
     assert other.lives(mine.name)
     mine.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_finds_and_removes_what_dead_ones_left(tmp_path: Path) -> None:
+    (tmp_path / "r.db.runner-dead").touch()
+    living = Runner(tmp_path / "r.db")
+    assert [path.name for path in tmp_path.iterdir()] == [f"r.db.runner-{living.name}"]
+    living.close()
+
+
+def test_what_surely_fits_is_known_without_counting() -> None:
+    chat = pb.Chat(messages=[pb.Message(role=pb.ROLE_USER, parts=[pb.Part(text="x" * 1000)])])
+    assert surely_fits(chat, 100, 2000)
+    assert not surely_fits(chat, 1000, 2000)
+    assert not surely_fits(chat, 100, 0)
+    chat.messages[0].parts.append(pb.Part(image=pb.Media(data=b"x")))
+    assert not surely_fits(chat, 100, 2000)
 
 
 def test_a_conversation_is_cut_before_a_users_message_and_keeps_its_instructions() -> None:

@@ -20,6 +20,7 @@ from gateway.fields import Fields, dump_json, show, wrong_type
 Item = dict[str, Any]
 
 MAX_ITEMS = 4096
+MAX_PARTS = 4096
 MAX_ID_CHARS = 256
 _NO_CAP = 1 << 62  # the body's own cap bounds it
 _ROLES = ("user", "assistant", "system", "developer")
@@ -129,6 +130,8 @@ def _message(item: Fields) -> Item:
         content = [content]
     if not isinstance(content, list):
         raise wrong_type(item.name_of("content"), "a string or an array of parts", content)
+    if len(content) > MAX_PARTS:
+        raise InvalidRequest(f"Invalid '{item.name_of('content')}': more than {MAX_PARTS} parts.", param="input")
     parts = [_part(part, text_type) for part in content]
     return {"status": "completed", "role": role, "content": parts}
 
@@ -143,9 +146,20 @@ def _part(part: object, text_type: str) -> Any:
         part = {"type": text_type, "text": part.get("text")}
         if text_type == "output_text":
             part |= {"annotations": [], "logprobs": []}
-    elif kind == "input_image" and part.get("detail") is None:
-        part = {**part, "detail": "auto"}
-    return part
+        return part
+    # Only what is read is kept: strangers' keys could not be written again, or would not fit clients' types.
+    known = {
+        key: part[key]
+        for key in _PART_KEYS.get(kind if isinstance(kind, str) else "", ("type",))
+        if part.get(key) is not None
+    }
+    if kind == "input_image":
+        image = known.get("image_url")
+        known["image_url"] = image.get("url") if isinstance(image, dict) else image
+        known.setdefault("detail", "auto")
+    elif kind == "input_audio" and isinstance(audio := known.get("input_audio"), dict):
+        known["input_audio"] = {key: audio.get(key) for key in ("data", "format")}
+    return known
 
 
 def _function_call(item: Fields) -> Item:
@@ -180,6 +194,8 @@ def _call_output(item: Fields) -> Item:
     if output is None:
         raise item.missing("output")
     if isinstance(output, list):
+        if len(output) > MAX_PARTS:
+            raise InvalidRequest(f"Invalid '{item.name_of('output')}': more than {MAX_PARTS} parts.", param="input")
         output = [_part(part, "input_text") for part in output]
     elif isinstance(output, dict):
         output = dump_json(output, item.name_of("output"))
@@ -188,9 +204,14 @@ def _call_output(item: Fields) -> Item:
     return {"status": "completed", "call_id": item.string("call_id", MAX_ID_CHARS) or "", "output": output}
 
 
+def _thoughts(item: Fields, field: str, kind: str) -> list[dict[str, str]]:
+    parts = item.array(field, MAX_PARTS) or []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [{"type": kind, "text": text} for text in texts if isinstance(text, str)]
+
+
 def _reasoning(item: Fields) -> Item:
-    content = [part for part in item.array("content", MAX_ITEMS) or [] if isinstance(part, dict)]
-    summary = [part for part in item.array("summary", MAX_ITEMS) or [] if isinstance(part, dict)]
+    content, summary = _thoughts(item, "content", "reasoning_text"), _thoughts(item, "summary", "summary_text")
     encrypted = item.string("encrypted_content", _NO_CAP)
     return {
         "summary": summary,
@@ -199,6 +220,12 @@ def _reasoning(item: Fields) -> Item:
     }
 
 
+_PART_KEYS = {
+    "input_image": ("type", "image_url", "file_id", "detail"),
+    "input_audio": ("type", "input_audio"),
+    "input_file": ("type", "file_data", "filename", "file_url", "file_id"),
+    "refusal": ("type", "refusal"),
+}
 _READERS = {
     "message": _message,
     "function_call": _function_call,

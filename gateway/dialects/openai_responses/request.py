@@ -20,7 +20,7 @@ from gateway.dialects.openai_responses.items import MAX_ID_CHARS, Item, parse_in
 from gateway.dialects.openai_responses.messages import build_messages
 from gateway.dialects.openai_responses.tools import ToolTable, parse_tool_choice, parse_tools
 from gateway.dialects.sampling import parse_max_tokens, parse_sampling, parse_stop, parse_template_kwargs
-from gateway.fields import Fields
+from gateway.fields import Fields, dump_json
 from gateway.links import Link
 
 MAX_METADATA = 16
@@ -188,6 +188,9 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
         "prompt_cache_key": fields.string("prompt_cache_key", MAX_ID_CHARS * 4),
         "conversation": {"id": conversation} if conversation else None,
     }
+    for name in ("tools", "tool_choice", "text"):
+        # The object repeats these within further objects; what could not be written then is refused now.
+        dump_json([[[[[[[[echo[name]]]]]]]]], name)
     return ResponsesRequest(
         model=model,
         stream=bool(fields.boolean("stream")),
