@@ -81,7 +81,7 @@ def test_the_file_and_its_journals_are_this_users_alone(tmp_path: Path, clock: C
     database = with_limits(tmp_path / "made", clock)
     database.insert(ME, response("r"), [message("i")])
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "made").iterdir()}
-    assert modes == {"r.db": 0o600, "r.db-wal": 0o600, "r.db-shm": 0o600}
+    assert modes == dict.fromkeys(("r.db", "r.db-wal", "r.db-shm", "r.db.opening"), 0o600)
     assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o700
     database.close()
 
@@ -245,11 +245,13 @@ def test_deleted_text_does_not_stay_in_the_file(tmp_path: Path, clock: Clock) ->
 
 def test_two_processes_write_at_once_and_lose_nothing(tmp_path: Path) -> None:
     def write(name: str) -> None:
+        both.wait()
         database = Database(open_database(tmp_path / "r.db"), LARGE)
         for number in range(20):
             database.insert(name, response(f"{name}{number}"), [message("i")])
         database.close()
 
+    both = threading.Barrier(2)
     threads = [threading.Thread(target=write, args=(name,)) for name in (ME, OTHER)]
     for thread in threads:
         thread.start()
