@@ -57,6 +57,26 @@ def build(*events: pb.GenerateResponse, request: ResponsesRequest | None = None)
     return made
 
 
+WORKER_EVENTS = st.one_of(
+    st.builds(text, st.text(max_size=3)),
+    st.builds(reasoning, st.text(max_size=3)),
+    st.builds(start, st.integers(0, 2), st.sampled_from(["echo", "apply_patch", "mcp__demo__echo", "unheard_of"])),
+    st.builds(arguments, st.integers(0, 2), st.sampled_from(["{}", '{"input": "', "a\\", '"}', "é"])),
+    st.builds(end, st.integers(0, 2)),
+)
+REASONS = st.sampled_from([pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_TOOL_CALLS])
+
+
+@given(st.lists(WORKER_EVENTS, max_size=12), REASONS)
+def test_whatever_a_worker_sends_becomes_a_valid_stream(events: list[pb.GenerateResponse], reason: Any) -> None:
+    made = build(*events, finish(3, reason))
+    told = "".join(event.text.text for event in events)
+    output = made[-1]["response"]["output"]
+    assert "".join(item["content"][0]["text"] for item in output if item["type"] == "message") == told
+    num_calls = sum(event.HasField("tool_call_start") for event in events)
+    assert sum(item["type"].endswith("_call") for item in output) == num_calls
+
+
 def test_a_text_has_all_events_in_order() -> None:
     events = build(text("a"), text("b"), finish(2))
     assert [event["type"].removeprefix("response.") for event in events] == [
@@ -124,6 +144,8 @@ def test_what_is_cut_off_is_incomplete_and_says_why() -> None:
     assert events[-1]["type"] == "response.incomplete"
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert response["output"][0]["status"] == "incomplete"
+    cut = build(reasoning("hm"), text("x"), finish(3, pb.FINISH_REASON_LENGTH))[-1]["response"]["output"]
+    assert [item["status"] for item in cut] == ["completed", "incomplete"]
     filtered = build(text("x"), finish(3, pb.FINISH_REASON_CONTENT_FILTER))[-1]["response"]
     assert filtered["incomplete_details"] == {"reason": "content_filter"}
 

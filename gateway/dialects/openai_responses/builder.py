@@ -147,13 +147,15 @@ class ResponseBuilder:
         return growing.close(status) if growing is not None else []
 
     def _start_call(self, start: pb.ToolCallStart) -> list[Event]:
+        before = self._calls.pop(start.index, None)
+        closing = before.close("completed") if before is not None else []
         binding = self._tools.binding(start.name)
         call_id = start.id or f"call_{uuid.uuid4().hex[:24]}"
         item = CustomCallItem if binding.kind == "custom" else FunctionCallItem
         call = item(len(self._items), call_id, binding)
         self._calls[start.index] = call
         self._items.append(call)
-        return call.open()
+        return [*closing, *call.open()]
 
     def _finish(self, finish: pb.Finish) -> list[Event]:
         reason = _REASONS.get(finish.reason)
