@@ -6,13 +6,13 @@ One per process, built by `app.create_app`, kept in `app.state.services`, opened
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request
-from hostler.config import HostlerConfig
+from hostler.config import HostlerConfig, ModelConfig
 
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
@@ -25,7 +25,7 @@ from gateway.responses.background import BackgroundRuns
 from gateway.responses.rows import Limits
 from gateway.responses.store import LOOK_AGAIN_S, ResponseStore
 from gateway.routing import RouteTable
-from gateway.sse import FIRST_COMMENT_S, PING_S, STALLED_READER_S
+from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Patience:
     gone_s: float = GONE_TIMEOUT_S
     ping_s: float = PING_S
     first_comment_s: float = FIRST_COMMENT_S
+    comment_gap_s: float = COMMENT_GAP_S
     stalled_reader_s: float = STALLED_READER_S
     # How often another process's work on a background response is looked at.
     look_again_s: float = LOOK_AGAIN_S
@@ -63,6 +64,10 @@ class Services:
     responses: ResponseStore = field(init=False)
     answering: Answering = field(init=False)
     background: BackgroundRuns = field(init=False)
+    # Whether `/ready` has said yes before.
+    has_served: bool = False
+    # Callers that follow events.
+    num_followers: int = 0
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -75,6 +80,7 @@ class Services:
             self.table,
             self.channels,
             self.placement,
+            max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
         )
@@ -100,6 +106,21 @@ class Services:
             self.table, self.dispatcher, self.linked_images, self.responses, self.patience.first_table_s
         )
         self.background = BackgroundRuns(self.responses, self.lifetime)
+
+
+def max_waiting_of(config: HostlerConfig) -> Callable[[str], int]:
+    """Return model → how many of its requests may be without a first token in this process: all that its workers take.
+
+    With several gateways the workers' own bounds are the exact ones; this one holds while a model comes up.
+    """
+    usual = ModelConfig(name="any")
+    models = {model.name: model for model in config.models}
+
+    def max_waiting(name: str) -> int:
+        model = models.get(name, usual)
+        return (model.max_running + model.max_queued) * model.max_replicas
+
+    return max_waiting
 
 
 def _fetch() -> Fetch:

@@ -191,7 +191,7 @@ class Cluster:
             last_used_s=worker.used_at_s,
             ready_since_s=worker.ready_at_s,
             spare_bytes=spare_bytes(worker),
-            sleep_bytes=worker.sleep_bytes,
+            sleep_bytes=worker.sleep_bytes if self.sleep_budget_bytes.get(worker.node) else None,
             load_s=times.load_s,
             wake_s=times.wake_s,
             uses_per_s=model.reuse.per_s(now_s),

@@ -129,6 +129,11 @@ def context_tokens(spec: ModelSpec, footprint: Footprint) -> int:
     return min(spec.max_context_tokens, own) if spec.max_context_tokens and own else spec.max_context_tokens or own
 
 
+def context_bytes(spec: ModelSpec, footprint: Footprint) -> int:
+    """Return the KV cache's bytes of one full context: with less, requests would end before their time."""
+    return context_tokens(spec, footprint) * footprint.kv_bytes_per_token
+
+
 def sleep_bytes(footprint: Footprint, kind: str) -> int:
     """Return the host memory that a worker is expected to hold asleep, until it has been measured.
 

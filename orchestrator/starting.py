@@ -56,7 +56,7 @@ class Starting:
         device = self._cluster.devices[plan.parts[0].device]
         blank = self._pool.take(device.node)
         worker_id = blank.id if blank else self._effects.new_worker_id()
-        context_bytes = models.demand(model.spec, (job.located or models.NOWHERE).footprint).kv_context_bytes
+        context_bytes = models.context_bytes(model.spec, (job.located or models.NOWHERE).footprint)
         worker = Worker(
             id=worker_id,
             model=model.spec.name,

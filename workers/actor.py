@@ -17,16 +17,12 @@ class WorkerActor:
     Args:
         worker_id: unique name.
         socket_path: Unix socket to serve on.
-        generation: of this placement.
-        env: environment for libraries not yet initialised (visible devices, thread counts); set before anything
-            of the engine runs.
+
+    It is blank, without generation or device; the load that claims it brings both.
     """
 
-    def __init__(self, worker_id: str, socket_path: str, generation: int, env: dict[str, str]) -> None:
-        os.environ.update(env)
-        thread = threading.Thread(
-            target=_serve_and_exit, args=(socket_path, generation, worker_id), name="worker", daemon=True
-        )
+    def __init__(self, worker_id: str, socket_path: str) -> None:
+        thread = threading.Thread(target=_serve_and_exit, args=(socket_path, worker_id), name="worker", daemon=True)
         thread.start()
 
     def ping(self) -> int:
@@ -34,7 +30,7 @@ class WorkerActor:
         return os.getpid()
 
 
-def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
+def _serve_and_exit(socket_path: str, worker_id: str) -> None:
     from hostler import logs
 
     from workers.server import serve
@@ -42,7 +38,7 @@ def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
     logs.configure()
     code = 1
     try:
-        asyncio.run(serve(socket_path, generation, worker_id))
+        asyncio.run(serve(socket_path, 0, worker_id))
         code = 0
     finally:
         # Ray's own exit path can wait for threads and for a control plane that may be gone.

@@ -18,10 +18,10 @@ from gateway.dispatch import Loading
 from gateway.doors import cache_scope_of, request_id_of
 from gateway.fields import show
 from gateway.json_response import json_response
+from gateway.progress import loading_comment
 from gateway.responses.answer import Answer, Caller
 from gateway.responses.database import Database, Stored
 from gateway.responses.errors import NotStored
-from gateway.routes.chat import loading_comment
 from gateway.routes.pages import page_of, query_flag, query_integer
 from gateway.services import Services, services_of
 from gateway.sse import EventStream, event_frame
@@ -174,6 +174,7 @@ def _event_stream(
         request_id=request_id_of(request.scope),
         ping_s=patience.ping_s,
         first_comment_s=patience.first_comment_s,
+        comment_gap_s=patience.comment_gap_s,
         stalled_reader_s=patience.stalled_reader_s,
         error_frames=error_frames,
     )

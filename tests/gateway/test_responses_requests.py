@@ -215,7 +215,7 @@ def test_null_means_absent_and_unknown_fields_mean_nothing() -> None:
         """instructions tools tool_choice text reasoning include metadata temperature top_p max_output_tokens
         previous_response_id conversation parallel_tool_calls truncation store background stream user prompt""".split()  # noqa: SIM905
     )
-    plain, same = parse(), parse(**nulls, client_metadata={"x": 1}, service_tier="flex", made_up=[1], text_=None)
+    plain, same = parse(), parse(**nulls, client_metadata={"x": 1}, service_tier="fast", made_up=[1], text_=None)
     assert same.generate == plain.generate
     assert same.echo == plain.echo
     assert same.store is None
@@ -234,7 +234,10 @@ def test_sampling_structure_reasoning_and_logprobs_reach_the_contract() -> None:
         text={"format": {"type": "json_schema", "name": "n", "schema": schema}, "verbosity": "low"},
         include=["message.output_text.logprobs", "file_search_call.results"],
         top_logprobs=2,
+        keep_alive="5m",
+        service_tier="flex",
     ).generate
+    assert (request.keep_alive_ms, request.batch) == (300_000, True)
     assert request.sampling.HasField("temperature")
     assert (request.sampling.top_p, request.sampling.seed, list(request.stop)) == (0.5, 3, ["END"])
     assert request.max_tokens == 7

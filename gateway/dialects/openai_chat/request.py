@@ -21,6 +21,7 @@ from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
 from gateway.dialects.sampling import parse_max_tokens, parse_sampling, parse_stop, parse_template_kwargs
 from gateway.fields import Fields, show
 from gateway.links import Link
+from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
@@ -122,6 +123,8 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
             stop=parse_stop(fields),
             top_logprobs=_top_logprobs(fields),
             constraint=parse_constraint(fields),
+            keep_alive_ms=read_keep_alive_ms(fields),
+            batch=read_batch(fields),
         ),
         links=tuple(links),
         media=media_of(messages),

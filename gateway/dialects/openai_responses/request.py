@@ -22,6 +22,7 @@ from gateway.dialects.openai_responses.tools import ToolTable, parse_tool_choice
 from gateway.dialects.sampling import parse_max_tokens, parse_sampling, parse_stop, parse_template_kwargs
 from gateway.fields import Fields, dump_json
 from gateway.links import Link
+from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
@@ -149,7 +150,7 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
     top_logprobs = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     max_tokens = fields.integer("max_output_tokens", 1, _INT32) or parse_max_tokens(fields)
     instructions = fields.string("instructions", _MAX_INSTRUCTIONS_CHARS)
-    sampling = parse_sampling(fields)
+    sampling, batch = parse_sampling(fields), read_batch(fields)
     generate = pb.GenerateRequest(
         chat=pb.Chat(
             tools=tools.tools,
@@ -162,6 +163,8 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
         stop=parse_stop(fields),
         top_logprobs=(top_logprobs or 0) if _LOGPROBS in include or top_logprobs else None,
         constraint=constraint,
+        keep_alive_ms=read_keep_alive_ms(fields),
+        batch=batch,
     )
     parallel = fields.raw("parallel_tool_calls")
     echo = {
@@ -182,6 +185,7 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
         # Bounds calls of tools that run on the server while it answers; none does.
         "max_tool_calls": fields.integer("max_tool_calls", 1, _INT32),
         "background": background,
+        "service_tier": "flex" if batch else "default",
         "metadata": parse_metadata(fields) or {},
         "user": fields.string("user", MAX_ID_CHARS * 4),
         "safety_identifier": fields.string("safety_identifier", MAX_ID_CHARS * 4),

@@ -40,7 +40,6 @@ def new_response(
         "output": [],
         "usage": None,
         "store": store,
-        "service_tier": "default",
         **echo,
     }
 
