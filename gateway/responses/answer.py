@@ -21,6 +21,7 @@ from gateway.dialects.openai_responses.output_items import Event
 from gateway.dialects.openai_responses.request import ResponsesRequest
 from gateway.dialects.openai_responses.response_object import in_this_dialect, new_response
 from gateway.dispatch import Dispatcher, Loading
+from gateway.errors import as_hostler_error
 from gateway.linked_images import LinkedImages
 from gateway.responses.database import Database
 from gateway.responses.errors import NotStored
@@ -112,8 +113,9 @@ class Answer:
         store = self._answering.store
         try:
             await store.run(Database.insert, self.caller.owner, response, self.inputs)
-        except HostlerError:
-            # The answer is good, only it cannot be fetched again; the store has logged why.
+        except Exception as exception:
+            # The answer is good, only it cannot be fetched again; the log says why.
+            as_hostler_error(exception, request_id=self.caller.request_id)
             return {**response, "store": False}
         return response
 

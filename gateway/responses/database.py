@@ -18,10 +18,15 @@ from gateway.responses.rows import IS_LIVE, Item
 MakeEnding = Callable[[dict[str, Any], int], tuple[dict[str, Any], bytes]]
 """From an object and a sequence number to the ended object and the frame that says so."""
 
-MAX_HISTORY_BYTES = 32 * 1024 * 1024
+MAX_HISTORY_BYTES = 16 * 1024 * 1024
 MAX_TURNS = 4096
 _LIVE = ("queued", "in_progress")
 _CONTINUABLE = ("completed", "incomplete")
+
+
+def is_live(status: str) -> bool:
+    """Return whether a response of this status has not ended."""
+    return status in _LIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Stored:
     @property
     def is_live(self) -> bool:
         """Whether it has not ended."""
-        return self.status in _LIVE
+        return is_live(self.status)
 
 
 class Database(Conversations):
@@ -76,6 +81,19 @@ class Database(Conversations):
             body, status, runner = self._record(owner, response_id, "response")
             output = self.items(response_id, is_output=True)
         return Stored({**body, "output": output}, status, runner)
+
+    def state(self, owner: str, response_id: str) -> tuple[str, str | None]:
+        """Return a response's status and runner, without reading all of it.
+
+        Raises:
+            NotStored: there is none.
+        """
+        row = self._connection.execute(
+            "SELECT status, runner FROM records WHERE id = ? AND owner = ? AND kind = 'response'", (response_id, owner)
+        ).fetchone()
+        if row is None:
+            raise NotStored("response", response_id)
+        return row[0], row[1]
 
     def inputs(self, owner: str, response_id: str) -> list[Item]:
         """Return a response's own input items, oldest first."""

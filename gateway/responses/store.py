@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from gateway.responses.database import Database, MakeEnding, Stored
+from gateway.responses.database import Database, MakeEnding, Stored, is_live
 from gateway.responses.errors import StoreUnavailable
 from gateway.responses.rows import Limits
 from gateway.responses.runners import Runner
@@ -109,11 +109,8 @@ class ResponseStore:
         """
 
         def read(database: Database) -> Stored:
-            stored = database.get(owner, response_id)
-            if stored.is_live and not self._is_worked_on(response_id, stored.runner):
-                log.warning("a background response lost its process", extra={"response_id": response_id})
-                return database.end(owner, response_id, when_dead)
-            return stored
+            self._look(database, owner, response_id, when_dead)
+            return database.get(owner, response_id)
 
         return await self.run(read)
 
@@ -125,17 +122,22 @@ class ResponseStore:
         Raises:
             NotStored: there is none, or it was deleted meanwhile.
         """
+
+        def look(database: Database, after: int) -> tuple[bool, list[tuple[int, bytes]]]:
+            # The state first: of what has ended by then, all events are there.
+            runs = self._look(database, owner, response_id, when_dead)
+            return runs, database.events_after(owner, response_id, after, _EVENTS_AT_ONCE)
+
         try:
             while True:
                 news = self._news.setdefault(response_id, asyncio.Event())
-                stored = await self.get(owner, response_id, when_dead)
-                frames = await self.run(Database.events_after, owner, response_id, after, _EVENTS_AT_ONCE)
+                runs, frames = await self.run(look, after)
                 for number, frame in frames:
                     after = number
                     yield number, frame
                 if len(frames) == _EVENTS_AT_ONCE:
                     continue
-                if not stored.is_live:
+                if not runs:
                     return
                 try:
                     async with asyncio.timeout(self.look_again_s):
@@ -144,6 +146,14 @@ class ResponseStore:
                     pass
         finally:
             self._news.pop(response_id, None)
+
+    def _look(self, database: Database, owner: str, response_id: str, when_dead: MakeEnding) -> bool:
+        """Return whether a response runs; end it first if its process has died."""
+        status, runner = database.state(owner, response_id)
+        if is_live(status) and not self._is_worked_on(response_id, runner):
+            log.warning("a background response lost its process", extra={"response_id": response_id})
+            status = database.end(owner, response_id, when_dead).status
+        return is_live(status)
 
     def _is_worked_on(self, response_id: str, runner_name: str | None) -> bool:
         runner = self._opened()[1]
