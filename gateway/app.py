@@ -19,7 +19,18 @@ from starlette.middleware.cors import CORSMiddleware
 from gateway.auth import HostCheck, KeyCheck, is_loopback
 from gateway.doors import REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.errors import ClientGone, as_hostler_error, error_response
-from gateway.routes import admin, chat, conversations, health, models, responses
+from gateway.routes import (
+    admin,
+    chat,
+    completions,
+    conversations,
+    embeddings,
+    health,
+    models,
+    rerank,
+    responses,
+    tokenize,
+)
 from gateway.services import Patience, Services
 
 log = logging.getLogger(__name__)
@@ -60,7 +71,8 @@ def create_app(
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    for room in (chat, responses, conversations, models, admin, health):
+    rooms = (chat, responses, conversations, completions, embeddings, rerank, tokenize, models, admin, health)
+    for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)

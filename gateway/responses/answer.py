@@ -176,7 +176,8 @@ class Answering:
 
     async def count(self, target: Target, chat: pb.Chat, caller: Caller) -> tuple[int, int]:
         """Return a chat's tokens, and those of the model's context."""
-        counted = await self.dispatcher.tokenize(target, pb.TokenizeRequest(chat=chat), caller.request_id)
+        wanted = pb.TokenizeRequest(chat=chat)
+        counted = await self.dispatcher.ask(target, lambda stub: stub.Tokenize, wanted, caller.request_id)
         return len(counted.ids), counted.max_context_tokens
 
     async def _history(self, request: ResponsesRequest, owner: str) -> list[Item]:

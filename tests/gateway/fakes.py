@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,20 @@ def fail_once(error: HostlerError) -> Script:
     return script
 
 
+async def no_answer(request: Any) -> Any:
+    raise AssertionError(f"nobody said what to answer to a {type(request).__name__}")
+
+
+def counting(max_context_tokens: int = 8192) -> Callable[[Any], Awaitable[Any]]:
+    """Return an `answer` to Tokenize that counts one token for each word of a chat."""
+
+    async def count(request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        words = [word for m in request.chat.messages for part in m.parts for word in part.text.split()]
+        return pb.TokenizeResponse(ids=range(len(words)), max_context_tokens=max_context_tokens)
+
+    return count
+
+
 class FakeWorker(InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 
@@ -86,9 +100,10 @@ class FakeWorker(InferenceServiceServicer):
         self.generation = generation
         self.script: Script = echo
         self.requests: list[pb.GenerateRequest] = []
+        self.answer: Callable[[Any], Awaitable[Any]] = no_answer
+        self.asked: list[Any] = []
         self.request_ids: list[str | None] = []
         self.num_running = 0
-        self.max_context_tokens = 8192
         self.changed = asyncio.Condition()
         self._server: Any = None
 
@@ -128,12 +143,20 @@ class FakeWorker(InferenceServiceServicer):
         finally:
             await asyncio.shield(self._count(-1))
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
-        """Count one token for each word of the messages."""
-        words = [word for m in request.chat.messages for part in m.parts for word in part.text.split()]
-        return pb.TokenizeResponse(ids=range(len(words)), max_context_tokens=self.max_context_tokens)
+    async def _answer(self, request: Any, context: Any) -> Any:
+        """Answer a unary call with what `answer` returns or raises."""
+        self.asked.append(request)
+        assert metadata_value(context, GENERATION_KEY) == str(self.generation)
+        await self._count(1)
+        try:
+            return await self.answer(request)
+        except HostlerError as error:
+            await abort(context, error)
+        finally:
+            await asyncio.shield(self._count(-1))
 
-    Embed = Transcribe = Speak = Detokenize = None
+    Embed = Rerank = Tokenize = Detokenize = _answer
+    Transcribe = Speak = None
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]

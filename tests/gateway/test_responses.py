@@ -14,7 +14,7 @@ from hostler.errors import ContextLengthExceeded, InvalidRequest, WorkerLost
 from hostler.inference.v1 import inference_pb2 as pb
 from pydantic import BaseModel
 
-from tests.gateway.fakes import MODEL, World, echo, finish, route, sse_data, text
+from tests.gateway.fakes import MODEL, World, counting, echo, finish, route, sse_data, text
 from tests.gateway.responses_schema import check_response, check_stream
 
 ECHO_TOOL = {"type": "function", "name": "echo", "parameters": {"type": "object"}}
@@ -55,6 +55,8 @@ async def test_a_whole_reply_and_a_stream_say_the_same(served: World) -> None:
 
 
 async def test_the_sync_sdk_creates_streams_and_fetches(served: World) -> None:
+    served.worker.answer = counting()
+
     def use() -> None:
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused") as client:
             whole = client.responses.create(model=MODEL, input="a b")
@@ -106,7 +108,7 @@ async def test_the_sdk_parses_structured_output(served: World) -> None:
 
 
 async def test_too_long_a_conversation_is_refused_or_cut_as_the_request_says(served: World) -> None:
-    served.worker.max_context_tokens = 60
+    served.worker.answer = counting(60)
 
     async def strict(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         if sum(len(part.text.split()) for m in request.chat.messages for part in m.parts) > 60:

@@ -32,21 +32,18 @@ from workers.engine import (
     SamplingParams,
     TokenPrompt,
 )
-from workers.gentle import gently
+from workers.gentle import gently, load_niceness
 from workers.text.directory import LoadedModel
-from workers.text.embeddings import PromptExtras
 from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
-from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, BlockPool, PrefixHashes
-from workers.text.lookup import Lookup
+from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, BlockPool
 from workers.text.orders import Orders
 from workers.text.pace import Pace
 from workers.text.postprocess import Outcome, Outcomes, Postprocessor, named
-from workers.text.reply_plan import ReplyPlan, ReplyPlanner
+from workers.text.reply_plan import ReplyPlanner
 from workers.text.runner import Runner
-from workers.text.sampler import row_rules
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
-from workers.text.sequence import Sequence
+from workers.text.sequence import Sequence, new_sequence
 from workers.text.sleeping import Bed, Opened
 from workers.text.vocabulary import TokenBytes
 
@@ -76,9 +73,11 @@ class TextEngine:
         self._asyncio = asyncio.get_running_loop()
         self._replies = ReplyPlanner(loaded.tokenizer, loaded.facts.vocab_size, loaded.eos_ids)
         self._masks = MaskPool()
-        self._facts = self._complete(loaded.facts)
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
         self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
+        fill = self._intake.fill_format
+        self._fill_ends = fill.end_ids(loaded.tokenizer) if fill else frozenset[int]()
+        self._facts = self._complete(loaded.facts)
         self._runner = runner
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduler = Scheduler(
@@ -156,7 +155,18 @@ class TextEngine:
         plan = await self._replies.plan(request, ids)
         if plan.takes_time:
             self._check(len(ids), 0)
-        sequence = self._new_sequence(request, ids, extras, plan)
+        self._serial += 1
+        sequence = new_sequence(
+            request,
+            ids,
+            extras,
+            plan,
+            serial=self._serial,
+            room=self._scheduler.longest_tokens - len(ids),
+            defaults=self._loaded.defaults,
+            adapters=self._facts.adapters,
+            fill_ends=self._fill_ends,
+        )
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -223,7 +233,7 @@ class TextEngine:
     async def wake(self, spec: LoadSpec) -> None:
         """See `workers.engine.Sleeper.wake`."""
         assert self._bed is not None, "opened without a bed"
-        opened = await gently(partial(self._bed.get_up, spec))
+        opened = await gently(partial(self._bed.get_up, spec), load_niceness(len(spec.devices)))
         self._loaded, self._facts = opened.loaded, self._complete(opened.loaded.facts)
         self._intake.see_with(opened.loaded.vision)
         await self._orders.between_steps(partial(self._return, opened))
@@ -257,35 +267,10 @@ class TextEngine:
 
     def _complete(self, facts: ModelFacts) -> ModelFacts:
         return replace(
-            facts, supports_tools=self._replies.supports_tools, supports_reasoning=self._replies.supports_reasoning
-        )
-
-    def _new_sequence(
-        self, request: GenerationRequest, ids: list[int], extras: PromptExtras, plan: ReplyPlan
-    ) -> Sequence:
-        room = self._scheduler.longest_tokens - len(ids)
-        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
-        # Guesses are checked without masks and without forced tokens.
-        may_guess = plan.guide is None and plan.budget_tokens is None
-        self._serial += 1
-        return Sequence(
-            request=request,
-            sampling=row_rules(request.sampling, self._loaded.defaults),
-            token_ids=ids,
-            num_prompt_tokens=len(ids),
-            max_tokens=max_tokens,
-            decode=plan.decode,
-            serial=self._serial,
-            hashes=PrefixHashes(
-                # An adapter changes keys and values; its name has no NUL, so no scope can feign another adapter.
-                f"{request.adapter}\0{request.cache_scope}".encode(),
-                [(span.start, span.content_hash) for span in extras.embeddings],
-            ),
-            embeddings=extras.embeddings,
-            rope=extras.rope,
-            adapter=self._facts.adapters.index(request.adapter) if request.adapter else -1,
-            lookup=Lookup(ids) if may_guess else None,
-            reply=plan.reply(max_tokens),
+            facts,
+            supports_tools=self._replies.supports_tools,
+            supports_reasoning=self._replies.supports_reasoning,
+            supports_fill_in_middle=self._intake.fill_format is not None,
         )
 
     # ------------------------------------------------------------ engine thread

@@ -150,7 +150,7 @@ class _Checkpoint:
         for path in directory.weight_files:
             # Not closed: what is read from it stays mapped all the same, and goes with the last tensor.
             file = safe_open(path, "pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+            self._files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
