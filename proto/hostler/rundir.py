@@ -5,6 +5,8 @@
         config.json         the resolved configuration (0600), read by every process at start
         orchestrator.sock   placement service
         w-<id>.sock         one per worker
+        responses.db        stored responses, if the configuration puts them nowhere else; files beside it are SQLite's
+                            and the gateways' locks
         logs/               one file per process
 
 `<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are
