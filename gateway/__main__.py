@@ -24,7 +24,7 @@ def main() -> None:
     configure()
     run_dir = RunDir(arguments.run_dir)
     config = read_resolved(run_dir.config)
-    app = create_app(config, placement_target=run_dir.orchestrator_target)
+    app = create_app(config, placement_target=run_dir.orchestrator_target, token=run_dir.token())
     server = build_server(app, drain_s=config.drain_s, on_drained=app.state.services.lifetime.expire)
     # What lives as long as the process need not be looked at by the cycle collector ever again.
     gc.collect()

@@ -24,12 +24,15 @@ from gateway.services import Patience, Services
 log = logging.getLogger(__name__)
 
 
-def create_app(config: HostlerConfig, *, placement_target: str, patience: Patience | None = None) -> FastAPI:
+def create_app(
+    config: HostlerConfig, *, placement_target: str, token: str = "", patience: Patience | None = None
+) -> FastAPI:
     """Build the application; it connects when its lifespan begins.
 
     Args:
         config: the resolved configuration.
         placement_target: gRPC target of the orchestrator's placement service.
+        token: of this run; workers on other hosts want keys that are made from it.
         patience: deadlines other than the usual ones, for tests.
 
     Raises:
@@ -39,7 +42,7 @@ def create_app(config: HostlerConfig, *, placement_target: str, patience: Patien
         raise ConfigError(f"host {config.host!r} can be reached from elsewhere: set api_key, or listen on 127.0.0.1")
     if config.api_key is None and "*" in config.cors:
         log.warning("every web page may use this server: cors is '*' and there is no api_key")
-    services = Services(config=config, placement_target=placement_target, patience=patience or Patience())
+    services = Services(config, placement_target, token, patience or Patience())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
