@@ -12,8 +12,8 @@ from typing import Protocol
 
 from hostler.lifecycle.v1 import lifecycle_pb2
 
-from orchestrator.devices import Device
 from orchestrator.models import Located, ModelSpec
+from orchestrator.nodes import NodesSeen
 from orchestrator.state import Progress
 
 Report = Callable[[Progress], None]
@@ -65,7 +65,7 @@ class Effects(Protocol):
         ...
 
     def address(self, worker_id: str) -> str:
-        """Return the worker's gRPC target."""
+        """Return the worker's gRPC target; one on another machine has it once it was spawned."""
         ...
 
     def recall(self) -> Memory:
@@ -80,12 +80,20 @@ class Effects(Protocol):
         """Return the living workers of an earlier orchestrator, waiting for Ray to be up."""
         ...
 
+    def watch_nodes(self) -> AsyncIterator[NodesSeen]:
+        """Yield what other machines offer, first those that are there already, then after every change."""
+        ...
+
     async def list_stored(self) -> tuple[ModelSpec, ...]:
         """Return every model in the store."""
         ...
 
     async def locate(self, spec: ModelSpec) -> Located | None:
-        """Return the model's files and footprint if they are on this machine. No network."""
+        """Return the model's files and footprint if they are on this machine, else on another. No Internet."""
+        ...
+
+    async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
+        """Return the model's files on one machine, fetching them there if need be."""
         ...
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:
@@ -96,8 +104,8 @@ class Effects(Protocol):
         """Return what other programs hold, by device."""
         ...
 
-    async def spawn(self, worker_id: str, generation: int, device: Device) -> int:
-        """Start a blank worker pinned to a device; return its pid once it serves its socket."""
+    async def spawn(self, worker_id: str, node: str) -> int:
+        """Start a blank worker on a machine (empty: this one); return its pid once it serves."""
         ...
 
     async def load(

@@ -28,10 +28,11 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A model's files on this machine; the path is empty for an engine without files."""
+    """A model's files on one machine (empty: this one); the path is empty for an engine without files."""
 
     path: str
     footprint: Footprint
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
