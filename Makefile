@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test check bench gpu proto format clean
+.PHONY: help setup setup-dev serve test check bench soak gpu proto format clean
 
 help: ## list the targets
 	@printf 'make TARGET\n\n'
@@ -28,6 +28,9 @@ check: setup-dev ## format, lint, types, import fences, proto lint and drift, do
 
 bench: setup-dev ## measure against the peers on this machine; ARGS=--quick for the short form
 	@exec $(BIN)/python -m tests.bench $(ARGS)
+
+soak: setup-dev ## five models on devices for three, 2,000 requests, everything checked; ARGS='--minutes 20'
+	@exec $(BIN)/python -m tests.soak $(ARGS)
 
 gpu: setup-dev ## run the tests that need a CUDA device, if there is one
 	@exec $(BIN)/python -m tests.bench.gpu $(ARGS)

@@ -25,7 +25,7 @@ def main() -> None:
     run_dir = RunDir(arguments.run_dir)
     config = read_resolved(run_dir.config)
     app = create_app(config, placement_target=run_dir.orchestrator_target, token=run_dir.token())
-    server = build_server(app, drain_s=config.drain_s, on_drained=app.state.services.lifetime.expire)
+    server = build_server(app, drain_s=config.drain_s, lifetime=app.state.services.lifetime)
     # What lives as long as the process need not be looked at by the cycle collector ever again.
     gc.collect()
     gc.freeze()

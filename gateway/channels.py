@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,10 +43,6 @@ class WorkerChannels:
         """Return how many requests of this process the replica holds."""
         line = self._lines.get(key_of(replica))
         return 0 if line is None else line.num_in_flight
-
-    def least_loaded(self, replicas: Sequence[placement_pb2.Replica]) -> placement_pb2.Replica | None:
-        """Return the replica with the fewest of our requests; the first of equals; None of none."""
-        return min(replicas, key=self.num_in_flight, default=None)
 
     @contextmanager
     def lease(self, replica: placement_pb2.Replica) -> Iterator[InferenceServiceAsyncStub]:

@@ -6,12 +6,12 @@ One per process, built by `app.create_app`, kept in `app.state.services`, opened
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from fastapi import Request
-from hostler.config import HostlerConfig
+from hostler.config import HostlerConfig, ModelConfig
 
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
@@ -20,7 +20,7 @@ from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
 from gateway.placement import PlacementClient
 from gateway.routing import RouteTable
-from gateway.sse import FIRST_COMMENT_S, PING_S, STALLED_READER_S
+from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Patience:
     gone_s: float = GONE_TIMEOUT_S
     ping_s: float = PING_S
     first_comment_s: float = FIRST_COMMENT_S
+    comment_gap_s: float = COMMENT_GAP_S
     stalled_reader_s: float = STALLED_READER_S
 
 
@@ -52,6 +53,10 @@ class Services:
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
     linked_images: LinkedImages = field(init=False)
+    # Whether `/ready` has said yes before.
+    has_served: bool = False
+    # Callers that follow events.
+    num_followers: int = 0
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -64,6 +69,7 @@ class Services:
             self.table,
             self.channels,
             self.placement,
+            max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
         )
@@ -77,6 +83,21 @@ class Services:
                 await watching
             await self.channels.close()
             await self.placement.close()
+
+
+def max_waiting_of(config: HostlerConfig) -> Callable[[str], int]:
+    """Return model → how many of its requests may be without a first token in this process: all that its workers take.
+
+    With several gateways the workers' own bounds are the exact ones; this one holds while a model comes up.
+    """
+    usual = ModelConfig(name="any")
+    models = {model.name: model for model in config.models}
+
+    def max_waiting(name: str) -> int:
+        model = models.get(name, usual)
+        return (model.max_running + model.max_queued) * model.max_replicas
+
+    return max_waiting
 
 
 def _fetch() -> Fetch:

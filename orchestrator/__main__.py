@@ -63,7 +63,8 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     guard = asyncio.create_task(_connect_and_guard(effects))
     found = await asyncio.to_thread(devices.discover, config.devices)
     effects.use_devices(found)
-    scheduler = Scheduler(config, found, effects)
+    sleep_budget = devices.sleep_budget_bytes(config.sleep_memory, found)
+    scheduler = Scheduler(config, found, effects, {"": sleep_budget})
 
     server = new_server()
     placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementService(scheduler), server)

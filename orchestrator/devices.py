@@ -20,6 +20,8 @@ from hostler.config import DeviceConfig
 
 CPU_SHARE = 0.8
 CUDA_SHARE = 0.95
+SLEEP_SHARE_BESIDE_GPUS = 0.5
+SLEEP_SHARE_BESIDE_CPU = 0.1
 MIN_CPU_BUDGET_BYTES = 2**30
 
 
@@ -121,6 +123,18 @@ def discover(configured: Sequence[DeviceConfig] = ()) -> tuple[Device, ...]:
     return tuple(gpus) or (_cpu(),)
 
 
+def sleep_budget_bytes(configured: int | None, found: Sequence[Device]) -> int:
+    """Return how much host memory sleeping models may hold on this machine.
+
+    Asleep, a GPU's model keeps its weights in host memory; a CPU's keeps little more than its process, and the budget
+    of the CPU device takes most of the memory already.
+    """
+    if configured is not None:
+        return configured
+    share = SLEEP_SHARE_BESIDE_GPUS if any(d.kind == "cuda" for d in found) else SLEEP_SHARE_BESIDE_CPU
+    return int(psutil.virtual_memory().available * share)
+
+
 def foreign_bytes(devices: Sequence[Device], our_pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
     """Return, for each real GPU, the memory that programs other than our workers hold.
 
@@ -158,18 +172,13 @@ def seen_from_elsewhere(device: Device, node: str, num_cores: int) -> Device:
 
 
 def worker_devices(placed: Sequence[Device]) -> list[str]:
-    """Return a worker's devices as its own process numbers them: pinning leaves it those GPUs and no others."""
+    """Return devices as the worker's own process numbers them: pinning leaves a GPU worker exactly its own."""
     return [f"cuda:{index}" if device.kind == "cuda" else "cpu" for index, device in enumerate(placed)]
 
 
-def worker_env(placed: Sequence[Device]) -> dict[str, str]:
-    """Return the environment that pins a worker process, to be set before it initialises torch.
-
-    Args:
-        placed: its devices, one or more of one kind on one machine.
-    """
-    if placed[0].kind == "cuda":
-        visible = ",".join(device.uuid or device.local_id.partition(":")[2] or "0" for device in placed)
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
-    num_threads = str(placed[0].num_cores or num_physical_cores())
-    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": num_threads, "MKL_NUM_THREADS": num_threads}
+def worker_env(placed: Sequence[Device], num_threads: int) -> dict[str, str]:
+    """Return the environment that pins a worker process, to be set before it initialises any device."""
+    if placed[0].kind != "cuda":
+        return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+    visible = ",".join(device.uuid or device.local_id.rpartition(":")[2] or "0" for device in placed)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}

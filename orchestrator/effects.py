@@ -6,12 +6,13 @@ manual clock in tests. Coroutines raise `HostlerError` for what went wrong and m
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from hostler.lifecycle.v1 import lifecycle_pb2
 
+from orchestrator.experience import Experience
 from orchestrator.models import Located, ModelSpec
 from orchestrator.nodes import NodesSeen
 from orchestrator.state import Progress
@@ -21,15 +22,20 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What the run directory remembers of a worker, beyond what the worker itself can say."""
+    """What the run directory remembers of a worker, beyond what the worker itself can say.
+
+    `parts`: device and bytes of each part that it was given; none for one that sleeps.
+    """
 
     worker_id: str
     generation: int
     model: str
-    device: str
-    reserved_bytes: int
+    parts: tuple[tuple[str, int], ...]
+    kv_cache_bytes: int
     reason: str
     loaded_unix_ms: int
+    kv_keep_bytes: int = 0
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class FoundWorker:
-    """A worker of an earlier orchestrator; `report` is None when it does not answer."""
+    """A worker of an earlier orchestrator, on a machine (empty: this one); `report` is None when it does not answer."""
 
     worker_id: str
     report: lifecycle_pb2.WatchResponse | None
     placement: Placement | None = None
+    node: str = ""
 
 
 class Effects(Protocol):
@@ -66,6 +73,14 @@ class Effects(Protocol):
 
     def address(self, worker_id: str) -> str:
         """Return the worker's gRPC target; one on another machine has it once it was spawned."""
+        ...
+
+    def recall_experience(self) -> Experience:
+        """Return what earlier loads, of any run, have taught."""
+        ...
+
+    def remember_experience(self, experience: Experience) -> None:
+        """Store what loads have taught, for later runs, too."""
         ...
 
     def recall(self) -> Memory:
@@ -109,13 +124,29 @@ class Effects(Protocol):
         ...
 
     async def load(
-        self, worker_id: str, generation: int, request: lifecycle_pb2.LoadRequest, report: Report
+        self,
+        worker_id: str,
+        generation: int,
+        request: lifecycle_pb2.LoadRequest,
+        report: Report,
     ) -> lifecycle_pb2.ModelInfo:
-        """Have a blank worker load its model."""
+        """Claim a blank worker for a generation and have it load its model."""
+        ...
+
+    async def sleep(self, worker_id: str, generation: int, deadline_s: float) -> lifecycle_pb2.SleepResponse:
+        """Have the worker refuse new requests, finish the running ones and free its devices."""
+        ...
+
+    async def wake(self, worker_id: str, generation: int, devices: Sequence[str], kv_cache_bytes: int) -> None:
+        """Have a sleeping worker serve again, on `devices` as its own process numbers them."""
+        ...
+
+    async def resize(self, worker_id: str, generation: int, kv_cache_bytes: int) -> int:
+        """Change what the worker's KV cache may grow to; return what it is now."""
         ...
 
     def watch(self, worker_id: str, generation: int) -> AsyncIterator[lifecycle_pb2.WatchResponse]:
-        """Yield the worker's heartbeats until its stream ends."""
+        """Yield the heartbeats of a worker, generation 0 for a blank one, until its stream ends."""
         ...
 
     async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:

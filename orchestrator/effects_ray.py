@@ -21,19 +21,21 @@ from typing import Any
 
 from hostler.channel import worker_key
 from hostler.config import HostlerConfig
-from hostler.errors import HostlerError, ModelLoadFailed, Unavailable, WorkerLost
+from hostler.errors import HostlerError, Unavailable, WorkerLost
 from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 
 from orchestrator import devices, ray_session
 from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker, Memory, Placement, Report
+from orchestrator.elsewhere import Elsewhere
+from orchestrator.experience import Experience
 from orchestrator.models import Located, ModelSpec
 from orchestrator.nodes import NodesSeen, RemoteWorker
 from orchestrator.process_id import ProcessId
 from orchestrator.ray_nodes import RayNodes
-from orchestrator.state import Progress
 from orchestrator.store_client import StoreClient
+from orchestrator.stores import Stores
 from orchestrator.worker_client import WorkerClient
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,6 @@ ACTOR_CLASS = "workers.actor:WorkerActor"
 """Entry point of the worker shell: rooms do not import each other, so it is named, not imported."""
 
 ACTOR_PREFIX = "hostler-"
-BLANK_GENERATION = 0
 SPAWN_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 20.0
 ADOPT_TIMEOUT_S = 2.0
@@ -55,15 +56,16 @@ class RayEffects:
 
     def __init__(self, config: HostlerConfig, run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> None:
         self._run_dir = run_dir
-        self._store = StoreClient(config.models_dir)
+        self._models_dir = config.models_dir
         self._devices: Sequence[Device] = ()
         self._actor_class = actor_class
         self._connected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._clients: dict[str, WorkerClient] = {}
         self._processes: dict[str, ProcessId] = {}
         self._remote: dict[str, RemoteWorker] = {}
-        models_dir = str(config.models_dir) if config.models_dir else None
-        self._nodes = RayNodes(config.devices, models_dir, self._ray)
+        self._nodes = RayNodes(config, self._ray)
+        self._elsewhere = Elsewhere(self._nodes)
+        self._stores = Stores(StoreClient(config.models_dir), self._elsewhere)
         self._creating: dict[str, asyncio.Future[Any]] = {}
         self._owns_ray = True
 
@@ -158,7 +160,8 @@ class RayEffects:
             await client.close()
         if report is not None and worker_id not in self._remote:
             self._remember_pid(worker_id, report.pid)
-        return FoundWorker(worker_id, report, placement)
+        remote = self._remote.get(worker_id)
+        return FoundWorker(worker_id, report, placement, remote.node if remote else "")
 
     async def spawn(self, worker_id: str, node: str) -> int:
         """Start a blank worker on a machine (empty: this one); return its pid once it serves.
@@ -178,7 +181,7 @@ class RayEffects:
         def create() -> Any:
             module, _, name = self._actor_class.partition(":")
             actor_class = ray.remote(getattr(importlib.import_module(module), name))
-            return actor_class.options(**options).remote(worker_id, listen, BLANK_GENERATION, {}, key)
+            return actor_class.options(**options).remote(worker_id, listen, key)
 
         # Kept until the worker is killed: a spawn may be given up while the thread still registers the actor.
         creating = self._creating[worker_id] = asyncio.ensure_future(asyncio.to_thread(create))
@@ -186,7 +189,7 @@ class RayEffects:
             async with asyncio.timeout(SPAWN_TIMEOUT_S):
                 actor = await asyncio.shield(creating)
                 if node:
-                    pid = await self._nodes.unless_lost(node, self._started_elsewhere(worker_id, actor))
+                    pid = await self._nodes.unless_lost(node, self._started_elsewhere(worker_id, node, actor))
                 else:
                     pid = int(await asyncio.wrap_future(actor.ping.remote().future()))
                     self._remember_pid(worker_id, pid)
@@ -195,15 +198,15 @@ class RayEffects:
         except ray.exceptions.RayError as error:
             log.error("Ray could not start a worker", extra={"worker": worker_id, "error": str(error)[:2000]})
             raise WorkerLost("a worker process could not be started") from None
-        await self._client(worker_id, BLANK_GENERATION).connect(CONNECT_TIMEOUT_S)
+        await self._client(worker_id).connect(CONNECT_TIMEOUT_S)
         return pid
 
-    async def _started_elsewhere(self, worker_id: str, actor: Any) -> int:
+    async def _started_elsewhere(self, worker_id: str, node: str, actor: Any) -> int:
         """Wait until a worker on another machine listens; remember where, and which process it is."""
         pid = int(await asyncio.wrap_future(actor.ping.remote().future()))
         address = str(await asyncio.wrap_future(actor.target.remote().future()))
-        started = replace(self._remote[worker_id], address=address, pid=pid)
-        self._remote[worker_id] = replace(started, start_ticks=await self._nodes.start_ticks(started))
+        started = RemoteWorker(node, address, pid)
+        self._remote[worker_id] = replace(started, start_ticks=await self._elsewhere.start_ticks(started))
         return pid
 
     def _key(self, worker_id: str) -> str:
@@ -219,7 +222,7 @@ class RayEffects:
         known, creating = self._processes.get(worker_id), self._creating.pop(worker_id, None)
         remote = self._remote.get(worker_id)
         if remote is not None:
-            if not await self._nodes.end(remote):
+            if not await self._elsewhere.end(remote):
                 await self._end_actor(worker_id, creating)
         # First and without Ray: a fenced worker must stop at once, and a frozen one obeys nothing else. Ray sees the
         # end of a process by itself; it is asked only to end one that we do not know or cannot end.
@@ -260,9 +263,12 @@ class RayEffects:
         """Return a random id."""
         return secrets.token_hex(8)
 
-    def _client(self, worker_id: str, generation: int) -> WorkerClient:
+    def _client(self, worker_id: str, generation: int = 0) -> WorkerClient:
+        """Return the client of a worker, speaking under its generation; 0 for a blank one."""
         if worker_id not in self._clients:
-            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation, self._key(worker_id))
+            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation or None, self._key(worker_id))
+        elif generation:
+            self._clients[worker_id].claim(generation)
         return self._clients[worker_id]
 
     async def load(
@@ -270,6 +276,18 @@ class RayEffects:
     ) -> lifecycle_pb2.ModelInfo:
         """Have a blank worker load its model."""
         return await self._client(worker_id, generation).load(request, report)
+
+    async def sleep(self, worker_id: str, generation: int, deadline_s: float) -> lifecycle_pb2.SleepResponse:
+        """Have the worker free its devices once its requests have ended."""
+        return await self._client(worker_id, generation).sleep(deadline_s)
+
+    async def wake(self, worker_id: str, generation: int, devices: Sequence[str], kv_cache_bytes: int) -> None:
+        """Have a sleeping worker serve again."""
+        await self._client(worker_id, generation).wake(devices, kv_cache_bytes)
+
+    async def resize(self, worker_id: str, generation: int, kv_cache_bytes: int) -> int:
+        """Change what the worker's KV cache may grow to."""
+        return await self._client(worker_id, generation).resize(kv_cache_bytes)
 
     def watch(self, worker_id: str, generation: int) -> AsyncIterator[lifecycle_pb2.WatchResponse]:
         """Yield the worker's heartbeats until its stream ends."""
@@ -283,7 +301,7 @@ class RayEffects:
         """Ask the worker to end itself, and give it a moment to do so."""
         await self._client(worker_id, generation).unload()
         if (remote := self._remote.get(worker_id)) is not None:
-            await self._nodes.wait_for_end(remote, EXIT_TIMEOUT_S)
+            await self._elsewhere.wait_for_end(remote, EXIT_TIMEOUT_S)
         elif (known := self._processes.get(worker_id)) is not None:
             await asyncio.to_thread(known.wait, EXIT_TIMEOUT_S)
 
@@ -291,50 +309,26 @@ class RayEffects:
 
     async def list_stored(self) -> tuple[ModelSpec, ...]:
         """Return every model in the store."""
-        return await self._store.list_stored()
+        return await self._stores.list_stored()
 
     async def locate(self, spec: ModelSpec) -> Located | None:
         """Return the model's files and footprint if they are here, else if they are on another machine."""
-        if (here := await self._store.locate(spec)) is not None:
-            return here
-        for member in self._nodes.members:
-            with contextlib.suppress(WorkerLost):
-                if (there := await self._nodes.locate(spec, member.name)) is not None:
-                    return there
-        return None
+        return await self._stores.locate(spec)
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:
         """Pull the model to this machine."""
-        await self._store.fetch(spec, report)
+        await self._stores.fetch(spec, report)
 
     async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
-        """Return the model's files on one machine (empty: this one), fetching them there if need be.
-
-        Raises:
-            HostlerError: they cannot be had there.
-        """
-        if (found := await self._locate_on(node, spec)) is not None:
-            return found
-        where = f" on {node}" if node else ""
-        if not spec.configured:
-            raise ModelLoadFailed(f"The files of {spec.name} are not in the store{where}.")
-        report(Progress("download", f"fetching {spec.source}{where}"))
-        if node:
-            await self._nodes.fetch(spec, node, report)
-        else:
-            await self._store.fetch(spec, report)
-        if (found := await self._locate_on(node, spec)) is None:
-            raise ModelLoadFailed(f"The files of {spec.name} are not in the store{where} even after a download.")
-        return found
-
-    async def _locate_on(self, node: str, spec: ModelSpec) -> Located | None:
-        return await (self._nodes.locate(spec, node) if node else self._store.locate(spec))
+        """Return the model's files on one machine, fetching them there if need be."""
+        return await self._stores.bring(spec, node, report)
 
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         """Return what other programs hold, by device. A machine that does not answer is left out."""
         there = [(w.node, w.pid) for w in self._remote.values()]
         asked = [
-            self._nodes.foreign_bytes(m, [p for n, p in there if n == m.name], reserved) for m in self._nodes.members
+            self._elsewhere.foreign_bytes(member, [pid for node, pid in there if node == member.name], reserved)
+            for member in self._elsewhere.members
         ]
         here = asyncio.to_thread(devices.foreign_bytes, self._devices, pids, reserved)
         found: dict[str, int] = {}
@@ -343,8 +337,32 @@ class RayEffects:
         return found
 
     @property
+    def _experience_path(self) -> Path:
+        from orchestrator.store import resolve_models_dir
+
+        return resolve_models_dir(self._models_dir) / "experience.json"
+
+    @property
     def _memory_path(self) -> Path:
         return self._run_dir.path / "placements.json"
+
+    def recall_experience(self) -> Experience:
+        """Return what earlier loads have taught; nothing if there is no such file, or not one of ours."""
+        try:
+            return Experience.from_json(json.loads(self._experience_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return Experience()
+        except (OSError, ValueError, AttributeError):
+            log.exception("what earlier loads have taught cannot be read; it will be learned again")
+            return Experience()
+
+    def remember_experience(self, experience: Experience) -> None:
+        """Replace the file; what cannot be written is learned again."""
+        try:
+            self._experience_path.parent.mkdir(parents=True, exist_ok=True)
+            ray_session.write_private(self._experience_path, json.dumps(experience.as_json(), indent=1))
+        except OSError as error:
+            log.warning("what loads have taught could not be stored", extra={"error": error.strerror})
 
     def recall(self) -> Memory:
         """Return what was remembered last; nothing if there is no such file, or not one of ours."""
@@ -353,7 +371,7 @@ class RayEffects:
             for worker_id, (pid, start_ticks) in values["processes"].items():
                 self._processes.setdefault(worker_id, ProcessId(int(pid), int(start_ticks)))
             self._remote |= {i: RemoteWorker(**there) for i, there in values.get("remote", {}).items()}
-            return Memory(int(values["generation"]), tuple(Placement(**p) for p in values["placements"]))
+            return Memory(int(values["generation"]), tuple(_placement(p) for p in values["placements"]))
         except FileNotFoundError:
             return Memory()
         except (OSError, ValueError, KeyError, TypeError):
@@ -374,3 +392,8 @@ class RayEffects:
     def unix_ms(self) -> int:
         """Return wall-clock milliseconds."""
         return int(time.time() * 1000)
+
+
+def _placement(values: dict[str, Any]) -> Placement:
+    parts = tuple((str(device), int(num_bytes)) for device, num_bytes in values["parts"])
+    return Placement(**(values | {"parts": parts}))

@@ -13,6 +13,7 @@ from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
 
+from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker
 from orchestrator.models import Located, ModelSpec
 from orchestrator.state import Progress, Waiter
@@ -37,6 +38,14 @@ class Leave:
 @dataclass(frozen=True, slots=True)
 class Unload:
     """An operator wants every replica of a model gone; the reply is how many went."""
+
+    model: str
+    reply: asyncio.Future[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """An operator wants every replica of a model asleep; the reply is how many went."""
 
     model: str
     reply: asyncio.Future[int]
@@ -107,6 +116,31 @@ class ForeignMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicesChanged:
+    """The devices that there are now, all of them; `why` in words. `sleep_budget_bytes`: host memory by node."""
+
+    devices: tuple[Device, ...]
+    why: str
+    sleep_budget_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BlankReady:
+    """A blank worker started ahead is up, or not."""
+
+    worker_id: str
+    pid: int = 0
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlankLost:
+    """A blank worker's heartbeat stream ended."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class LocateDone:
     """The store was asked for a model's files; None: not there."""
 
@@ -150,6 +184,33 @@ class LoadDone:
 
 
 @dataclass(frozen=True, slots=True)
+class WakeDone:
+    """A sleeping worker is back, or not. `generation` is the job's."""
+
+    generation: int
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SleepDone:
+    """A worker sleeps, or could not. `generation` is the worker's."""
+
+    generation: int
+    freed_bytes: int = 0
+    host_bytes: int = 0
+    error: HostlerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeDone:
+    """What a worker's KV cache may grow to now. `generation` is the worker's."""
+
+    generation: int
+    kv_cache_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reported:
     """A worker's heartbeat."""
 
@@ -176,6 +237,7 @@ Event = (
     Ensure
     | Leave
     | Unload
+    | Sleep
     | Pin
     | AskPlan
     | Planned
@@ -185,11 +247,17 @@ Event = (
     | StoreListed
     | WorkersFound
     | ForeignMeasured
+    | DevicesChanged
+    | BlankReady
+    | BlankLost
     | LocateDone
     | Progressed
     | FetchDone
     | SpawnDone
     | LoadDone
+    | WakeDone
+    | SleepDone
+    | ResizeDone
     | Reported
     | WatchEnded
     | Retired

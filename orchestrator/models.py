@@ -5,12 +5,13 @@ Above it: the scheduler's parts. Below it: the configuration, the policy's `Dema
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hostler.config import ModelConfig
 from hostler.lifecycle.v1 import lifecycle_pb2
 
-from orchestrator.policy import Demand
+from orchestrator.views import Demand
 
 FLOOR_CONTEXT_TOKENS = 4096
 """A model with a huge context loads with a KV cache of this many tokens rather than not at all."""
@@ -35,12 +36,19 @@ class Located:
     node: str = ""
 
 
+NOWHERE = Located("", Footprint())
+"""Of an engine without files."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One model that can be served: from the configuration, or found in the store.
 
     Attributes:
         adapters: LoRA adapters served beside it: (public name, directory).
+        keep_alive_s: how long it may be idle before it rests; None: until its room is needed.
+        batch: it never displaces models that people wait for.
+        max_devices: over how many devices it may be split; 0: as many as it needs.
     """
 
     name: str
@@ -60,6 +68,11 @@ class ModelSpec:
     num_threads: int = 0
     preload: bool = False
     pinned: bool = False
+    keep_alive_s: float | None = None
+    batch: bool = False
+    group: str = ""
+    max_replicas: int = 1
+    max_devices: int = 0
     trust_remote_code: bool = False
     created_unix_s: int = 0
     configured: bool = True
@@ -102,6 +115,11 @@ def from_config(config: ModelConfig) -> ModelSpec:
         num_threads=config.num_threads,
         preload=config.preload,
         pinned=config.pinned,
+        keep_alive_s=config.keep_alive,
+        batch=config.priority == "batch",
+        group=config.group,
+        max_replicas=config.max_replicas,
+        max_devices=config.max_devices,
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -112,8 +130,30 @@ def context_tokens(spec: ModelSpec, footprint: Footprint) -> int:
     return min(spec.max_context_tokens, own) if spec.max_context_tokens and own else spec.max_context_tokens or own
 
 
-def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0) -> Demand:
-    """Return what the model asks of the policy. An explicit `kv_cache` in the configuration is taken as it is."""
+def context_bytes(spec: ModelSpec, footprint: Footprint) -> int:
+    """Return the KV cache's bytes of one full context: with less, requests would end before their time."""
+    return context_tokens(spec, footprint) * footprint.kv_bytes_per_token
+
+
+def sleep_bytes(footprint: Footprint, kind: str) -> int:
+    """Return the host memory that a worker is expected to hold asleep, until it has been measured.
+
+    On a GPU the weights move there. On a CPU they are given up, since the files' pages stay cached anyway, and what is
+    left is the process.
+    """
+    return footprint.workspace_bytes + (footprint.weight_bytes if kind == "cuda" else 0)
+
+
+def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0, own_bytes: int = 0) -> Demand:
+    """Return what the model asks of the policy.
+
+    Args:
+        num_others: other models that will want a share of the same devices.
+        own_bytes: what it was measured to need beside its KV cache; 0: not measured yet, the footprint's estimate
+            stands.
+
+    An explicit `kv_cache` in the configuration is taken as it is.
+    """
     context = context_tokens(spec, footprint)
     one_context = context * footprint.kv_bytes_per_token
     floor = min(context, FLOOR_CONTEXT_TOKENS) * footprint.kv_bytes_per_token
@@ -123,21 +163,29 @@ def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0) -> Dem
     return Demand(
         model=spec.name,
         device=spec.device,
-        base_bytes=footprint.weight_bytes + footprint.workspace_bytes,
+        base_bytes=own_bytes or footprint.weight_bytes + footprint.workspace_bytes,
         kv_floor_bytes=floor,
         kv_context_bytes=one_context,
         kv_want_bytes=want,
         num_others=num_others,
+        group=spec.group,
     )
 
 
-def load_request(spec: ModelSpec, located: Located, *, device: str, kv_cache_bytes: int) -> lifecycle_pb2.LoadRequest:
-    """Return everything that a blank worker must know; `device` as the worker's own process numbers it."""
+def load_request(
+    spec: ModelSpec,
+    located: Located,
+    *,
+    devices: Sequence[str],
+    environment: Mapping[str, str],
+    kv_cache_bytes: int,
+) -> lifecycle_pb2.LoadRequest:
+    """Return everything that a blank worker must know; `devices` as the worker's own process numbers them."""
     return lifecycle_pb2.LoadRequest(
         model=spec.name,
         engine=spec.engine,  # type: ignore[arg-type]
         path=located.path,
-        device=device,
+        devices=devices,
         dtype=spec.dtype,
         quantize=spec.quantize,
         max_context_tokens=spec.max_context_tokens,
@@ -148,4 +196,5 @@ def load_request(spec: ModelSpec, located: Located, *, device: str, kv_cache_byt
         num_threads=spec.num_threads,
         trust_remote_code=spec.trust_remote_code,
         adapters=[lifecycle_pb2.Adapter(name=name, path=path) for name, path in spec.adapters],
+        environment=environment,
     )

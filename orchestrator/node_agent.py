@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import hostler
-import psutil
 from hostler.config import DeviceConfig
 from hostler.errors import HostlerError
 
@@ -45,15 +44,20 @@ class NodeAgent:
         chosen = os.environ.get(MODELS_DIR_VARIABLE) or models_dir
         self._store = StoreClient(Path(chosen) if chosen else None)
 
-    async def describe(self, configured: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return this machine's version, devices, cores and free host memory. `configured`: devices as configured."""
+    async def describe(self, configured: list[dict[str, Any]], sleep_memory: int | None) -> dict[str, Any]:
+        """Return this machine's version, devices, cores and host memory for sleeping models.
+
+        Args:
+            configured: its devices as configured; none: as discovered.
+            sleep_memory: as configured; None: chosen from what is free.
+        """
         configs = tuple(DeviceConfig.model_validate(values) for values in configured)
         found = await asyncio.to_thread(devices.discover, configs)
         return {
             "version": hostler.__version__,
             "devices": [asdict(device) for device in found],
             "num_cores": devices.num_physical_cores(),
-            "host_free_bytes": int(psutil.virtual_memory().available),
+            "sleep_budget_bytes": devices.sleep_budget_bytes(sleep_memory, found),
         }
 
     async def foreign_bytes(

@@ -38,7 +38,7 @@ class Member:
     name: str
     machine: Machine
     devices: tuple[Device, ...]
-    host_free_bytes: int
+    sleep_budget_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class NodesSeen:
 
     Attributes:
         devices: of all of them together; this machine's are not among them.
-        host_free_bytes: host memory that was free on each when it joined.
+        sleep_budget_bytes: host memory for sleeping models on each.
         joined, left: names of machines.
         why: in words, for people; empty when nothing changed.
     """
 
     devices: tuple[Device, ...] = ()
-    host_free_bytes: Mapping[str, int] = field(default_factory=dict)
+    sleep_budget_bytes: dict[str, int] = field(default_factory=dict)
     joined: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     why: str = ""
@@ -108,7 +108,7 @@ def seen(members: Iterable[Member], joined: Iterable[Member], left: Mapping[str,
     words += [f"{name} is gone: {why}" for name, why in left.items()]
     return NodesSeen(
         devices=tuple(device for member in members for device in member.devices),
-        host_free_bytes={member.name: member.host_free_bytes for member in members},
+        sleep_budget_bytes={member.name: member.sleep_budget_bytes for member in members},
         joined=tuple(member.name for member in joined),
         left=tuple(left),
         why="; ".join(words),

@@ -1,6 +1,6 @@
 """The other machines of a Ray cluster: who is there, what they offer, and our agent on each.
 
-Above it: `effects_ray.py`. Below it: Ray, `node_agent.py` (which runs there), `nodes.py` (plain data).
+Above it: `effects_ray.py` and `elsewhere.py`. Below it: Ray, `node_agent.py` (which runs there), `nodes.py` (data).
 
 Ray itself takes 15 s to notice that a machine is gone. So each machine's raylet is also asked for a connection twice a
 second: one that refuses is dead, and its workers with it; one that does not answer in time, twice in a row, is cut off.
@@ -12,19 +12,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import hostler
-from hostler.config import DeviceConfig
-from hostler.errors import BY_REASON, Internal, Unavailable, WorkerLost
+from hostler.config import HostlerConfig
+from hostler.errors import Unavailable, WorkerLost
 
 from orchestrator import nodes
 from orchestrator.devices import Device, configured_on, seen_from_elsewhere
-from orchestrator.effects import Report
-from orchestrator.models import Located, ModelSpec
-from orchestrator.node_agent import Failure, NodeAgent
+from orchestrator.node_agent import NodeAgent
 from orchestrator.nodes import Machine, Member, NodesSeen, RemoteWorker
 
 log = logging.getLogger(__name__)
@@ -41,8 +38,6 @@ REJOIN_AFTER_S = 15.0
 FIRST_LOOK_S = 20.0
 """So long a start waits for the machines that are there already."""
 END_TIMEOUT_S = 5.0
-LOCATE_TIMEOUT_S = 60.0
-"""A store may be on a slow disk, and its first look-up imports."""
 ANSWER_SLACK_S = 3.0
 
 _NO_ANSWER = "its raylet does not answer"
@@ -62,16 +57,12 @@ class RayNodes:
     """Everything runs in the orchestrator's loop; Ray's blocking calls run in threads.
 
     Args:
-        configured: devices of all machines.
-        models_dir: where the first machine keeps its models.
+        config: devices of all machines, where models are kept.
         connected: waits for Ray and returns its module.
     """
 
-    def __init__(
-        self, configured: Sequence[DeviceConfig], models_dir: str | None, connected: Callable[[], Awaitable[Any]]
-    ) -> None:
-        self._configured = configured
-        self._models_dir = models_dir
+    def __init__(self, config: HostlerConfig, connected: Callable[[], Awaitable[Any]]) -> None:
+        self._config = config
         self._connected = connected
         self._nodes: dict[str, _Node] = {}
         self._names: dict[str, str] = {}
@@ -107,6 +98,7 @@ class RayNodes:
                     yield self._seen(joined, left)
                 await asyncio.sleep(POLL_S)
         finally:
+            self._looked.set()
             for task in self._joining.values():
                 task.cancel()
 
@@ -198,11 +190,12 @@ class RayNodes:
         if not await _answers(machine):
             raise Unavailable(_NO_ANSWER)
         agent_class = self._ray.remote(NodeAgent)
+        models_dir = str(self._config.models_dir) if self._config.models_dir else None
         options = {"num_cpus": 0, "max_restarts": 0, **self._pinned(machine.ray_id)}
-        agent = await asyncio.to_thread(lambda: agent_class.options(**options).remote(self._models_dir))
-        configured = [config.model_dump() for config in configured_on(name, self._configured)]
+        agent = await asyncio.to_thread(lambda: agent_class.options(**options).remote(models_dir))
+        configured = [device.model_dump() for device in configured_on(name, self._config.devices)]
         async with asyncio.timeout(JOIN_TIMEOUT_S):
-            found = await _result(agent.describe.remote(configured))
+            found = await _result(agent.describe.remote(configured, self._config.sleep_memory))
         if found["version"] != hostler.__version__:
             raise Unavailable(f"it has hostler {found['version']}, we have {hostler.__version__}")
         for worker in self._to_end.pop(name, []):  # Of an earlier time, when it could not be reached.
@@ -210,7 +203,7 @@ class RayNodes:
                 await _result(agent.end.remote(worker.pid, worker.start_ticks, END_TIMEOUT_S))
         here = [Device(**values) for values in found["devices"]]
         devices = tuple(seen_from_elsewhere(device, name, int(found["num_cores"])) for device in here)
-        return _Node(Member(name, machine, devices, int(found["host_free_bytes"])), agent)
+        return _Node(Member(name, machine, devices, int(found["sleep_budget_bytes"])), agent)
 
     # ------------------------------------------------------------ what can be done there
 
@@ -218,6 +211,10 @@ class RayNodes:
     def members(self) -> tuple[Member, ...]:
         """The machines that are there now."""
         return tuple(node.member for node in self._nodes.values())
+
+    def is_member(self, name: str) -> bool:
+        """Tell whether a machine is there now."""
+        return name in self._nodes
 
     def _node(self, name: str) -> _Node:
         if (node := self._nodes.get(name)) is None:
@@ -241,6 +238,10 @@ class RayNodes:
     def listen_address(self, name: str) -> str:
         """Return where a worker on that machine listens: its own address within the cluster, any free port."""
         return nodes.host_port(self._node(name).member.machine.address, 0)
+
+    def end_on_return(self, worker: RemoteWorker) -> None:
+        """Have a worker's process ended before its machine, which is away, becomes a member again."""
+        self._to_end.setdefault(worker.node, []).append(worker)
 
     async def unless_lost(self, name: str, work: Coroutine[Any, Any, T]) -> T:
         """Return the outcome of `work`, which needs a machine.
@@ -279,7 +280,7 @@ class RayNodes:
         except TimeoutError:
             raise WorkerLost(f"The machine {name} did not answer within {timeout_s:g} s.") from None
 
-    async def stream(self, name: str, method: str, *arguments: Any) -> AsyncIterator[Any]:
+    async def stream(self, name: str, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
         """Yield what a machine's agent yields, as it comes.
 
         Raises:
@@ -299,76 +300,6 @@ class RayNodes:
         finally:
             with contextlib.suppress(Exception):  # It has ended, or its machine has.
                 self._ray.cancel(generator)
-
-    async def locate(self, spec: ModelSpec, name: str) -> Located | None:
-        """Return a model's files on one machine, if they are there.
-
-        Raises:
-            HostlerError: as the store there said, or `WorkerLost`.
-        """
-        failure, found = await self.ask(name, "locate", spec, timeout_s=LOCATE_TIMEOUT_S)
-        _raise(failure)
-        return replace(found, node=name) if found else None
-
-    async def fetch(self, spec: ModelSpec, name: str, report: Report) -> None:
-        """Pull a model to one machine; cancelling ends the download there.
-
-        Raises:
-            HostlerError: as the store there said, or `WorkerLost`.
-        """
-        async with contextlib.aclosing(self.stream(name, "fetch", spec)) as steps:
-            async for failure, progress in steps:
-                _raise(failure)
-                report(progress)
-
-    async def foreign_bytes(self, member: Member, pids: Sequence[int], reserved: Mapping[str, int]) -> dict[str, int]:
-        """Return what other programs hold on one machine's devices; nothing when it does not answer."""
-        local = [replace(device, id=device.local_id) for device in member.devices if device.total_bytes]
-        if not local:
-            return {}
-        names = {device.local_id: device.id for device in member.devices}
-        held = {local_id: reserved.get(name, 0) for local_id, name in names.items()}
-        try:
-            found = await self.ask(member.name, "foreign_bytes", local, pids, held, timeout_s=END_TIMEOUT_S)
-        except WorkerLost:
-            return {}
-        return {names[local_id]: num_bytes for local_id, num_bytes in found.items()}
-
-    async def start_ticks(self, worker: RemoteWorker) -> int:
-        """Return what tells a worker's process from a later one of the same number."""
-        return int(await self.ask(worker.node, "start_ticks", worker.pid, timeout_s=END_TIMEOUT_S))
-
-    async def wait_for_end(self, worker: RemoteWorker, timeout_s: float) -> None:
-        """Give a worker's process a moment to end by itself."""
-        with contextlib.suppress(WorkerLost):
-            await self.ask(worker.node, "wait", worker.pid, worker.start_ticks, timeout_s, timeout_s=timeout_s)
-
-    async def end(self, worker: RemoteWorker) -> bool:
-        """Kill a worker's process on its machine; return whether no more can be done about it.
-
-        One whose machine is away dies with it; should the machine come back with the process alive, that is ended
-        before anything new is placed there.
-        """
-        if not worker.pid or not worker.start_ticks:
-            return worker.node not in self._nodes
-        try:
-            return bool(
-                await self.ask(
-                    worker.node, "end", worker.pid, worker.start_ticks, END_TIMEOUT_S, timeout_s=END_TIMEOUT_S
-                )
-            )
-        except WorkerLost:
-            if worker.node in self._nodes:
-                return False
-            self._to_end.setdefault(worker.node, []).append(worker)
-            return True
-
-
-def _raise(failure: Failure | None) -> None:
-    """Raise what an agent's answer says went wrong."""
-    if failure is not None:
-        reason, message = failure
-        raise BY_REASON.get(reason, Internal)(message)
 
 
 async def _result(reference: Any) -> Any:

@@ -1,6 +1,7 @@
 """What callers ask for: a model up, a model gone, a pin, a plan; and which models exist at all.
 
-Above it: `scheduler.py`, which hands each event to one method here. Below it: `loading.py`, `retiring.py`.
+Above it: `scheduler.py`, which hands each event to one method here. Below it: `loading.py`, `placing.py` (dry runs),
+`resting.py`, `retiring.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import dataclasses
 import logging
 from typing import TypeVar
 
-from hostler.errors import HostlerError, Internal, ModelLoadFailed, Unavailable
+from hostler.errors import HostlerError, Internal, InvalidRequest, ModelLoadFailed, Unavailable
+from hostler.placement.v1 import placement_pb2 as pb
 
-from orchestrator import events, models, policy, wire
-from orchestrator.loading import HOLD_AFTER_READY_S, Loading
+from orchestrator import events, models, wire
+from orchestrator.loading import Loading
+from orchestrator.placing import Placing
+from orchestrator.resting import Resting
 from orchestrator.retiring import Retiring
 from orchestrator.runtime import Runtime
-from orchestrator.state import Model, Progress, Waiter, WorkerState
+from orchestrator.starting import HOLD_AFTER_READY_S
+from orchestrator.state import Job, Model, Progress, Stage, Waiter, WorkerState
+from orchestrator.views import Obstacle, Plan, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +44,15 @@ def refuse(reply: asyncio.Future[T], error: HostlerError) -> None:
 class Requests:
     """Answers callers. Every method is called by the scheduler's task and returns at once."""
 
-    def __init__(self, runtime: Runtime, loading: Loading, retiring: Retiring) -> None:
+    def __init__(
+        self, runtime: Runtime, loading: Loading, placing: Placing, resting: Resting, retiring: Retiring
+    ) -> None:
         self._runtime = runtime
         self._cluster = runtime.cluster
         self._effects = runtime.effects
         self._loading = loading
+        self._placing = placing
+        self._resting = resting
         self._retiring = retiring
         self._unknown: list[events.Ensure] = []
         self._unloads: list[tuple[asyncio.Future[int], frozenset[int]]] = []
@@ -108,8 +118,9 @@ class Requests:
                 self.rescan()
             return
         now_s = self._effects.now_s()
-        if (worker := self._cluster.ready(model.spec.name)) is not None:
-            worker.hold_until_s = max(worker.hold_until_s, now_s + HOLD_AFTER_READY_S)
+        model.reuse.seen(now_s)
+        if (worker := self._cluster.least_loaded(model.spec.name)) is not None:
+            worker.busy_until_s = max(worker.busy_until_s, now_s + HOLD_AFTER_READY_S)
             waiter.succeed(worker)
         elif model.job is None and now_s < model.retry_at_s and not event.explicit:
             waiter.fail(ModelLoadFailed(model.failure, retry_after_s=round(model.retry_at_s - now_s, 1)))
@@ -119,6 +130,7 @@ class Requests:
     def _join(self, model: Model, waiter: Waiter) -> None:
         model.waiters.append(waiter)
         if model.job is not None:
+            model.job.replica = False  # The others have gone meanwhile: it is the first one now, and may make room.
             waiter.tell(model.job.progress)
         elif self._runtime.may_publish:
             waiter.tell(Progress("queue"))
@@ -128,16 +140,32 @@ class Requests:
             waiter.tell(Progress("queue", "looking for living workers"))
 
     def on_leave(self, event: events.Leave) -> None:
-        """Forget a waiter; with the last one goes a load that has no worker yet and that nothing else wants."""
+        """Forget a waiter; with the last one goes a load that nothing else wants, unless it is more than half done."""
         event.waiter.left = True
         for model in self._cluster.models.values():
             if event.waiter not in model.waiters:
                 continue
             model.waiters.remove(event.waiter)
             job = model.job
-            if job is not None and not model.waiters and not model.wanted and not job.stage.started:
+            if job is not None and not model.waiters and not model.wanted and not self._is_half_done(model, job):
                 log.info("a load lost its last waiter", extra={"model": model.spec.name})
                 self._loading.drop(model)
+
+    def _is_half_done(self, model: Model, job: Job) -> bool:
+        """Return whether giving a load up would waste more than finishing it costs.
+
+        Else a client whose patience ends shortly before the load does would never be served, however often it came.
+        """
+        if not job.stage.started:
+            return False
+        worker = self._cluster.workers.get(job.worker)
+        if worker is None:
+            return False
+        times = self._cluster.experience.expect(model.spec, worker.located, worker.kind)
+        expected_s = times.wake_s if job.stage is Stage.WAKE else times.load_s
+        done, total = job.progress.done_bytes, job.progress.total_bytes
+        read = total > 0 and 2 * done >= total
+        return read or 2 * (self._effects.now_s() - job.began_at_s) >= expected_s
 
     # ------------------------------------------------------------ operators
 
@@ -150,14 +178,29 @@ class Requests:
         waiters, model.waiters = model.waiters, []
         for waiter in waiters:
             waiter.fail(Unavailable(f"{model.spec.name} was unloaded while it was being brought up."))
-        live = frozenset(worker.generation for worker in self._cluster.live(model.spec.name))
+        states = (WorkerState.LOADING, WorkerState.READY, WorkerState.RESTING, WorkerState.ASLEEP, WorkerState.WAKING)
+        theirs = self._cluster.of(model.spec.name, *states)
         self._loading.drop(model)
-        for worker in self._cluster.live(model.spec.name):
-            self._retiring.gently(worker, self._runtime.config.drain_s)
+        for worker in theirs:
+            self._retiring.gently(worker, self._runtime.config.drain_s, "unloaded on request", pb.EVENT_KIND_UNLOADED)
         model.failure, model.retry_at_s = "", 0.0
-        self._unloads.append((event.reply, live))
+        self._unloads.append((event.reply, frozenset(worker.generation for worker in theirs)))
         self.answer_unloads()
         self._runtime.publish()
+
+    def on_sleep(self, event: events.Sleep) -> None:
+        """Put every ready replica to sleep."""
+        if (model := self._cluster.resolve(event.model)) is None:
+            refuse(event.reply, self._cluster.not_found(event.model))
+            return
+        ready = self._cluster.ready(model.spec.name)
+        for worker in ready:
+            if not self._resting.can_sleep(worker):
+                refuse(event.reply, InvalidRequest(self._resting.why_not(worker), param="model"))
+                return
+            self._resting.put_to_sleep(worker, "on request")
+        model.wanted = False
+        answer(event.reply, len(ready))
 
     def answer_unloads(self) -> None:
         """Answer every unload whose workers are all gone."""
@@ -172,6 +215,9 @@ class Requests:
         if (model := self._cluster.resolve(event.model)) is None:
             refuse(event.reply, self._cluster.not_found(event.model))
             return
+        if model.pinned != event.pinned:
+            kind = pb.EVENT_KIND_PINNED if event.pinned else pb.EVENT_KIND_UNPINNED
+            self._runtime.journal.note(kind, "on request", model=model.spec.name)
         model.pinned = event.pinned
         self._loading.place_waiting()
         answer(event.reply, None)
@@ -180,11 +226,11 @@ class Requests:
         """Look the files up, then plan on what they need."""
         if (model := self._cluster.resolve(event.model)) is None:
             refuse(event.reply, self._cluster.not_found(event.model))
-        elif (worker := self._cluster.ready(model.spec.name)) is not None:
-            reply = policy.Plan(worker.device, (), 0, worker.reserved_bytes, f"already loaded: {worker.reason}")
-            answer(event.reply, wire.plan(reply, model, self._cluster))
+        elif (worker := self._cluster.least_loaded(model.spec.name)) is not None:
+            here = Plan(model.spec.name, worker.parts, worker.kv_cache_bytes, f"already loaded: {worker.reason}")
+            answer(event.reply, wire.plan(here, model, self._cluster))
         elif not model.spec.has_files:
-            self.on_planned(events.Planned(event, models.Located("", models.Footprint())))
+            self.on_planned(events.Planned(event, models.NOWHERE))
         else:
             self._runtime.run(self._look_up(event, model.spec))
 
@@ -206,12 +252,9 @@ class Requests:
             refuse(ask.reply, self._cluster.not_found(ask.model))
         elif event.located is None:
             reason = f"{model.spec.name} must be fetched first; its size is not known yet"
-            refusal = policy.Refusal(policy.Obstacle.BUSY, 0, 0, reason)
-            answer(ask.reply, wire.plan(refusal, model, self._cluster))
+            answer(ask.reply, wire.plan(Refusal(Obstacle.SOON, 0, 0, reason), model, self._cluster))
         else:
-            demand = self._loading.demand(model, event.located.footprint)
-            decision = policy.plan(self._cluster.view(self._effects.now_s()), demand)
-            answer(ask.reply, wire.plan(decision, model, self._cluster))
+            answer(ask.reply, wire.plan(self._placing.ask(model, event.located), model, self._cluster))
 
     def stop(self) -> None:
         """End every wait and every load, and drain every worker."""
@@ -222,5 +265,4 @@ class Requests:
                 waiter.fail(Unavailable("The server is stopping."))
             self._loading.drop(model)
         for worker in list(self._cluster.workers.values()):
-            if worker.state is WorkerState.READY:
-                self._retiring.gently(worker, self._runtime.config.drain_s)
+            self._retiring.gently(worker, self._runtime.config.drain_s, "the server stops", pb.EVENT_KIND_UNLOADED)

@@ -1,7 +1,7 @@
 """Ending workers: gently (drain, unload, kill) or at once (kill). Either way `Retired` follows.
 
-Above it: `loading.py` (evictions, failed attempts), `watching.py` (fencing), the scheduler (unload, stop).
-Below it: the effects.
+Above it: `placing.py` (evictions), `loading.py` (failed attempts), `resting.py` (keep-alive), `watching.py` (fencing),
+the scheduler (unload, stop). Below it: the effects.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from hostler.errors import HostlerError
+from hostler.placement.v1 import placement_pb2 as pb
 
 from orchestrator.events import Retired
 from orchestrator.runtime import Runtime
@@ -26,13 +27,24 @@ class Retiring:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
-    def gently(self, worker: Worker, drain_s: float) -> None:
-        """Take a ready worker off the routes, let its requests end, then end it."""
-        if worker.state is not WorkerState.READY:
+    def gently(
+        self, worker: Worker, drain_s: float, why: str, kind: pb.EventKind.ValueType = pb.EVENT_KIND_EVICTED
+    ) -> None:
+        """Take a ready worker off the routes, let its requests end, then end it; a sleeping one at once."""
+        if worker.state not in (WorkerState.READY, WorkerState.RESTING, WorkerState.ASLEEP):
             return
+        asleep = worker.state is WorkerState.ASLEEP
         worker.state = WorkerState.DRAINING
-        log.info("draining a worker", extra={"worker": worker.id, "model": worker.model, "drain_s": drain_s})
-        self._runtime.run(self._drain(worker, drain_s))
+        log.info("draining a worker", extra={"worker": worker.id, "model": worker.model, "why": why})
+        self._runtime.journal.note(
+            kind,
+            why,
+            model=worker.model,
+            device=worker.devices,
+            replica=worker.id,
+            num_bytes=worker.reserved_bytes or worker.sleep_bytes,
+        )
+        self._runtime.run(self._kill(worker) if asleep else self._drain(worker, drain_s))
         self._runtime.publish()
 
     def at_once(self, worker: Worker, why: str) -> None:

@@ -1,6 +1,6 @@
 """What the scheduler's parts share: the state, the effects, the event queue, the tasks, the published routes.
 
-Above it: `scheduler.py`, `loading.py`, `watching.py`, `retiring.py`. Below it: `effects.py` and `state.py`.
+Above it: `scheduler.py` and its parts. Below it: `effects.py`, `state.py`, `cluster.py`.
 Only the scheduler's task calls into it, except `post`, which any task of the same loop may call.
 """
 
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from hostler.config import HostlerConfig
+from hostler.errors import HostlerError, Internal
 from hostler.placement.v1 import placement_pb2
 
 from orchestrator import wire
+from orchestrator.cluster import Cluster
 from orchestrator.effects import Effects, Memory, Placement
 from orchestrator.events import Event
-from orchestrator.state import Cluster, Worker, WorkerState
+from orchestrator.journal import Journal
+from orchestrator.models import ModelSpec
+from orchestrator.state import Job, Worker, WorkerState
+from orchestrator.views import Rules
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +69,9 @@ class Runtime:
         self.config = config
         self.cluster = cluster
         self.effects = effects
+        self.rules = Rules(min_residency_s=config.min_residency, max_wait_s=config.max_wait)
         self.routes = RouteFeed()
+        self.journal = Journal(effects.unix_ms)
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         self.started_unix_ms = effects.unix_ms()
         self.may_publish = False
@@ -80,6 +87,20 @@ class Runtime:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = generation
         task.add_done_callback(self._ended)
+
+    def run_stage(self, job: Job, work: Coroutine[Any, Any, None], on_error: Callable[[HostlerError], Event]) -> None:
+        """Run one stage of a job; whatever goes wrong in it becomes the stage's own failure event."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except HostlerError as error:
+                self.post(on_error(error))
+            except Exception as error:
+                log.exception("an effect failed", extra={"model": job.model, "generation": job.generation})
+                self.post(on_error(Internal(f"an internal error ({type(error).__name__}); see the log")))
+
+        self.run(guarded(), job.generation)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
@@ -110,6 +131,11 @@ class Runtime:
         placements = tuple(_placement(w) for w in self.cluster.workers.values() if w.state is not WorkerState.LOST)
         self.effects.remember(Memory(self.cluster.generation, placements))
 
+    def learn(self, spec: ModelSpec, worker: Worker, **seen: float) -> None:
+        """Take a measurement of a worker in, and store it when it says something new."""
+        if worker.located is not None and self.cluster.experience.learn(spec, worker.located, worker.kind, **seen):
+            self.effects.remember_experience(self.cluster.experience)
+
     def publish(self) -> None:
         """Publish the routes as they are now. Held back until it is known which workers live."""
         if self.may_publish:
@@ -121,8 +147,10 @@ def _placement(worker: Worker) -> Placement:
         worker_id=worker.id,
         generation=worker.generation,
         model=worker.model,
-        device=worker.device,
-        reserved_bytes=worker.reserved_bytes,
+        parts=tuple((part.device, part.num_bytes) for part in worker.parts),
+        kv_cache_bytes=worker.kv_cache_bytes,
         reason=worker.reason,
         loaded_unix_ms=worker.loaded_unix_ms,
+        kv_keep_bytes=worker.kv_keep_bytes,
+        node=worker.node,
     )

@@ -1,35 +1,42 @@
 """The scheduler: one task that owns all state and handles one event at a time. No locks anywhere.
 
-Above it: `service.py` (the placement contract). Below it: `loading.py`, `watching.py`, `retiring.py`, which it
-calls with `requests.py`, and the effects, whose outcomes come back as events. A read that must agree with a
-later change goes through the queue, too.
+Above it: `service.py` (the placement contract). Below it: its parts, which it hands the events to, and the effects,
+whose outcomes come back as events. A read that must agree with a later change goes through the queue, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hostler.config import HostlerConfig
 from hostler.placement.v1 import placement_pb2
 
 from orchestrator import events, models, wire
+from orchestrator.accounting import Accounting
+from orchestrator.adopting import Adopting
+from orchestrator.cluster import Cluster
 from orchestrator.devices import Device
 from orchestrator.effects import Effects
+from orchestrator.inventory import Inventory
 from orchestrator.loading import Loading
+from orchestrator.placing import Placing
+from orchestrator.pool import Pool
+from orchestrator.replicas import Replicas
 from orchestrator.requests import Requests, answer
+from orchestrator.resting import Resting
 from orchestrator.retiring import Retiring
 from orchestrator.runtime import Runtime
-from orchestrator.state import Cluster, Waiter
+from orchestrator.starting import Starting
+from orchestrator.state import Waiter
 from orchestrator.watching import Watching
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FOREIGN_INTERVAL_S = 5.0
 RESCAN_INTERVAL_S = 30.0
 """How soon a model that was pulled or removed by hand shows in the routes."""
 
@@ -37,15 +44,34 @@ RESCAN_INTERVAL_S = 30.0
 class Scheduler:
     """Owns the cluster state. `run` is its task; every other public method may be called from the same loop."""
 
-    def __init__(self, config: HostlerConfig, devices: Sequence[Device], effects: Effects) -> None:
-        self._cluster = Cluster({d.id: d for d in devices})
-        self._runtime = Runtime(config, self._cluster, effects)
-        self._retiring = Retiring(self._runtime)
-        self._loading = Loading(self._runtime, self._retiring)
-        self._watching = Watching(self._runtime, self._loading, self._retiring)
+    def __init__(
+        self,
+        config: HostlerConfig,
+        devices: Sequence[Device],
+        effects: Effects,
+        sleep_budget_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        self._cluster = Cluster(
+            {d.id: d for d in devices},
+            sleep_budget_bytes=dict(sleep_budget_bytes or {}),
+            experience=effects.recall_experience(),
+            apart=frozenset(config.apart),
+        )
+        self._runtime = runtime = Runtime(config, self._cluster, effects)
         self._effects = effects
-        self._requests = Requests(self._runtime, self._loading, self._retiring)
-        self._foreign_at_s = float("-inf")
+        self._retiring = Retiring(runtime)
+        self._resting = Resting(runtime, self._retiring)
+        self._pool = Pool(runtime)
+        placing = Placing(runtime, self._retiring, self._resting)
+        starting = Starting(runtime, placing, self._pool)
+        self._loading = Loading(runtime, self._retiring, placing, starting)
+        self._accounting = Accounting(runtime, self._resting, self._retiring)
+        self._watching = Watching(runtime, self._loading, self._retiring, self._accounting)
+        starting.on_worker = self._watching.start
+        self._adopting = Adopting(runtime, self._watching, starting, self._pool)
+        self._replicas = Replicas(runtime, self._loading, self._retiring)
+        self._inventory = Inventory(runtime, self._watching)
+        self._requests = Requests(runtime, self._loading, placing, self._resting, self._retiring)
         self._scanned_at_s = effects.now_s()
         for configured in config.models:
             self._requests.add(models.from_config(configured))
@@ -53,34 +79,52 @@ class Scheduler:
             events.Ensure: self._requests.on_ensure,
             events.Leave: self._requests.on_leave,
             events.Unload: self._requests.on_unload,
+            events.Sleep: self._requests.on_sleep,
             events.Pin: self._requests.on_pin,
             events.AskPlan: self._requests.on_ask_plan,
             events.Planned: self._requests.on_planned,
-            events.AskStatus: lambda e: answer(e.reply, wire.status(self._cluster, self._runtime.started_unix_ms)),
+            events.AskStatus: self._on_ask_status,
             events.Stop: self._on_stop,
             events.Tick: self._on_tick,
             events.StoreListed: self._requests.on_store_listed,
             events.WorkersFound: self._on_workers_found,
-            events.ForeignMeasured: self._on_foreign,
+            events.ForeignMeasured: self._then_place(self._inventory.on_foreign),
+            events.DevicesChanged: self._on_devices_changed,
+            events.BlankReady: self._pool.on_ready,
+            events.BlankLost: self._pool.on_lost,
             events.LocateDone: self._loading.on_locate_done,
             events.Progressed: self._loading.on_progressed,
             events.FetchDone: self._loading.on_fetch_done,
-            events.SpawnDone: self._on_spawn_done,
-            events.LoadDone: self._loading.on_load_done,
+            events.SpawnDone: starting.on_spawn_done,
+            events.LoadDone: starting.on_load_done,
+            events.WakeDone: starting.on_wake_done,
+            events.SleepDone: self._then_place(self._resting.on_sleep_done),
+            events.ResizeDone: self._then_place(self._resting.on_resize_done),
             events.Reported: self._watching.on_reported,
             events.WatchEnded: self._watching.on_watch_ended,
             events.Retired: self._on_retired,
         }
 
+    def _then_place(self, handle: Callable[[Any], bool]) -> Callable[[Any], None]:
+        """Wrap a handler that returns whether room may have come free."""
+
+        def handler(event: Any) -> None:
+            if handle(event):
+                self._loading.place_waiting()
+
+        return handler
+
     # ------------------------------------------------------------ for the service
 
-    async def ensure(self, model: str, *, explicit: bool = False) -> AsyncIterator[placement_pb2.EnsureModelResponse]:
+    async def ensure(
+        self, model: str, *, explicit: bool = False, batch: bool = False
+    ) -> AsyncIterator[placement_pb2.EnsureModelResponse]:
         """Yield progress, then `ready`. Closing the iterator gives the wait up.
 
         Raises:
             HostlerError: the model cannot be brought up; the error says why.
         """
-        waiter = Waiter()
+        waiter = Waiter(batch=batch, since_s=self._effects.now_s())
         self.post(events.Ensure(model, waiter, explicit))
         try:
             while True:
@@ -103,6 +147,14 @@ class Scheduler:
     async def unload(self, model: str) -> int:
         """Drain and end every replica of a model; return how many there were."""
         return await self._ask(lambda reply: events.Unload(model, reply))
+
+    async def sleep(self, model: str) -> int:
+        """Put every replica of a model to sleep; return how many went."""
+        return await self._ask(lambda reply: events.Sleep(model, reply))
+
+    def watch_events(self, max_past: int, *, past_only: bool) -> AsyncIterator[placement_pb2.WatchEventsResponse]:
+        """Yield what happened, oldest first, then what happens."""
+        return self._runtime.journal.watch(max_past, past_only=past_only)
 
     async def pin(self, model: str, *, pinned: bool) -> None:
         """Keep a model from being evicted, or let it go again."""
@@ -131,10 +183,12 @@ class Scheduler:
         """Handle events until a `Stop` has been carried out. Cancelling leaves the workers alive."""
         memory = self._effects.recall()
         self._cluster.generation = max([memory.generation, *(p.generation for p in memory.placements)])
-        if not memory.placements:  # Nobody can have outlived an earlier orchestrator: no need to wait for Ray.
+        # Nobody can have outlived an earlier orchestrator, and there are no other machines: no need to wait for Ray.
+        if not memory.placements and not self._runtime.config.ray_address:
             self._runtime.may_publish = True
             self._preload()
             self._runtime.publish()
+        self._runtime.run(self._inventory.follow_nodes())
         self._runtime.run(self._take_stock())
         try:
             while not (self._runtime.stopping and not self._cluster.workers):
@@ -161,19 +215,22 @@ class Scheduler:
 
     def _preload(self) -> None:
         for model in self._cluster.models.values():
-            if (model.spec.preload or model.waiters) and self._cluster.ready(model.spec.name) is None:
+            if (model.spec.preload or model.waiters) and not self._cluster.ready(model.spec.name):
                 self._loading.start(model)
 
     def _on_workers_found(self, event: events.WorkersFound) -> None:
-        self._watching.adopt(event.workers)
+        self._adopting.adopt(event.workers)
         self._runtime.may_publish = True
         self._preload()
         self._runtime.remember()
         self._runtime.publish()
 
-    def _on_spawn_done(self, event: events.SpawnDone) -> None:
-        if (worker := self._loading.on_spawn_done(event)) is not None:
-            self._watching.start(worker)
+    def _on_devices_changed(self, event: events.DevicesChanged) -> None:
+        self._inventory.on_devices_changed(event)
+        self._loading.place_waiting()
+        for model in self._cluster.models.values():  # One that lost its only place may have it back.
+            if model.wanted and model.failure and not self._cluster.ready(model.spec.name):
+                self._loading.start(model)
 
     def _on_retired(self, event: events.Retired) -> None:
         if self._retiring.gone(event.generation) is not None:
@@ -186,24 +243,21 @@ class Scheduler:
         now_s = self._effects.now_s()
         self._watching.tick(now_s)
         self._loading.tick(now_s)
-        self._loading.place_waiting()  # A moment's hold on a fresh replica may have run out.
-        if now_s - self._foreign_at_s >= FOREIGN_INTERVAL_S:
-            self._foreign_at_s = now_s
-            if any(device.total_bytes for device in self._cluster.devices.values()):
-                self._runtime.run(self._measure_foreign())
+        self._resting.tick(now_s)
+        self._replicas.tick(now_s)
+        self._accounting.tick(now_s)
+        self._loading.place_waiting()  # A moment's hold, a residency or somebody's patience may have run out.
+        self._pool.tick(now_s)
+        self._inventory.tick(now_s)
         if now_s - self._scanned_at_s >= RESCAN_INTERVAL_S:
             self._scanned_at_s = now_s
             self._requests.rescan()
 
-    async def _measure_foreign(self) -> None:
-        pids = {worker.pid for worker in self._cluster.workers.values()}
-        reserved = {device: self._cluster.occupied_bytes(device) for device in self._cluster.devices}
-        self.post(events.ForeignMeasured(await self._effects.measure_foreign(pids, reserved)))
-
-    def _on_foreign(self, event: events.ForeignMeasured) -> None:
-        self._cluster.foreign_bytes = event.foreign_bytes
-        self._loading.place_waiting()
+    def _on_ask_status(self, event: events.AskStatus) -> None:
+        num_blank = {node: self._pool.num_ready(node) for node in {d.node for d in self._cluster.devices.values()}}
+        answer(event.reply, wire.status(self._cluster, self._runtime.started_unix_ms, num_blank))
 
     def _on_stop(self, event: events.Stop) -> None:
         self._requests.stop()
+        self._pool.close()
         self._runtime.stopping = True

@@ -47,7 +47,9 @@ class PlacementService(placement_pb2_grpc.PlacementServiceServicer):
         self, request: pb.EnsureModelRequest, context: Context
     ) -> AsyncIterator[pb.EnsureModelResponse]:
         """Bring a model up."""
-        events = self._scheduler.ensure(request.model, explicit=request.explicit)
+        events = self._scheduler.ensure(
+            request.model, explicit=request.explicit, batch=request.priority == pb.PRIORITY_BATCH
+        )
         try:
             async for event in events:
                 yield event
@@ -71,6 +73,20 @@ class PlacementService(placement_pb2_grpc.PlacementServiceServicer):
             return pb.UnloadModelResponse(num_unloaded=await self._scheduler.unload(request.model))
         except Exception as error:
             await abort(context, _named(error, "UnloadModel"))
+
+    async def SleepModel(self, request: pb.SleepModelRequest, context: Context) -> pb.SleepModelResponse:  # noqa: N802
+        """Put a model's replicas to sleep."""
+        try:
+            return pb.SleepModelResponse(num_asleep=await self._scheduler.sleep(request.model))
+        except Exception as error:
+            await abort(context, _named(error, "SleepModel"))
+
+    async def WatchEvents(  # noqa: N802
+        self, request: pb.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchEventsResponse]:
+        """Stream what happened and what happens."""
+        async for event in self._scheduler.watch_events(request.max_past, past_only=request.past_only):
+            yield event
 
     async def PinModel(self, request: pb.PinModelRequest, context: Context) -> pb.PinModelResponse:  # noqa: N802
         """Pin or unpin a model."""

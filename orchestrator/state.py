@@ -1,27 +1,25 @@
-"""The scheduler's state: models, loads, workers, the memory ledger. Plain data that one task owns.
+"""The scheduler's state: models, jobs, workers, those who wait. Plain data that one task owns.
 
-Above it: the scheduler and its parts, the only writers. Below it: the policy's views. Nothing here waits,
-and nothing here talks to the outside.
+Above it: the scheduler and its parts, the only writers. Below it: the policy's views. Nothing here waits, and nothing
+here talks to the outside. The sums over it, the memory ledger among them, are in `cluster.py`.
 
-A `Job` is one attempt to bring a model up; it has the generation that its worker will have. The ledger is
-not stored but summed: what live workers hold plus what jobs were promised is *committed*; what any worker
-process may still occupy, draining ones too, is *occupied*. A plan needs committed room, a spawn occupied room.
+A `Job` is one attempt to bring up one replica: by a load, or by waking one that sleeps. Its generation names it in
+events; a load's worker has the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
-from hostler.errors import HostlerError, ModelNotFound
+from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2
 
-from orchestrator.devices import Device
 from orchestrator.models import Located, ModelSpec
-from orchestrator.policy import ClusterView, DeviceView, HolderView, Plan
+from orchestrator.reuse import Reuse
+from orchestrator.views import Part, Plan
 
 
 class Stage(Enum):
@@ -33,36 +31,58 @@ class Stage(Enum):
     PLACE = "place"
     SPAWN = "spawn"
     LOAD = "load"
+    WAKE = "wake"
 
     @property
     def started(self) -> bool:
-        """True once a worker process belongs to the job: then it is finished even if nobody waits any more."""
-        return self in (Stage.SPAWN, Stage.LOAD)
+        """True once a worker process belongs to the job and holds its room."""
+        return self in (Stage.SPAWN, Stage.LOAD, Stage.WAKE)
 
 
 class WorkerState(Enum):
-    """What the scheduler lets a worker do; the worker's own report may lag behind."""
+    """What the scheduler lets a worker do; the worker's own report may lag behind.
+
+    RESTING: off the routes, on its way to sleep; it holds its room until it is ASLEEP. DRAINING: on its way out.
+    LOST: fenced, to be killed.
+    """
 
     LOADING = "loading"
     READY = "ready"
+    RESTING = "resting"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     DRAINING = "draining"
     LOST = "lost"
+
+    @property
+    def stays(self) -> bool:
+        """True for one that holds, or will hold, its room on a device for its model."""
+        return self in (WorkerState.LOADING, WorkerState.READY, WorkerState.WAKING)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a load is, for people. `stage` as in the contract's EnsureProgress."""
+    """How far a load is, for people. `stage` and the rest as in the contract's EnsureProgress."""
 
     stage: str
     detail: str = ""
     done_bytes: int = 0
     total_bytes: int = 0
+    num_ahead: int = 0
+    eta_s: float = 0.0
 
 
 class Waiter:
-    """One caller that waits for a model. Holds the latest progress only, so a slow reader costs nothing."""
+    """One caller that waits for a model. Holds the latest progress only, so a slow reader costs nothing.
 
-    def __init__(self) -> None:
+    Args:
+        batch: nobody waits for the answer; it never displaces those who do.
+        since_s: when it came.
+    """
+
+    def __init__(self, *, batch: bool = False, since_s: float = 0.0) -> None:
+        self.batch = batch
+        self.since_s = since_s
         self.progress: Progress | None = None
         self.worker: Worker | None = None
         self.error: HostlerError | None = None
@@ -87,40 +107,69 @@ class Waiter:
 
 @dataclass(slots=True)
 class Job:
-    """One attempt to bring one model up."""
+    """One attempt to bring up one replica of a model.
+
+    Attributes:
+        replica: one more beside a ready one; it takes only room that is free.
+        worker: generation of the worker that the job started or wakes; 0 before.
+        began_at_s: when the worker began to load or wake, for what the next one will be expected to take.
+    """
 
     generation: int
     model: str
     attempt: int
+    replica: bool = False
     stage: Stage = Stage.LOCATE
     not_before_s: float = 0.0
     progress: Progress = field(default_factory=lambda: Progress("queue"))
     located: Located | None = None
     fetched: bool = False
     plan: Plan | None = None
+    worker: int = 0
+    began_at_s: float = 0.0
     advanced_at_s: float = 0.0
 
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process."""
+    """One worker process that has, or gets, a model.
+
+    Attributes:
+        parts: what it may hold on each of its devices; none while asleep.
+        kv_cache_bytes: how much of that is the KV cache's budget.
+        kind: of its devices, "cpu" or "cuda".
+        kv_keep_bytes: a neighbour's need never shrinks the KV cache below this: one full context.
+        resizing_to: the KV budget that it was just told; None when it is not being resized.
+        sleep_bytes: host memory that it holds asleep, or is expected to.
+        own_bytes: the most that it was seen to hold beside its KV cache.
+        busy_until_s: callers that were just handed it are on their way until then.
+    """
 
     id: str
     model: str
     generation: int
-    device: str
-    reserved_bytes: int
+    parts: tuple[Part, ...]
+    kv_cache_bytes: int
     reason: str
+    kind: str = "cpu"
+    kv_keep_bytes: int = 0
     state: WorkerState = WorkerState.LOADING
+    node: str = ""
+    located: Located | None = None
     address: str = ""
     pid: int = 0
     heard_at_s: float = 0.0
     advanced_at_s: float = 0.0
     used_at_s: float = 0.0
     used_unix_ms: int = 0
-    hold_until_s: float = 0.0
+    ready_at_s: float = 0.0
+    busy_until_s: float = 0.0
     loaded_unix_ms: int = 0
     max_running: int = 0
+    resizing_to: int | None = None
+    sleep_bytes: int = 0
+    own_bytes: int = 0
+    tokens_per_s: float = 0.0
     report: lifecycle_pb2.WatchResponse | None = None
 
     @property
@@ -128,10 +177,29 @@ class Worker:
         """Requests running or queued in it, as last reported."""
         return self.report.num_running + self.report.num_queued if self.report else 0
 
+    @property
+    def reserved_bytes(self) -> int:
+        """What it may hold on all its devices together."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def devices(self) -> str:
+        """Where it is, in words."""
+        return " + ".join(part.device for part in self.parts)
+
+    def bytes_on(self, device: str) -> int:
+        """Return what it may hold on one device."""
+        return sum(part.num_bytes for part in self.parts if part.device == device)
+
 
 @dataclass(slots=True)
 class Model:
-    """One servable model and everything that is going on with it."""
+    """One servable model and everything that is going on with it.
+
+    Attributes:
+        wanted: it is to be up even if nobody waits: preloaded, asked for by an operator, or being replaced.
+        keep_alive_s: how long it may be idle before it rests; None: until its room is needed.
+    """
 
     spec: ModelSpec
     pinned: bool = False
@@ -143,6 +211,18 @@ class Model:
     num_failures: int = 0
     retry_at_s: float = 0.0
     deaths_s: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    reuse: Reuse = field(default_factory=Reuse)
+    keep_alive_s: float | None = None
+    crowded_since_s: float | None = None
+    roomy_since_s: float | None = None
+    replica_retry_at_s: float = 0.0
+
+    @property
+    def batch(self) -> bool:
+        """True when nothing but batch work wants it now."""
+        if self.spec.batch:
+            return True
+        return bool(self.waiters) and all(waiter.batch for waiter in self.waiters)
 
     def tell(self, progress: Progress) -> None:
         """Show progress to everybody who waits, and remember it for those who join."""
@@ -150,106 +230,3 @@ class Model:
             self.job.progress = progress
         for waiter in self.waiters:
             waiter.tell(progress)
-
-
-@dataclass(slots=True)
-class Cluster:
-    """All state. Keys: models by public name, workers by generation."""
-
-    devices: dict[str, Device]
-    models: dict[str, Model] = field(default_factory=dict)
-    workers: dict[int, Worker] = field(default_factory=dict)
-    foreign_bytes: dict[str, int] = field(default_factory=dict)
-    generation: int = 0
-
-    def resolve(self, name: str) -> Model | None:
-        """Return the model of this name or alias, or whose adapter has this name."""
-        if (model := self.models.get(name)) is not None:
-            return model
-        return next((m for m in self.models.values() if name in m.spec.names), None)
-
-    def not_found(self, name: str) -> ModelNotFound:
-        """Return the error for a name that nobody knows, with what the caller may have meant."""
-        names = [name for model in self.models.values() for name in model.spec.names]
-        near = difflib.get_close_matches(name, names, n=1)
-        if near:
-            hint = f"Did you mean {near[0]!r}?"
-        elif names:
-            hint = f"Available: {', '.join(sorted(names)[:8])}."
-        else:
-            hint = "No model is configured."
-        return ModelNotFound(f"The model {name[:200]!r} does not exist here. {hint}", param="model")
-
-    def live(self, model: str) -> list[Worker]:
-        """Return the workers of a model that were not given up."""
-        return [w for w in self.workers.values() if w.model == model and w.state in _LIVE]
-
-    def ready(self, model: str) -> Worker | None:
-        """Return the newest ready worker of a model."""
-        ready = [w for w in self.workers.values() if w.model == model and w.state is WorkerState.READY]
-        return max(ready, key=lambda w: w.generation, default=None)
-
-    def job(self, generation: int) -> tuple[Model, Job] | None:
-        """Return the job of this generation and its model; None when it is over."""
-        for model in self.models.values():
-            if model.job is not None and model.job.generation == generation:
-                return model, model.job
-        return None
-
-    def _promised(self) -> list[Job]:
-        return [m.job for m in self.models.values() if m.job and m.job.plan and not m.job.stage.started]
-
-    def usable_bytes(self, device: Device) -> int:
-        """Return the budget less what other programs make unusable of it."""
-        if not device.total_bytes:
-            return device.budget_bytes
-        return max(0, min(device.budget_bytes, device.total_bytes - self.foreign_bytes.get(device.id, 0)))
-
-    def occupied_bytes(self, device: str) -> int:
-        """Return what worker processes may occupy now, the ones on their way out included."""
-        return sum(w.reserved_bytes for w in self.workers.values() if w.device == device)
-
-    def committed_bytes(self, device: str) -> int:
-        """Return what will be held when everybody who was told to go has gone."""
-        live = sum(w.reserved_bytes for w in self.workers.values() if w.device == device and w.state in _LIVE)
-        return live + sum(j.plan.needed_bytes for j in self._promised() if j.plan and j.plan.device == device)
-
-    def view(self, now_s: float) -> ClusterView:
-        """Return what the policy decides on."""
-        holders = [
-            HolderView(
-                id=w.id,
-                model=w.model,
-                device=w.device,
-                reserved_bytes=w.reserved_bytes,
-                busy=w.state is not WorkerState.READY or w.num_requests > 0 or now_s < w.hold_until_s,
-                pinned=self.models[w.model].pinned,
-                last_used_s=w.used_at_s,
-            )
-            for w in self.workers.values()
-            if w.state in _LIVE
-        ]
-        holders += [
-            HolderView(f"job-{j.generation}", j.model, j.plan.device, j.plan.needed_bytes, True, False, now_s)
-            for j in self._promised()
-            if j.plan
-        ]
-        devices = tuple(DeviceView(d.id, self.usable_bytes(d)) for d in self.devices.values())
-        return ClusterView(devices, tuple(holders))
-
-    def num_others(self, name: str) -> int:
-        """Return how many configured models beside this one are not resident yet and will want memory."""
-        return sum(
-            1
-            for m in self.models.values()
-            if m.spec.configured and m.spec.has_files and m.spec.name != name and not self.live(m.spec.name)
-        )
-
-    def grow_budget(self, device: str, num_bytes: int) -> None:
-        """Add to a budget that was measured while our own adopted worker already held part of the memory."""
-        found = self.devices.get(device)
-        if found is not None and found.kind == "cpu" and found.auto_budget:
-            self.devices[device] = replace(found, budget_bytes=found.budget_bytes + num_bytes)
-
-
-_LIVE = (WorkerState.LOADING, WorkerState.READY)

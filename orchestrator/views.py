@@ -63,6 +63,7 @@ class HolderView:
         uses_per_s: expected rate of requests that find it idle or missing.
         group: models of one group may not share a device, where the group says so.
         batch: it serves nothing but batch work now.
+        wakes_on: devices that it can wake on; None: any of its node.
     """
 
     id: str
@@ -81,6 +82,7 @@ class HolderView:
     group: str = ""
     batch: bool = False
     node: str = ""
+    wakes_on: frozenset[str] | None = None
 
     def bytes_on(self, device: str) -> int:
         """Return what it holds on one device."""
@@ -122,6 +124,7 @@ class Demand:
         load_s: expected time to load it.
         uses_per_s: expected rate of requests for it.
         sleep_bytes: host memory that it would hold asleep.
+        quantized_bytes: what base_bytes would be with weights quantized, by kind; for advice.
     """
 
     model: str
@@ -140,6 +143,7 @@ class Demand:
     load_s: float = 1.0
     uses_per_s: float = 0.0
     sleep_bytes: int | None = None
+    quantized_bytes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

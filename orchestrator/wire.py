@@ -5,16 +5,22 @@ Above it: the runtime and the service. Below it: the placement contract and the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import hostler
 from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2 as pb
 
-from orchestrator import policy
-from orchestrator.state import Cluster, Model, Progress, Stage, Worker, WorkerState
+from orchestrator.cluster import Cluster
+from orchestrator.state import Model, Progress, Stage, Worker, WorkerState
+from orchestrator.views import Part, Plan, Refusal
 
 _WORKER_STATES = {
     WorkerState.LOADING: pb.MODEL_STATE_LOADING,
     WorkerState.READY: pb.MODEL_STATE_READY,
+    WorkerState.RESTING: pb.MODEL_STATE_DRAINING,
+    WorkerState.ASLEEP: pb.MODEL_STATE_ASLEEP,
+    WorkerState.WAKING: pb.MODEL_STATE_LOADING,
     WorkerState.DRAINING: pb.MODEL_STATE_DRAINING,
     WorkerState.LOST: pb.MODEL_STATE_FAILED,
 }
@@ -25,13 +31,15 @@ _PROGRESS_STATES |= {"verify": pb.MODEL_STATE_FETCHING, "queue": pb.MODEL_STATE_
 def model_state(cluster: Cluster, model: Model) -> pb.ModelState.ValueType:
     """Return the state that clients see of a model."""
     name = model.spec.name
-    if cluster.ready(name) is not None:
+    if cluster.ready(name):
         return pb.MODEL_STATE_READY
     if model.job is not None:
         return pb.MODEL_STATE_FETCHING if model.job.stage is Stage.FETCH else pb.MODEL_STATE_LOADING
     if model.failure:
         return pb.MODEL_STATE_FAILED
-    if any(w.model == name and w.state is WorkerState.DRAINING for w in cluster.workers.values()):
+    if cluster.of(name, WorkerState.ASLEEP):
+        return pb.MODEL_STATE_ASLEEP
+    if cluster.of(name, WorkerState.DRAINING, WorkerState.RESTING):
         return pb.MODEL_STATE_DRAINING
     return pb.MODEL_STATE_UNLOADED
 
@@ -49,12 +57,11 @@ def replica(worker: Worker) -> pb.Replica:
 
 def route(cluster: Cluster, model: Model) -> pb.ModelRoute:
     """Return one model's entry of the route table."""
-    ready = cluster.ready(model.spec.name)
     return pb.ModelRoute(
         name=model.spec.name,
         aliases=model.spec.aliases,
         state=model_state(cluster, model),
-        replicas=[replica(ready)] if ready else [],
+        replicas=[replica(worker) for worker in cluster.ready(model.spec.name)],
         engine=model.info.engine if model.info else model.spec.engine,  # type: ignore[arg-type]
         created_unix_s=model.spec.created_unix_s,
         owned_by=model.spec.owned_by,
@@ -79,30 +86,46 @@ def progress(value: Progress) -> pb.EnsureModelResponse:
             done_bytes=value.done_bytes,
             total_bytes=value.total_bytes,
             detail=value.detail,
+            num_ahead=value.num_ahead,
+            eta_ms=round(value.eta_s * 1000),
         )
     )
 
 
-def plan(answer: policy.Plan | policy.Refusal, model: Model, cluster: Cluster) -> pb.PlanModelResponse:
+def _parts(parts: tuple[Part, ...]) -> list[pb.DeviceBytes]:
+    return [pb.DeviceBytes(device=part.device, num_bytes=part.num_bytes) for part in parts]
+
+
+def plan(answer: Plan | Refusal, model: Model, cluster: Cluster) -> pb.PlanModelResponse:
     """Return what the policy said of a model; holders are named by their models."""
     quantize = model.spec.quantize
-    if isinstance(answer, policy.Refusal):
+    if isinstance(answer, Refusal):
         return pb.PlanModelResponse(
-            feasible=False, needed_bytes=answer.needed_bytes, reason=answer.reason, quantize=quantize
+            feasible=False,
+            needed_bytes=answer.needed_bytes,
+            lacking_bytes=answer.lacking_bytes,
+            reason=answer.reason,
+            advice=answer.advice,
+            quantize=quantize,
         )
     models = {worker.id: worker.model for worker in cluster.workers.values()}
     return pb.PlanModelResponse(
         feasible=True,
-        device=answer.device,
+        parts=_parts(answer.parts),
         needed_bytes=answer.needed_bytes,
         evict_models=[models[worker_id] for worker_id in answer.evict],
+        sleep_models=[models[worker_id] for worker_id in answer.sleep],
+        shrink_models=[models[worker_id] for worker_id, _ in answer.shrink],
+        wakes=bool(answer.wake),
+        kv_cache_bytes=answer.kv_cache_bytes,
+        expected_ms=round(answer.expected_s * 1000),
         reason=answer.reason,
         quantize=quantize,
     )
 
 
-def status(cluster: Cluster, started_unix_ms: int) -> pb.GetStatusResponse:
-    """Return devices, models and replicas as they are now."""
+def status(cluster: Cluster, started_unix_ms: int, num_blank: Mapping[str, int]) -> pb.GetStatusResponse:
+    """Return devices, nodes, models and replicas as they are now. `num_blank`: blank workers by node."""
     devices = [
         pb.Device(
             id=d.id,
@@ -111,6 +134,8 @@ def status(cluster: Cluster, started_unix_ms: int) -> pb.GetStatusResponse:
             budget_bytes=d.budget_bytes,
             reserved_bytes=cluster.occupied_bytes(d.id),
             foreign_bytes=cluster.foreign_bytes.get(d.id, 0),
+            node=d.node,
+            total_bytes=d.total_bytes,
         )
         for d in cluster.devices.values()
     ]
@@ -118,15 +143,26 @@ def status(cluster: Cluster, started_unix_ms: int) -> pb.GetStatusResponse:
         pb.ReplicaStatus(
             model=w.model,
             replica=replica(w),
-            device=w.device,
+            parts=_parts(w.parts),
             reserved_bytes=w.reserved_bytes,
             loaded_unix_ms=w.loaded_unix_ms,
             last_used_unix_ms=w.used_unix_ms,
             pinned=cluster.models[w.model].pinned,
             reason=w.reason,
             worker=w.report or lifecycle_pb2.WatchResponse(generation=w.generation, pid=w.pid),
+            completion_tokens_per_s=w.tokens_per_s,
+            node=w.node,
         )
         for w in sorted(cluster.workers.values(), key=lambda w: w.generation)
+    ]
+    nodes = [
+        pb.Node(
+            id=node,
+            sleep_budget_bytes=cluster.sleep_budget_bytes.get(node, 0),
+            sleep_used_bytes=cluster.sleep_used_bytes(node),
+            num_blank_workers=number,
+        )
+        for node, number in sorted(num_blank.items())
     ]
     return pb.GetStatusResponse(
         version=hostler.__version__,
@@ -134,4 +170,5 @@ def status(cluster: Cluster, started_unix_ms: int) -> pb.GetStatusResponse:
         devices=devices,
         models=routes(cluster),
         replicas=replicas,
+        nodes=nodes,
     )

@@ -20,20 +20,15 @@ class WorkerActor:
     Args:
         worker_id: unique name.
         listen: the path of a Unix socket, or HOST:PORT (port 0: one that is free).
-        generation: of this placement.
-        env: environment for libraries not yet initialised (visible devices, thread counts); set before anything
-            of the engine runs.
         key: what every call must carry; empty on a Unix socket, which the file system guards.
+
+    It is blank, without generation or device; the load that claims it brings both.
     """
 
-    def __init__(self, worker_id: str, listen: str, generation: int, env: dict[str, str], key: str = "") -> None:
-        os.environ.update(env)
+    def __init__(self, worker_id: str, listen: str, key: str = "") -> None:
         self._target: Future[str] = Future()
         thread = threading.Thread(
-            target=_serve_and_exit,
-            args=(listen, generation, worker_id, key, self._target),
-            name="worker",
-            daemon=True,
+            target=_serve_and_exit, args=(listen, worker_id, key, self._target), name="worker", daemon=True
         )
         thread.start()
 
@@ -46,7 +41,7 @@ class WorkerActor:
         return self._target.result(LISTEN_TIMEOUT_S)
 
 
-def _serve_and_exit(listen: str, generation: int, worker_id: str, key: str, target: Future[str]) -> None:
+def _serve_and_exit(listen: str, worker_id: str, key: str, target: Future[str]) -> None:
     from hostler import logs
 
     from workers.server import serve
@@ -54,7 +49,7 @@ def _serve_and_exit(listen: str, generation: int, worker_id: str, key: str, targ
     logs.configure()
     code = 1
     try:
-        asyncio.run(serve(listen, generation, worker_id, key=key, on_serving=target.set_result))
+        asyncio.run(serve(listen, 0, worker_id, key=key, on_serving=target.set_result))
         code = 0
     finally:
         # Ray's own exit path can wait for threads and for a control plane that may be gone.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Json = object
 
@@ -127,7 +127,8 @@ class GenerationRequest:
     """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
 
     Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
-    `adapter` names one of `ModelFacts.adapters`; empty for the model itself.
+    `adapter` names one of `ModelFacts.adapters`; empty for the model itself. `batch`: it may wait behind requests that
+    people wait for.
     """
 
     prompt: Prompt
@@ -141,6 +142,7 @@ class GenerationRequest:
     reasoning: ReasoningRule = ReasoningRule()
     cache_scope: str = ""
     adapter: str = ""
+    batch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +234,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's counters. `num_steps` rises with every step; it stands still only when idle or hung."""
+    """A moment's counters. `num_steps` rises with every step; it stands still only when idle or hung.
+
+    Of the KV cache: what requests hold, what is backed by memory, what it may grow to.
+    """
 
     num_steps: int = 0
     num_running: int = 0
     num_queued: int = 0
     max_running: int = 0
     kv_used_bytes: int = 0
+    kv_allocated_bytes: int = 0
     kv_reserved_bytes: int = 0
     num_prompt_tokens_total: int = 0
     num_completion_tokens_total: int = 0
@@ -309,3 +315,29 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Fail what still runs and free everything."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that keeps more than its files while it sleeps. Any other is closed, and opened anew to wake."""
+
+    async def sleep(self) -> None:
+        """Free weights and caches on the device, back to the system. Called only when no request runs."""
+
+    async def wake(self, spec: LoadSpec) -> None:
+        """Serve again as before; `spec` is what the engine was opened with but for devices and size of the KV cache.
+
+        Raises:
+            HostlerError: it cannot; the engine is of no further use.
+        """
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """An engine with a cache whose bound can change while requests run."""
+
+    async def resize(self, kv_cache_bytes: int) -> int:
+        """Change what the cache may grow to; return what it became.
+
+        Shrinking frees what only might be of use first, and stops at what running requests hold.
+        """

@@ -35,11 +35,12 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
             self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            engine = self._host.engine
-            wanted = translate.generation_request(request, engine.facts, request_id)
-            async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    yield translate.event(event)
+            with self._host.serving() as engine:
+                self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
+                wanted = translate.generation_request(request, engine.facts, request_id)
+                async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield translate.event(event)
         except HostlerError as error:
             await abort(context, error)
         except Exception:

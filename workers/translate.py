@@ -70,6 +70,7 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         reasoning=_reasoning(message.chat.reasoning),
         cache_scope=message.cache_scope,
         adapter=message.adapter,
+        batch=message.batch,
     )
 
 
@@ -340,6 +341,7 @@ def fill_stats(message: life.WatchResponse, stats: EngineStats) -> None:
     message.num_queued = stats.num_queued
     message.max_running = stats.max_running
     message.kv_used_bytes = stats.kv_used_bytes
+    message.kv_allocated_bytes = stats.kv_allocated_bytes
     message.kv_reserved_bytes = stats.kv_reserved_bytes
     message.num_prompt_tokens_total = stats.num_prompt_tokens_total
     message.num_completion_tokens_total = stats.num_completion_tokens_total

@@ -5,7 +5,7 @@ Above it: the orchestrator (which asks `find`, `list_stored` and `footprint`: no
 """
 
 from orchestrator.store.footprint import Footprint, adapter_bytes, footprint
-from orchestrator.store.layout import StoredModel, list_stored
+from orchestrator.store.layout import StoredModel, list_stored, resolve_models_dir
 from orchestrator.store.source import find
 
-__all__ = ["Footprint", "StoredModel", "adapter_bytes", "find", "footprint", "list_stored"]
+__all__ = ["Footprint", "StoredModel", "adapter_bytes", "find", "footprint", "list_stored", "resolve_models_dir"]

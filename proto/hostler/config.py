@@ -111,7 +111,10 @@ class ModelConfig(_Strict):
     group: str = Field(default="", max_length=64, description="Name of a group in `apart`.")
     max_replicas: int = Field(default=1, ge=1, le=64, description="Copies that a busy model may have, in free room.")
     max_devices: int = Field(
-        default=0, ge=0, le=64, description="Devices that it may be split over if one is too small; 0: as many as needed."
+        default=0,
+        ge=0,
+        le=64,
+        description="Devices that it may be split over if one is too small; 0: as many as needed.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code from the model repository.")
 
@@ -151,10 +154,13 @@ class HostlerConfig(_Strict):
     sleep_memory: Bytes | None = Field(
         default=None, description="Host memory for sleeping models; 0: none sleeps; null: chosen from what is free."
     )
-    warm_workers: int = Field(default=1, ge=0, le=16, description="Blank worker processes kept ready, so loads are quick.")
+    warm_workers: int = Field(
+        default=1, ge=0, le=16, description="Blank worker processes kept ready, so loads are quick."
+    )
     min_residency: Seconds = Field(default=5.0, description="A model that was just loaded stays at least so long.")
     max_wait: Seconds = Field(
-        default=30.0, description="Who waits longer for memory gets a turn: a busy model takes no new requests meanwhile."
+        default=30.0,
+        description="Who waits longer for memory gets a turn: a busy model takes no new requests meanwhile.",
     )
     apart: tuple[str, ...] = Field(default=(), description="Groups whose models may not share a device.")
     step_budget_s: float = Field(default=60.0, gt=0, le=3600, description="A busy worker that takes longer is hung.")

@@ -22,9 +22,10 @@ from typing import Any
 import uvloop
 from rich.console import Console
 
+from . import switching
 from .floor import client_floor, read_bandwidth_bytes_per_s
 from .hostler_serve import Hostler
-from .lineup import choose, lineup
+from .lineup import choose, lineup, physical_threads
 from .load import NEW_TOKENS, first_reply, measure
 from .peers import Peer, Skip, pull
 from .report import Contestant, Report
@@ -37,11 +38,6 @@ _WARM_UP_TOKENS = 32
 _PATIENCE_S = 90.0  # a load that took longer is the last one that this peer gets in a round
 _FILE_WIDTH = 200  # columns, where the output is no terminal
 _STREAMS_PER_LEVEL = 1000  # prompt numbers reserved for one level, so that no prompt comes twice in a run
-
-
-def physical_threads() -> int:
-    """Return how many threads the machine gives to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
@@ -198,6 +194,9 @@ def main() -> int:
     if not report.rounds:
         return 1
     report.print(console)
+    if not (chosen.quick or chosen.no_scenarios or chosen.only or chosen.peers):
+        report.switching = switching.run(console.print)
+        switching.show(report.switching, console)
     for path in report.save(RESULTS):
         console.print(f"  saved {path.relative_to(RESULTS.parent)}", highlight=False)
     was_wanted = any(peer.short == "hostler" for peer in wanted)

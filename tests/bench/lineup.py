@@ -5,6 +5,7 @@ Above: the run (`__main__`). Below: one module for each kind of server.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from .hostler_serve import Hostler
@@ -12,6 +13,11 @@ from .llama_server import LlamaServer
 from .peers import Peer, StoredModel
 from .transformers_serve import TransformersServe
 from .vllm_serve import VllmServe
+
+
+def physical_threads() -> int:
+    """Return how many threads the machine gives to this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lineup(model: StoredModel, threads: int) -> list[Peer]:

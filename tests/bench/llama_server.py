@@ -64,6 +64,16 @@ class LlamaServer:
         file = self._gguf(self._weights)
         return file.stat().st_size if file.is_file() else 0
 
+    @property
+    def program(self) -> str:
+        """The server's executable; there after `prepare`."""
+        return self._program("llama-server")
+
+    @property
+    def weights_file(self) -> Path:
+        """The converted model; there after `prepare`."""
+        return self._gguf(self._weights)
+
     def prepare(self, say: Say) -> None:
         """Build the server and convert the model, each once.
 

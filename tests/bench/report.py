@@ -75,6 +75,7 @@ class Report:
     peers: list[Contestant]
     rounds: list[Round] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    switching: dict[str, Any] = field(default_factory=dict)
 
     @property
     def _streams(self) -> list[int]:

@@ -28,7 +28,15 @@ from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
 
 MODEL = "org/tiny-chat"
-QUICK = Patience(ensure_s=10, first_table_s=0.3, gone_s=0.5, ping_s=0.15, first_comment_s=0.02, stalled_reader_s=60)
+QUICK = Patience(
+    ensure_s=10,
+    first_table_s=0.3,
+    gone_s=0.5,
+    ping_s=0.15,
+    first_comment_s=0.02,
+    comment_gap_s=0.02,
+    stalled_reader_s=60,
+)
 
 
 def text(value: str) -> pb.GenerateResponse:
@@ -55,6 +63,19 @@ async def echo(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse
     for index, word in enumerate(words):
         yield text(word if index == 0 else f" {word}")
     yield finish(len(words))
+
+
+def fail_once(error: HostlerError) -> Script:
+    """Fail the first request that comes, to whichever worker that runs this; echo all others."""
+    failures = [error]
+
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        if failures:
+            raise failures.pop()
+        async for event in echo(request):
+            yield event
+
+    return script
 
 
 class FakeWorker(InferenceServiceServicer):
@@ -124,6 +145,15 @@ class FakePlacement(PlacementServiceServicer):
         self.target = f"unix:{directory}/orchestrator.sock"
         self.ensure: EnsureScript = never_heard_of_it
         self.ensured: list[tuple[str, bool]] = []
+        self.priorities: list[int] = []
+        self.asked: list[tuple[str, str]] = []
+        self.failure: HostlerError | None = None
+        self.plan = placement_pb2.PlanModelResponse(feasible=True)
+        self.status = placement_pb2.GetStatusResponse(version="1")
+        self.pinned: dict[str, bool] = {}
+        self.past: list[placement_pb2.WatchEventsResponse] = []
+        self.news: asyncio.Queue[placement_pb2.WatchEventsResponse] = asyncio.Queue()
+        self.num_followers = 0
         self.num_waiting = 0
         self.changed = asyncio.Condition()
         self._models: list[placement_pb2.ModelRoute] = []
@@ -164,6 +194,7 @@ class FakePlacement(PlacementServiceServicer):
 
     async def EnsureModel(self, request: Any, context: Any) -> AsyncIterator[placement_pb2.EnsureModelResponse]:  # noqa: N802
         self.ensured.append((request.model, request.explicit))
+        self.priorities.append(request.priority)
         await self._count(1)
         try:
             async for step in self.ensure(request.model):
@@ -176,7 +207,53 @@ class FakePlacement(PlacementServiceServicer):
         finally:
             await asyncio.shield(self._count(-1))
 
-    PlanModel = UnloadModel = PinModel = GetStatus = None
+    async def until_followed(self, number: int) -> None:
+        async with asyncio.timeout(5), self.changed:
+            await self.changed.wait_for(lambda: self.num_followers == number)
+
+    async def _asked(self, method: str, model: str, context: Any) -> None:
+        self.asked.append((method, model))
+        if self.failure is not None:
+            await abort(context, self.failure)
+
+    async def PlanModel(self, request: Any, context: Any) -> placement_pb2.PlanModelResponse:  # noqa: N802
+        await self._asked("plan", request.model, context)
+        return self.plan
+
+    async def UnloadModel(self, request: Any, context: Any) -> placement_pb2.UnloadModelResponse:  # noqa: N802
+        await self._asked("unload", request.model, context)
+        return placement_pb2.UnloadModelResponse(num_unloaded=2)
+
+    async def SleepModel(self, request: Any, context: Any) -> placement_pb2.SleepModelResponse:  # noqa: N802
+        await self._asked("sleep", request.model, context)
+        return placement_pb2.SleepModelResponse(num_asleep=1)
+
+    async def PinModel(self, request: Any, context: Any) -> placement_pb2.PinModelResponse:  # noqa: N802
+        await self._asked("pin", request.model, context)
+        self.pinned[request.model] = request.pinned
+        return placement_pb2.PinModelResponse()
+
+    async def GetStatus(self, request: Any, context: Any) -> placement_pb2.GetStatusResponse:  # noqa: N802
+        await self._asked("status", "", context)
+        return self.status
+
+    async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[placement_pb2.WatchEventsResponse]:  # noqa: N802
+        await self._asked("events", "", context)
+        for event in self.past[-request.max_past :]:
+            yield event
+        if request.past_only:
+            return
+        await self._follow(1)
+        try:
+            while True:
+                yield await self.news.get()
+        finally:
+            await asyncio.shield(self._follow(-1))
+
+    async def _follow(self, step: int) -> None:
+        async with self.changed:
+            self.num_followers += step
+            self.changed.notify_all()
 
 
 def route(
@@ -184,13 +261,14 @@ def route(
     name: str = MODEL,
     aliases: Sequence[str] = ("tiny",),
     adapters: Sequence[str] = (),
+    state: Any = placement_pb2.MODEL_STATE_UNLOADED,
     **info: Any,
 ) -> placement_pb2.ModelRoute:
     return placement_pb2.ModelRoute(
         name=name,
         aliases=aliases,
         adapters=adapters,
-        state=placement_pb2.MODEL_STATE_READY if workers else placement_pb2.MODEL_STATE_UNLOADED,
+        state=placement_pb2.MODEL_STATE_READY if workers else state,
         replicas=[worker.replica() for worker in workers],
         engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED,
         created_unix_s=1_700_000_000,
@@ -264,7 +342,7 @@ async def world(
 async def _uvicorn(here: World) -> AsyncIterator[None]:
     listener = socket.create_server(("127.0.0.1", 0))
     here.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    here.server = build_server(here.app, drain_s=0.2, on_drained=here.app.state.services.lifetime.expire)
+    here.server = build_server(here.app, drain_s=0.2, lifetime=here.app.state.services.lifetime)
     started = asyncio.Event()
     start_up = here.server.startup
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,9 @@ from hostler.placement.v1 import placement_pb2 as pb
 from orchestrator import events
 from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker, Memory, Report
+from orchestrator.experience import Experience
 from orchestrator.models import Footprint, Located, ModelSpec
+from orchestrator.nodes import NodesSeen
 from orchestrator.scheduler import Scheduler
 from orchestrator.state import Progress
 
@@ -23,14 +25,15 @@ MB = 1_000_000
 
 
 class FakeWorker:
-    """A worker process that does what the test says."""
+    """A worker process that does what the test says. Blank until a load claims it for a generation."""
 
-    def __init__(self, worker_id: str, generation: int, device: str) -> None:
-        self.id, self.generation, self.device = worker_id, generation, device
+    def __init__(self, worker_id: str, generation: int = 0, node: str = "") -> None:
+        self.id, self.generation, self.node = worker_id, generation, node
         self.request: life.LoadRequest | None = None
         self.reports: asyncio.Queue[life.WatchResponse | Exception | None] = asyncio.Queue()
         self.num_steps = 0
-        self.draining = self.unloaded = self.killed = False
+        self.draining = self.unloaded = self.killed = self.asleep = False
+        self.kv_cache_bytes = 0
 
     def say(self, state: Any = life.WORKER_STATE_READY, *, generation: int = 0, **values: Any) -> None:
         model = self.request.model if self.request else ""
@@ -53,11 +56,16 @@ class FakeEffects:
 
     def __init__(self) -> None:
         self.clock_s = 1000.0
+        self.num_ids = 0
         self.stored: dict[str, Footprint] = {}
         self.listed: tuple[ModelSpec, ...] = ()
         self.found: tuple[FoundWorker, ...] = ()
         self.memory = Memory()
-        self.workers: dict[int, FakeWorker] = {}
+        self.by_id: dict[str, FakeWorker] = {}
+        self.experience = Experience()
+        self.sleep_error: HostlerError | None = None
+        self.wake_errors: list[HostlerError] = []
+        self.resized_at_least = 0
         self.calls: list[str] = []
         self.gates: dict[str, asyncio.Event] = {}
         self.load_errors: list[HostlerError] = []
@@ -66,6 +74,12 @@ class FakeEffects:
         self.kill_error: Exception | None = None
         self.drain_error: Exception | None = None
         self.cancelled: list[str] = []
+        self.nodes: asyncio.Queue[NodesSeen] = asyncio.Queue()
+
+    @property
+    def workers(self) -> dict[int, FakeWorker]:
+        """Those that were claimed, by generation."""
+        return {worker.generation: worker for worker in self.by_id.values() if worker.generation}
 
     def hold(self, name: str) -> asyncio.Event:
         """Make an effect ("load:m", "fetch:m", "spawn", "drain" …) wait until the returned event is set."""
@@ -87,7 +101,8 @@ class FakeEffects:
         return int(self.clock_s * 1000)
 
     def new_worker_id(self) -> str:
-        return f"w{len(self.workers) + 1}-{len(self.calls)}"
+        self.num_ids += 1
+        return f"w{self.num_ids}"
 
     def address(self, worker_id: str) -> str:
         return f"unix:/run/w-{worker_id}.sock"
@@ -97,6 +112,16 @@ class FakeEffects:
 
     def remember(self, memory: Memory) -> None:
         self.memory = memory
+
+    def recall_experience(self) -> Experience:
+        return self.experience
+
+    def remember_experience(self, experience: Experience) -> None:
+        self.calls.append("learned")
+
+    async def watch_nodes(self) -> AsyncIterator[NodesSeen]:
+        while True:
+            yield await self.nodes.get()
 
     async def find_workers(self) -> tuple[FoundWorker, ...]:
         await self._pass("find")
@@ -120,49 +145,79 @@ class FakeEffects:
             raise self.fetch_error
         self.stored[spec.name] = Footprint(10 * MB)
 
+    async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
+        self.calls.append(f"bring:{spec.name}:{node}")
+        report(Progress("download", f"fetching {spec.source} on {node}", 1, 2))
+        await self._pass(f"bring:{spec.name}")
+        return Located(f"/{node}/models/{spec.name}", self.stored[spec.name], node)
+
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         return {}
 
-    async def spawn(self, worker_id: str, generation: int, device: Device) -> int:
-        self.calls.append(f"spawn:{generation}")
+    async def spawn(self, worker_id: str, node: str) -> int:
+        self.calls.append(f"spawn:{worker_id}")
         await self._pass("spawn")
         if self.spawn_errors:
             raise self.spawn_errors.pop(0)
-        self.workers[generation] = FakeWorker(worker_id, generation, device.id)
-        return 1000 + generation
+        self.by_id[worker_id] = FakeWorker(worker_id, 0, node)
+        return 1000 + len(self.by_id)
 
     async def load(self, worker_id: str, generation: int, request: life.LoadRequest, report: Report) -> life.ModelInfo:
         self.calls.append(f"load:{request.model}")
-        self.workers[generation].request = request
+        worker = self.by_id[worker_id]
+        worker.request, worker.generation, worker.kv_cache_bytes = request, generation, request.kv_cache_bytes
         report(Progress("read", "", 5, 10))
         await self._pass(f"load:{request.model}")
         if self.load_errors:
             raise self.load_errors.pop(0)
         return life.ModelInfo(model=request.model)
 
+    async def sleep(self, worker_id: str, generation: int, deadline_s: float) -> life.SleepResponse:
+        worker = self.by_id[worker_id]
+        self.calls.append(f"sleep:{worker.request.model if worker.request else ''}")
+        await self._pass("sleep")
+        if self.sleep_error is not None:
+            raise self.sleep_error
+        worker.asleep = True
+        return life.SleepResponse(freed_bytes=MB, host_bytes=MB)
+
+    async def wake(self, worker_id: str, generation: int, devices: Sequence[str], kv_cache_bytes: int) -> None:
+        worker = self.by_id[worker_id]
+        self.calls.append(f"wake:{worker.request.model if worker.request else ''}")
+        await self._pass("wake")
+        if self.wake_errors:
+            raise self.wake_errors.pop(0)
+        worker.asleep, worker.kv_cache_bytes = False, kv_cache_bytes
+
+    async def resize(self, worker_id: str, generation: int, kv_cache_bytes: int) -> int:
+        worker = self.by_id[worker_id]
+        self.calls.append(f"resize:{worker.request.model if worker.request else ''}")
+        await self._pass("resize")
+        worker.kv_cache_bytes = max(kv_cache_bytes, self.resized_at_least)
+        return worker.kv_cache_bytes
+
     async def watch(self, worker_id: str, generation: int) -> AsyncIterator[life.WatchResponse]:
-        worker = self.workers[generation]
+        worker = self.by_id[worker_id]
         while (report := await worker.reports.get()) is not None:
             if isinstance(report, Exception):
                 raise report
             yield report
 
     async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:
-        self.workers[generation].draining = True
+        self.by_id[worker_id].draining = True
         await self._pass("drain")
         if self.drain_error is not None:
             raise self.drain_error
         return 0
 
     async def unload(self, worker_id: str, generation: int) -> None:
-        self.workers[generation].unloaded = True
+        self.by_id[worker_id].unloaded = True
 
     async def kill(self, worker_id: str) -> None:
         self.calls.append(f"kill:{worker_id}")
         await self._pass("kill")
-        for worker in self.workers.values():
-            if worker.id == worker_id:
-                worker.killed = True
+        if (worker := self.by_id.get(worker_id)) is not None:
+            worker.killed = True
         if self.kill_error is not None:
             raise self.kill_error
 
@@ -257,7 +312,9 @@ async def start(effects: FakeEffects) -> AsyncIterator[Callable[..., Any]]:
         for entry in entries:
             effects.stored.setdefault(entry["name"], Footprint(40 * MB))
         device = Device("cpu", "cpu", "CPU", 0, budget)
-        rig = Rig(effects, Scheduler(build({"models": entries, **config}), [device], effects))
+        config = {"min_residency": 0, "warm_workers": 0} | config
+        sleep = config.pop("sleep", 0)
+        rig = Rig(effects, Scheduler(build({"models": entries, **config}), [device], effects, {"": sleep}))
         rigs.append(rig)
         await rig.settle()
         return rig

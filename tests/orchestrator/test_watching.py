@@ -212,7 +212,7 @@ async def test_a_loading_worker_may_be_silent_for_longer(start: Start, effects: 
 
 def living(effects: FakeEffects, model: str, generation: int, state: int = life.WORKER_STATE_READY) -> FoundWorker:
     worker_id = f"old{generation}"
-    worker = effects.workers[generation] = FakeWorker(worker_id, generation, "cpu")
+    worker = effects.by_id[worker_id] = FakeWorker(worker_id, generation)
     worker.request = life.LoadRequest(model=model)
     report = life.WatchResponse(
         state=state,  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def living(effects: FakeEffects, model: str, generation: int, state: int = life.
         max_running=4,
     )
     return FoundWorker(
-        worker_id, report, Placement(worker_id, generation, model, "cpu", 40 * MB, "because", loaded_unix_ms=5)
+        worker_id, report, Placement(worker_id, generation, model, (("cpu", 40 * MB),), 0, "because", loaded_unix_ms=5)
     )
 
 

@@ -7,6 +7,7 @@ come packed in one row (`packing.py`), so that linear layers run once for everyb
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +25,51 @@ NAME = "hostler"
 class PagedCache:
     """Keys and values of every block: for each layer (blocks * BLOCK_TOKENS, kv_heads, head_dim).
 
-    On the CPU the tensors are reserved address space: memory is committed only where tokens were written.
+    On the CPU the tensors are reserved address space: memory is committed only where tokens were written. Each layer
+    has tensors of its own, so that a resize needs room for one layer's beside the cache, not for the cache twice.
     """
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        size = (shape.num_layers, shape.num_blocks * BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
-        self._keys = torch.empty(size, dtype=dtype, device=device)
-        self._values = torch.empty(size, dtype=dtype, device=device)
+        self.dtype = dtype
+        self._row = (shape.num_kv_heads, shape.head_dim)
+        self._keys = [self._empty(shape.num_blocks) for _ in range(shape.num_layers)]
+        self._values = [self._empty(shape.num_blocks) for _ in range(shape.num_layers)]
+
+    def _empty(self, num_blocks: int) -> torch.Tensor:
+        return torch.empty((num_blocks * BLOCK_TOKENS, *self._row), dtype=self.dtype, device=self.device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of one layer, views of (positions, kv_heads, head_dim)."""
+        """Return keys and values of one layer, each (positions, kv_heads, head_dim)."""
         return self._keys[index], self._values[index]
+
+    def drop(self) -> None:
+        """Let go of all keys and values; the cache is of no further use."""
+        self._keys, self._values = [], []
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have so many blocks; the contents of kept ones (old index, new index) stay.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: no room to grow; blocks that were there stay usable.
+        """
+        offsets = torch.arange(BLOCK_TOKENS)
+
+        def places(blocks: Collection[int]) -> torch.Tensor:
+            first = torch.tensor(list(blocks), dtype=torch.long) * BLOCK_TOKENS
+            return (first[:, None] + offsets).reshape(-1).to(self.device)
+
+        old, new = places(kept.keys()), places(kept.values())
+        for tensors in (self._keys, self._values):
+            for index in range(len(tensors)):
+                contents = tensors[index][old]
+                if num_blocks * BLOCK_TOKENS < tensors[index].shape[0]:
+                    tensors[index] = torch.empty(0)  # First let go: there may be no room for both.
+                resized = self._empty(num_blocks)
+                resized[new] = contents
+                tensors[index] = resized
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from workers.text.embeddings import PromptExtras
 from workers.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
-    from workers.text.vision import Picture
+    from workers.text.vision import Picture, Vision
 
 
 class Intake:
@@ -51,6 +51,10 @@ class Intake:
             1, thread_name_prefix="vision", initializer=torch.set_num_threads, initargs=(num_threads,)
         )
         self.num_preparing = 0
+
+    def see_with(self, vision: Vision | None) -> None:
+        """Look at pictures with these eyes from now on; None while the model sleeps."""
+        self._vision = vision
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids."""

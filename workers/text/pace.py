@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 STRETCH = 1.9
 # No step lasts longer than this because of prompt tokens, whoever waits: streams, cancellations and newcomers see it.
 LONGEST_S = 0.15
-MIN_CHUNK, MAX_CHUNK = 16, 512
+# Not more than this at the least: int8 weights halve a decode step but not a prompt token, and on a few cores sixteen
+# prompt tokens alone stretched such a step threefold.
+MIN_CHUNK, MAX_CHUNK = 4, 512
+FIRST_CHUNK = 64
 _WEIGHT = 0.2
 
 
@@ -63,7 +66,7 @@ class Pace:
             num_waiting: sequences that wait for their first token.
         """
         if self.token_s == 0.0:
-            return min(self.max_chunk, MIN_CHUNK * 4)
+            return min(self.max_chunk, FIRST_CHUNK)
         allowed_s = LONGEST_S
         if num_decoding >= num_waiting:
             allowed_s = min(LONGEST_S, (STRETCH - 1.0) * self.expected_s(num_decoding))

@@ -103,8 +103,12 @@ class Scheduler:
             raise Overloaded(f"{num_queued} requests are already running or queued for this model. Try again later.")
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a checked sequence."""
-        self.waiting.append(sequence)
+        """Queue a checked sequence: one that people wait for goes before all that may wait and have not run yet."""
+        place = len(self.waiting)
+        if not sequence.request.batch:
+            while place and self.waiting[place - 1].request.batch and not self.waiting[place - 1].num_generated_tokens:
+                place -= 1
+        self.waiting.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its blocks are free at once."""
@@ -119,6 +123,24 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.serial, reverse=True):
             self._preempt(sequence)
         self.pool.clear()
+
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """Have so many cache blocks, but no fewer than running requests hold, or than any may come to need alone.
+
+        Returns:
+            Where the contents of each block that stays must be from now on; see `BlockPool.resize`.
+        """
+        needed = max(
+            (blocks_for(s.num_prompt_tokens + s.max_tokens) for s in (*self.running, *self.waiting)), default=0
+        )
+        kept = self.pool.resize(max(num_blocks, needed))
+        for sequence in self.running:
+            sequence.blocks = [kept[block] for block in sequence.blocks]
+        return kept
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether the whole cache would hold a sequence to its end."""
+        return sequence.num_prompt_tokens + sequence.max_tokens <= self.longest_tokens
 
     def schedule(self) -> Step:
         """Decide the next step and admit or preempt as it needs."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from workers.engine import Event, GenerationRequest, TokenLogprob
 from workers.text.detokenizer import Decode
-from workers.text.embeddings import EmbeddingSpan, RopePositions
+from workers.text.embeddings import EmbeddingSpan, PromptExtras, RopePositions
 from workers.text.kv_cache import PrefixHashes
 from workers.text.lookup import Lookup
 from workers.text.reply import Reply
-from workers.text.sampler import History, RowSampling
+from workers.text.reply_plan import ReplyPlan
+from workers.text.sampler import History, RowSampling, row_rules
 
 
 @dataclass(slots=True, eq=False)
@@ -101,3 +102,49 @@ class Sequence:
         if self.lookup is not None:
             self.lookup.learn(len(drafted), num_right)
             self.draft = self.lookup.guess()[: self.max_tokens - self.num_generated_tokens - 1] if allowed else ()
+
+
+def new_sequence(
+    request: GenerationRequest,
+    ids: list[int],
+    extras: PromptExtras,
+    plan: ReplyPlan,
+    *,
+    serial: int,
+    room: int,
+    defaults: dict[str, float],
+    adapters: tuple[str, ...],
+) -> Sequence:
+    """Return a request's sequence.
+
+    Args:
+        request: what was asked.
+        ids, extras: its prompt.
+        plan: its reply.
+        serial: its number; later ones are higher.
+        room: most tokens that may follow the prompt.
+        defaults: the model's own sampling defaults.
+        adapters: the names of those served beside the model, in the runner's order.
+    """
+    max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
+    # Guesses are checked without masks and without forced tokens.
+    may_guess = plan.guide is None and plan.budget_tokens is None
+    return Sequence(
+        request=request,
+        sampling=row_rules(request.sampling, defaults),
+        token_ids=ids,
+        num_prompt_tokens=len(ids),
+        max_tokens=max_tokens,
+        decode=plan.decode,
+        serial=serial,
+        hashes=PrefixHashes(
+            # An adapter changes keys and values; its name has no NUL, so no scope can feign another adapter.
+            f"{request.adapter}\0{request.cache_scope}".encode(),
+            [(span.start, span.content_hash) for span in extras.embeddings],
+        ),
+        embeddings=extras.embeddings,
+        rope=extras.rope,
+        adapter=adapters.index(request.adapter) if request.adapter else -1,
+        lookup=Lookup(ids) if may_guess else None,
+        reply=plan.reply(max_tokens),
+    )

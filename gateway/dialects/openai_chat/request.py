@@ -20,6 +20,7 @@ from gateway.dialects.openai_chat.reasoning import parse_reasoning
 from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
 from gateway.fields import Fields, dump_json, show, wrong_type
 from gateway.links import Link
+from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -126,6 +127,8 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
             stop=_stop(fields),
             top_logprobs=_top_logprobs(fields),
             constraint=parse_constraint(fields),
+            keep_alive_ms=read_keep_alive_ms(fields),
+            batch=read_batch(fields),
         ),
         links=tuple(links),
         media=_media(messages),

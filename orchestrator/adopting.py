@@ -1,0 +1,128 @@
+"""Taking over the workers of an earlier orchestrator: ready and sleeping ones, and blanks; the others are ended.
+
+Above it: `scheduler.py`. Below it: `watching.py`, `starting.py`, `pool.py`, the effects.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from hostler.lifecycle.v1 import lifecycle_pb2 as life
+from hostler.placement.v1 import placement_pb2 as pb
+
+from orchestrator.effects import FoundWorker, Placement
+from orchestrator.pool import Pool
+from orchestrator.runtime import Runtime
+from orchestrator.starting import Starting
+from orchestrator.state import Model, Worker, WorkerState
+from orchestrator.views import Part
+from orchestrator.watching import Watching
+
+log = logging.getLogger(__name__)
+
+_ADOPTED = (life.WORKER_STATE_READY, life.WORKER_STATE_ASLEEP)
+
+
+class Adopting:
+    """Called by the scheduler's task once it is known who lives."""
+
+    def __init__(self, runtime: Runtime, watching: Watching, starting: Starting, pool: Pool) -> None:
+        self._runtime = runtime
+        self._cluster = runtime.cluster
+        self._watching = watching
+        self._starting = starting
+        self._pool = pool
+
+    def adopt(self, found: tuple[FoundWorker, ...]) -> None:
+        """Take over whom we can place, the newest of each model first; end the others."""
+        ours = {worker.id for worker in self._cluster.workers.values()}
+        newest_first = sorted((f for f in found if f.worker_id not in ours), key=_generation, reverse=True)
+        for one in newest_first:
+            self._cluster.generation = max(self._cluster.generation, _generation(one))
+            report = one.report
+            if report is not None and report.state == life.WORKER_STATE_BLANK and not report.generation:
+                self._pool.adopt(one.worker_id, one.node, report.pid)
+            elif report is not None and (model := self._adoptable(one, report)) is not None:
+                self._adopt(model, one, report)
+            else:
+                log.warning("ending a worker that cannot be adopted", extra={"worker": one.worker_id})
+                self._runtime.run(self._runtime.effects.kill(one.worker_id))
+
+    def _adoptable(self, one: FoundWorker, report: life.WatchResponse) -> Model | None:
+        model = self._cluster.models.get(report.info.model)
+        if model is None or report.state not in _ADOPTED:
+            return None
+        if one.node and one.placement is None:
+            return None  # On another machine, and nobody knows on which of its devices.
+        parts = one.placement.parts if one.placement else ()
+        if any(device not in self._cluster.devices for device, _ in parts):
+            return None
+        started = model.job is not None and model.job.stage.started
+        num_adopted = sum(1 for worker in self._cluster.workers.values() if worker.model == model.spec.name)
+        return None if started or num_adopted >= model.spec.max_replicas else model
+
+    def _adopt(self, model: Model, one: FoundWorker, report: life.WatchResponse) -> None:
+        asleep = report.state == life.WORKER_STATE_ASLEEP
+        placement = one.placement or self._guess(one, report)
+        parts = () if asleep else tuple(Part(device, num_bytes) for device, num_bytes in placement.parts)
+        device = self._cluster.devices.get(parts[0].device) if parts else None
+        worker = Worker(
+            id=one.worker_id,
+            model=model.spec.name,
+            generation=report.generation,
+            parts=parts,
+            kv_cache_bytes=0 if asleep else placement.kv_cache_bytes,
+            reason=placement.reason,
+            kv_keep_bytes=placement.kv_keep_bytes,
+            kind=device.kind if device else self._cluster.kind_for(model.spec),
+            node=placement.node,
+            address=self._runtime.effects.address(one.worker_id),
+            pid=report.pid,
+            loaded_unix_ms=placement.loaded_unix_ms,
+            max_running=report.max_running or model.spec.max_running,
+            sleep_bytes=report.host_bytes if asleep else 0,
+            report=report,
+        )
+        self._cluster.workers[worker.generation] = worker
+        if device is not None:
+            self._cluster.grow_budget(device.id, report.resident_bytes)
+        if report.info.ByteSize():
+            model.info = report.info
+        if model.job is not None:
+            self._runtime.cancel(model.job.generation)
+            model.job = None
+        log.info("adopted a worker", extra={"worker": worker.id, "model": model.spec.name})
+        self._runtime.journal.note(
+            pb.EVENT_KIND_ADOPTED,
+            placement.reason,
+            model=worker.model,
+            device=worker.devices,
+            replica=worker.id,
+            num_bytes=worker.reserved_bytes,
+        )
+        self._watching.start(worker)
+        if asleep:
+            worker.state = WorkerState.ASLEEP
+            worker.used_at_s = self._runtime.effects.now_s()
+            self._runtime.publish()
+        else:
+            self._starting.ready(model, worker)
+
+    def _guess(self, one: FoundWorker, report: life.WatchResponse) -> Placement:
+        device = next(iter(self._cluster.devices), "")
+        num_bytes = report.info.weight_bytes + report.kv_reserved_bytes
+        reason = "adopted from an earlier orchestrator"
+        return Placement(
+            one.worker_id,
+            report.generation,
+            report.info.model,
+            ((device, num_bytes),),
+            report.kv_reserved_bytes,
+            reason,
+            loaded_unix_ms=0,
+        )
+
+
+def _generation(one: FoundWorker) -> int:
+    reported = one.report.generation if one.report else 0
+    return max(reported, one.placement.generation if one.placement else 0)

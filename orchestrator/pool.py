@@ -1,0 +1,129 @@
+"""Blank workers started ahead: processes that have everything imported, so that a load is only bytes.
+
+Above it: `starting.py`, which takes them, and the scheduler (ticks, adoption). Below it: the effects.
+
+Blanks are kept only while some model with files is not resident: what is all loaded needs none. They are started one
+at a time, and not while a load is under way: their imports cost seconds of CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from hostler.errors import HostlerError, WorkerLost
+
+from orchestrator import events
+from orchestrator.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""After a blank that could not be started, or died, for no reason that we know."""
+
+
+@dataclass(slots=True)
+class Blank:
+    """One blank worker process; `pid` is 0 until it is up."""
+
+    id: str
+    node: str
+    pid: int = 0
+
+
+class Pool:
+    """Every method is called by the scheduler's task and returns at once."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._blanks: dict[str, Blank] = {}
+        self._not_before_s = 0.0
+
+    def num_ready(self, node: str) -> int:
+        """Return how many blanks stand ready on a node."""
+        return sum(1 for blank in self._blanks.values() if blank.pid and blank.node == node)
+
+    def take(self, node: str) -> Blank | None:
+        """Return a blank to be claimed on a node, if one is ready. It is the caller's from now on."""
+        found = next((b for b in self._blanks.values() if b.pid and b.node == node), None)
+        if found is not None:
+            del self._blanks[found.id]
+        return found
+
+    def adopt(self, worker_id: str, node: str, pid: int) -> None:
+        """Take over a blank of the last orchestrator."""
+        self._watch(Blank(worker_id, node, pid))
+
+    def _watch(self, blank: Blank) -> None:
+        self._blanks[blank.id] = blank
+        self._runtime.run(self._listen(blank.id))
+
+    async def _listen(self, worker_id: str) -> None:
+        try:
+            async for report in self._runtime.effects.watch(worker_id, 0):
+                if report.generation:
+                    return  # Claimed: from now on its load and its own watch tell how it fares.
+        except HostlerError:
+            pass
+        except Exception:
+            log.exception("listening to a blank worker failed", extra={"worker": worker_id})
+        self._runtime.post(events.BlankLost(worker_id))
+
+    def on_lost(self, event: events.BlankLost) -> None:
+        """Forget a blank that died; one that was taken is its load's to mourn."""
+        if self._blanks.pop(event.worker_id, None) is not None:
+            log.warning("a blank worker died", extra={"worker": event.worker_id})
+            self._not_before_s = self._runtime.effects.now_s() + RETRY_S
+            self._runtime.run(self._runtime.effects.kill(event.worker_id))
+
+    def tick(self, now_s: float) -> None:
+        """Start a blank where one is missing; end one that is not needed any more."""
+        cluster = self._runtime.cluster
+        if self._runtime.stopping or not self._runtime.may_publish:
+            return
+        if any(model.job is not None and model.job.stage.started for model in cluster.models.values()):
+            return
+        resident = {worker.model for worker in cluster.workers.values()}
+        num_missing = sum(1 for m in cluster.models.values() if m.spec.has_files and m.spec.name not in resident)
+        wanted = min(self._runtime.config.warm_workers, num_missing)
+        for node in {device.node for device in cluster.devices.values()}:
+            mine = [blank for blank in self._blanks.values() if blank.node == node]
+            if len(mine) > wanted and mine[-1].pid:
+                self._end(mine[-1])
+            elif len(mine) < wanted and all(blank.pid for blank in mine) and now_s >= self._not_before_s:
+                blank = Blank(self._runtime.effects.new_worker_id(), node)
+                self._blanks[blank.id] = blank
+                self._runtime.run(self._spawn(blank))
+
+    async def _spawn(self, blank: Blank) -> None:
+        try:
+            pid = await self._runtime.effects.spawn(blank.id, blank.node)
+            self._runtime.post(events.BlankReady(blank.id, pid))
+        except HostlerError as error:
+            self._runtime.post(events.BlankReady(blank.id, error=error))
+        except Exception:
+            log.exception("starting a blank worker failed", extra={"worker": blank.id})
+            self._runtime.post(events.BlankReady(blank.id, error=WorkerLost("it could not be started")))
+
+    def on_ready(self, event: events.BlankReady) -> None:
+        """Keep a blank that came up, if it is still wanted; try again later when it did not."""
+        blank = self._blanks.get(event.worker_id)
+        if blank is None:
+            self._runtime.run(self._runtime.effects.kill(event.worker_id))
+        elif event.error is not None:
+            log.warning("a blank worker could not be started", extra={"error": event.error.message})
+            del self._blanks[blank.id]
+            self._not_before_s = self._runtime.effects.now_s() + RETRY_S
+            self._runtime.run(self._runtime.effects.kill(blank.id))
+        else:
+            blank.pid = event.pid
+            self._watch(blank)
+
+    def _end(self, blank: Blank) -> None:
+        del self._blanks[blank.id]
+        self._runtime.run(self._runtime.effects.kill(blank.id))
+
+    def close(self) -> None:
+        """End every blank."""
+        for blank in list(self._blanks.values()):
+            self._end(blank)
