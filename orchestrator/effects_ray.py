@@ -63,6 +63,7 @@ class RayEffects:
         self._clients: dict[str, WorkerClient] = {}
         self._processes: dict[str, ProcessId] = {}
         self._remote: dict[str, RemoteWorker] = {}
+        self._ray_environment = ray_session.environment(in_cluster=config.ray_address is not None)
         self._nodes = RayNodes(config, self._ray)
         self._elsewhere = Elsewhere(self._nodes)
         self._stores = Stores(StoreClient(config.models_dir), self._elsewhere)
@@ -90,7 +91,7 @@ class RayEffects:
 
     async def connect(self) -> ray_session.RaySession:
         """Wait for Ray and become its driver; whoever waits for Ray goes on."""
-        os.environ.update(ray_session.RAY_ENVIRONMENT)
+        os.environ.update(self._ray_environment)
         importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "ray"))
         while (session := ray_session.read(self._run_dir.path)) is None:  # noqa: ASYNC110  (a file, not an event)
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""One worker's gRPC server, on a Unix socket or TCP. Above: the actor shell or `python -m workers`. Below: servicers."""
+"""One worker's gRPC server, on a Unix socket or TCP. Above: the actor shell, `python -m workers`. Below: servicers."""
 
 from __future__ import annotations
 
