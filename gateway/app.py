@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from gateway.auth import HostCheck, KeyCheck, is_loopback
 from gateway.doors import REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.errors import ClientGone, as_hostler_error, error_response
-from gateway.routes import admin, chat, health, models
+from gateway.routes import admin, chat, completions, embeddings, health, models, rerank, tokenize
 from gateway.services import Patience, Services
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def create_app(
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    for room in (chat, models, admin, health):
+    for room in (chat, completions, embeddings, rerank, tokenize, models, admin, health):
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)

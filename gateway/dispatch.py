@@ -12,9 +12,11 @@ import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from hostler.channel import call_metadata
 from hostler.errors import (
     Cancelled,
@@ -36,6 +38,9 @@ from gateway.placement import PlacementClient
 from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
 from gateway.waiting import WaitingRoom
 
+if TYPE_CHECKING:
+    from hostler.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 3
@@ -51,6 +56,9 @@ class Loading:
 
 
 Event = Loading | pb.GenerateResponse
+Q = TypeVar("Q", bound=Message)
+T = TypeVar("T")
+Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
 
 
 class Dispatcher:
@@ -136,6 +144,51 @@ class Dispatcher:
                         "retrying elsewhere",
                         extra={"request_id": request_id, "reason": error.reason, "attempt": attempt},
                     )
+
+    async def ask(self, target: Target, method: Method[Q, T], message: Q, request_id: str) -> T:
+        """Return a worker's one answer. Cancelling the wait cancels the call. Lost and full workers: as in `generate`.
+
+        Args:
+            method: the stub's method to call with `message`.
+
+        Raises:
+            Overloaded: too many wait, here or in the worker; says when to come back.
+            HostlerError: from the worker, from the orchestrator, or for the loss of either.
+        """
+        model = target.route.name
+        avoided: set[ReplicaKey] = set()
+        lost: set[ReplicaKey] = set()
+        with self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place:
+            for attempt in range(1, MAX_TRIES + 1):
+                replica = self._pick(model, avoided)
+                if replica is None:
+                    for key in lost:
+                        await self._table.gone(key, self._gone_timeout_s)
+                    async with aclosing(self._ensure(model, request_id)) as steps:
+                        async for step in steps:
+                            replica = None if isinstance(step, Loading) else step
+                if replica is None:
+                    raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
+                try:
+                    with self._channels.lease(replica) as stub:
+                        metadata = call_metadata(request_id=request_id, generation=replica.generation)
+                        answer = await method(stub)(message, metadata=metadata)
+                    place.begin()
+                    return answer
+                except grpc.RpcError as problem:
+                    error = _worker_error(problem)
+                    avoided.add(key_of(replica))
+                    if isinstance(error, Overloaded):
+                        error.retry_after_s = self._room.retry_after_s(model) or error.retry_after_s
+                    else:
+                        lost.add(key_of(replica))
+                    if attempt == MAX_TRIES or not self._worth_retrying(error, model, avoided):
+                        raise error from None
+                    log.warning(
+                        "retrying elsewhere",
+                        extra={"request_id": request_id, "reason": error.reason, "attempt": attempt},
+                    )
+        raise AssertionError("the last try returns or raises")
 
     def _places(self, model: str, request: pb.GenerateRequest) -> int:
         max_waiting = self._max_waiting(model)

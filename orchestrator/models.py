@@ -17,6 +17,16 @@ FLOOR_CONTEXT_TOKENS = 4096
 """A model with a huge context loads with a KV cache of this many tokens rather than not at all."""
 
 
+ENGINES = {
+    "auto": lifecycle_pb2.ENGINE_KIND_UNSPECIFIED,
+    "text": lifecycle_pb2.ENGINE_KIND_TEXT,
+    "scripted": lifecycle_pb2.ENGINE_KIND_SCRIPTED,
+    "embedding": lifecycle_pb2.ENGINE_KIND_EMBEDDING,
+    "rerank": lifecycle_pb2.ENGINE_KIND_RERANK,
+}
+"""The configuration's words for engines, and the store's for what files are for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What a model needs of a device, estimated from its files."""
@@ -33,6 +43,8 @@ class Located:
 
     path: str
     footprint: Footprint
+    engine: int = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
+    """Which engine its files are for; unspecified where only the spec can say."""
     node: str = ""
 
 
@@ -45,6 +57,7 @@ class ModelSpec:
     """One model that can be served: from the configuration, or found in the store.
 
     Attributes:
+        engine: unspecified: what its files are for is known once they are located.
         adapters: LoRA adapters served beside it: (public name, directory).
         keep_alive_s: how long it may be idle before it rests; None: until its room is needed.
         batch: it never displaces models that people wait for.
@@ -56,7 +69,7 @@ class ModelSpec:
     revision: str | None = None
     aliases: tuple[str, ...] = ()
     adapters: tuple[tuple[str, str], ...] = ()
-    engine: int = lifecycle_pb2.ENGINE_KIND_TEXT
+    engine: int = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
     device: str | None = None
     dtype: str = "auto"
     quantize: str = ""
@@ -95,15 +108,14 @@ class ModelSpec:
 
 
 def from_config(config: ModelConfig) -> ModelSpec:
-    """Return the spec of one configured model. `engine: auto` is text: the only other kind today is scripted."""
-    scripted = config.engine == "scripted"
+    """Return the spec of one configured model. `engine: auto` is found out when its files are located."""
     return ModelSpec(
         name=config.name,
         source=config.source or config.name,
         revision=config.revision,
         aliases=config.aliases,
         adapters=tuple(config.adapters.items()),
-        engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED if scripted else lifecycle_pb2.ENGINE_KIND_TEXT,
+        engine=ENGINES[config.engine],
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize or "",
@@ -183,7 +195,7 @@ def load_request(
     """Return everything that a blank worker must know; `devices` as the worker's own process numbers them."""
     return lifecycle_pb2.LoadRequest(
         model=spec.name,
-        engine=spec.engine,  # type: ignore[arg-type]
+        engine=spec.engine or located.engine,  # type: ignore[arg-type]
         path=located.path,
         devices=devices,
         dtype=spec.dtype,

@@ -51,9 +51,17 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Plain text, tokenized with the model's own special tokens."""
+    """Text that a caller wrote as the model is to see it: spellings of control tokens in it are control tokens.
+
+    Attributes:
+        suffix: what comes after the gap that the reply fills; empty for none. With it, `text` is what comes before, and
+            both are plain text without control tokens.
+        add_special_tokens: put the model's own before and after it, as its tokenizer does.
+    """
 
     text: str
+    suffix: str = ""
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,7 @@ class GenerationRequest:
 
     Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
     `adapter` names one of `ModelFacts.adapters`; empty for the model itself. `batch`: it may wait behind requests that
-    people wait for.
+    people wait for. `echo_logprobs` asks for `PromptLogprobs`.
     """
 
     prompt: Prompt
@@ -143,6 +151,7 @@ class GenerationRequest:
     cache_scope: str = ""
     adapter: str = ""
     batch: bool = False
+    echo_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +162,13 @@ class TokenLogprob:
     token: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's tokens, before any text. The first one's logprob is NaN: nothing came before it."""
+
+    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +225,7 @@ class Finish:
     decode_us: int = 0
 
 
-Event = TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
+Event = PromptLogprobs | TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +246,8 @@ class ModelFacts:
     supports_images: bool = False
     supports_audio: bool = False
     adapters: tuple[str, ...] = ()
+    supports_fill_in_middle: bool = False
+    embedding_dimensions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,11 @@ IDLE_NICENESS = 15
 """Nobody waits for imports ahead of time."""
 
 
+def load_niceness(num_devices: int) -> int:
+    """Return how much lower a load's priority should be: a split model's load starts processes that will serve."""
+    return LOAD_NICENESS if num_devices == 1 else 0
+
+
 def lower_priority(niceness: int) -> None:
     """Lower the calling thread's priority, and that of the threads it will start."""
     with contextlib.suppress(OSError, AttributeError):  # Not everywhere; only politeness hangs on it.

@@ -218,11 +218,12 @@ class WorkerHost:
     async def _create(spec: LoadSpec, kind: life.EngineKind.ValueType, report: Report) -> Engine:
         if kind == life.ENGINE_KIND_SCRIPTED:
             return ScriptedEngine(spec)
-        if kind not in (life.ENGINE_KIND_TEXT, life.ENGINE_KIND_UNSPECIFIED):
+        importing = _IMPORTS.get(kind)
+        if importing is None:
             raise ModelLoadFailed(f"This version has no engine of kind {life.EngineKind.Name(kind)}.")
         report("import", 0, 0)
-        text = await gently(_import_text_engine)
-        return await text(spec, report)
+        opener = await gently(importing)
+        return await opener(spec, report)
 
     async def sleep(self, deadline_s: float) -> tuple[int, int]:
         """Refuse new requests, wait for the running ones, free the device; return freed bytes and host bytes.
@@ -359,3 +360,23 @@ def _import_text_engine() -> Opener:
     from workers.text.opening import open_text_engine
 
     return open_text_engine
+
+
+def _import_embedding_engine() -> Opener:
+    from workers.embedding.opening import open_embedding_engine
+
+    return open_embedding_engine
+
+
+def _import_rerank_engine() -> Opener:
+    from workers.embedding.opening import open_rerank_engine
+
+    return open_rerank_engine
+
+
+_IMPORTS: dict[life.EngineKind.ValueType, Callable[[], Opener]] = {
+    life.ENGINE_KIND_UNSPECIFIED: _import_text_engine,
+    life.ENGINE_KIND_TEXT: _import_text_engine,
+    life.ENGINE_KIND_EMBEDDING: _import_embedding_engine,
+    life.ENGINE_KIND_RERANK: _import_rerank_engine,
+}

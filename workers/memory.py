@@ -5,7 +5,7 @@ which nobody else has and which the machine gets back when the process ends. Not
 libraries are shared by all workers, and weights that are only mapped lie in the page cache, which gives way by itself.
 So it is neither resident memory, which counts libraries once for each worker, nor a proportional share, which would
 change with the number of workers beside this one. The kernel keeps this number; nothing is walked, so a heartbeat may
-ask for it.
+ask for it. A model split over several CPU devices has a process for each; theirs counts with this one's.
 """
 
 from __future__ import annotations
@@ -75,12 +75,28 @@ class MemoryMeter:
         return MemoryUse(resident, device, self._peak, own)
 
 
+_others: set[int] = set()
+
+
+def count_in(pid: int) -> None:
+    """Count another process's memory with this one's, for as long as it lives. May be called from any thread."""
+    _others.add(pid)
+
+
+def leave_out(pid: int) -> None:
+    """Count it no more."""
+    _others.discard(pid)
+
+
 def _process_bytes() -> tuple[int, int]:
-    """Return resident bytes, and those of them that are anonymous."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        resident, shared = map(int, file.read().split()[1:3])
+    """Return resident bytes, and those of them that are anonymous, of this process and those counted in."""
+    resident = own = 0
+    for name in ("self", *tuple(_others)):
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/statm", encoding="ascii") as file:
+            pages, shared = map(int, file.read().split()[1:3])
+            resident, own = resident + pages, own + pages - shared
     page = os.sysconf("SC_PAGE_SIZE")
-    return resident * page, (resident - shared) * page
+    return resident * page, own * page
 
 
 def _cuda() -> Any:

@@ -58,35 +58,73 @@ def _advice(
     return tuple(advice)
 
 
-def not_now(able: Sequence[Room], demand: Demand, view: ClusterView, rules: Rules) -> Refusal:
-    """Say who is in the way on the device that comes nearest, and when to ask again."""
-    nearest = min(able, key=lambda room: (comfortable_bytes(room.device, demand) - room.free_bytes, room.device.id))
-    needed = comfortable_bytes(nearest.device, demand)
+def not_now(
+    able: Sequence[Room],
+    ways: Sequence[tuple[int, Demand]],
+    candidates: Sequence[Room],
+    demand: Demand,
+    view: ClusterView,
+    rules: Rules,
+) -> Refusal:
+    """Say who is in the way where the model comes nearest to having room, and when to ask again.
+
+    Args:
+        able: devices that could hold it whole when empty.
+        ways: into how many parts it could go, with one part's demand; what is said holds for one part then.
+    """
+    tries = [(able, 1, demand)] if able else []
+    tries += [([r for r in candidates if least_bytes(s) <= r.device.usable_bytes], n, s) for n, s in ways]
+    rooms, num_parts, share = tries[0]
+    nearest = _nearest(rooms, share)
+    needed = comfortable_bytes(nearest.device, share)
     lacking = max(0, needed - nearest.free_bytes)
     if demand.replica:
         reason = f"one more {demand.model} needs {in_words(needed)} of free room"
         return Refusal(Obstacle.BUSY, needed, lacking, reason, nearest.device.id)
-    movable = [room for room in able if _could_ever(room, demand, view)]
-    if not movable:
-        pinned = sorted({h.model for room in able for h in room.holders if h.pinned})
-        reason = f"{demand.model} needs {in_words(needed)}, but pinned models ({', '.join(pinned)}) hold the memory"
-        return Refusal(
-            Obstacle.PINNED, needed, lacking, reason, nearest.device.id, (f"Unpin one: hostler unpin {pinned[0]}.",)
-        )
-    room = min(movable, key=lambda r: (comfortable_bytes(r.device, demand) - r.free_bytes, r.device.id))
-    busy = sorted({h.model for h in room.holders if h.busy and not h.pinned})
+    for rooms, num_parts, share in tries:
+        movable = _with_enough([room for room in rooms if _could_ever(room, share, view)], num_parts)
+        if movable:
+            return _waiting(movable, num_parts, share, view, rules)
+    pinned = sorted({h.model for rooms, _, _ in tries for room in rooms for h in room.holders if h.pinned})
+    reason = f"{demand.model} needs {in_words(needed)}, but pinned models ({', '.join(pinned)}) hold the memory"
+    advice = (f"Unpin one: hostler unpin {pinned[0]}.",)
+    return Refusal(Obstacle.PINNED, needed, lacking, reason, nearest.device.id, advice)
+
+
+def _nearest(rooms: Sequence[Room], demand: Demand) -> Room:
+    return min(rooms, key=lambda room: (comfortable_bytes(room.device, demand) - room.free_bytes, room.device.id))
+
+
+def _with_enough(rooms: Sequence[Room], num_parts: int) -> list[Room]:
+    """Return the rooms of the nodes that have as many as there are parts."""
+    nodes: dict[str, list[Room]] = {}
+    for room in rooms:
+        nodes.setdefault(room.device.node, []).append(room)
+    return [room for node in nodes.values() if len(node) >= num_parts for room in node]
+
+
+def _waiting(movable: Sequence[Room], num_parts: int, demand: Demand, view: ClusterView, rules: Rules) -> Refusal:
+    """Say for whom or for how long the demand waits; of a split model, for which part's device."""
+    room = _nearest([r for r in movable if comfortable_bytes(r.device, demand) > r.free_bytes] or movable, demand)
+    needed = comfortable_bytes(room.device, demand)
+    lacking = max(0, needed - room.free_bytes)
+    for_part = f" (one of {num_parts} parts)" if num_parts > 1 else ""
+    stuck = movable if num_parts > 1 else [room]
+    busy = sorted({h.model for r in stuck for h in r.holders if h.busy and not h.pinned})
     if busy:
         turn_s = max(0.0, rules.max_wait_s - demand.waited_s)
         turn = "" if demand.batch or is_turn(demand, rules) else f"; its turn comes in {turn_s:.0f} s at the latest"
-        reason = f"waiting for {', '.join(busy)} on {room.device.id} to become idle{turn}"
+        where = ", ".join(sorted({r.device.id for r in stuck if any(h.busy and not h.pinned for h in r.holders)}))
+        reason = f"waiting for {', '.join(busy)} on {where} to become idle{for_part}{turn}"
         return Refusal(Obstacle.BUSY, needed, lacking, reason, room.device.id)
-    if demand.batch and any(not h.batch for h in room.holders):
+    holders = [holder for r in stuck for holder in r.holders]
+    if demand.batch and any(not h.batch for h in holders):
         reason = f"batch work waits for room on {room.device.id} that people have not used for {rules.max_wait_s:.0f} s"
         return Refusal(Obstacle.SOON, needed, lacking, reason, room.device.id, retry_in_s=1.0)
-    wait_s = stays_until_s(room.holders, rules) - view.now_s
-    kept = sorted({h.model for h in room.holders if not may_leave(h, demand, rules, view.now_s) and not h.pinned})
+    kept = sorted({h.model for h in holders if not may_leave(h, demand, rules, view.now_s) and not h.pinned})
     reason = f"{', '.join(kept) or 'a model'} on {room.device.id} was brought up a moment ago and is used first"
-    return Refusal(Obstacle.SOON, needed, lacking, reason, room.device.id, retry_in_s=max(0.0, min(wait_s, 60.0)))
+    retry_in_s = stays_until_s(holders, rules, view.now_s) - view.now_s
+    return Refusal(Obstacle.SOON, needed, lacking, reason, room.device.id, retry_in_s=min(retry_in_s, 60.0))
 
 
 def _could_ever(room: Room, demand: Demand, view: ClusterView) -> bool:

@@ -80,7 +80,8 @@ def may_leave(holder: HolderView, demand: Demand, rules: Rules, now_s: float) ->
     return not holder.busy and now_s - holder.ready_since_s >= rules.min_residency_s
 
 
-def stays_until_s(holders: Iterable[HolderView], rules: Rules) -> float:
-    """Return when the first of the idle holders has been there for long enough; infinity when none is idle."""
+def stays_until_s(holders: Iterable[HolderView], rules: Rules, now_s: float) -> float:
+    """Return when the next of the idle holders will have been there for long enough; a second on when none is."""
     idle = (h for h in holders if h.state is HolderState.READY and not h.busy and not h.pinned)
-    return min((h.ready_since_s + rules.min_residency_s for h in idle), default=float("inf"))
+    ends = (holder.ready_since_s + rules.min_residency_s for holder in idle)
+    return min((end_s for end_s in ends if end_s > now_s), default=now_s + 1.0)

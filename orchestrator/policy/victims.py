@@ -1,26 +1,27 @@
 """Who gives way on one device, at the least expected loss. Pure.
 
-Above it: `plan.py`. Below it: the views, `room.py`.
+Above it: `plan.py`, `split.py`. Below it: `hosts.py`, `room.py`, the views.
 
 What a holder's going costs is the time that its next user will wait longer, times how soon that is to be expected:
 its rate of use x its wake or load time, in the line of GreedyDual-Size-Frequency (Cherkasova 1998), whose cost per byte
 comes in through the search: the *set* with the least total loss that frees enough is chosen, not one after the other.
+KV caches shrink first, for that costs nearly nothing: a holder's going is weighed for what it frees beyond its spare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.policy.room import Room
-from orchestrator.views import HolderState, HolderView, NodeView
+from orchestrator.views import HolderState, HolderView
 
-EXACT_UP_TO = 10
-"""So many candidates are searched exactly; of more, the cheapest for their bytes."""
-BUSY_LOSS_S = 1e3
+MAX_SEARCHED = 2000
+"""So many steps the search for the best set may take on one device; few models are searched to the end."""
+BUSY_LOSS = 1e3
 """What closing a busy model costs beyond the rest: every idle one goes first."""
-LEAST_RATE = 1e-9
-SHRINK_LOSS_S = 1e-6
+SHRINK_LOSS = 1e-12
+"""What shrinking one KV cache costs: less than any going, more than nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,130 +34,133 @@ class GiveWay:
     victims: tuple[HolderView, ...] = ()
 
 
-def loss_of(holder: HolderView) -> float:
-    """Return the expected loss when a holder goes: rate of use x seconds to bring it back."""
-    back_s = holder.load_s if holder.sleep_bytes is None else holder.wake_s
-    return max(holder.uses_per_s, LEAST_RATE) * back_s + (BUSY_LOSS_S if holder.busy else 0.0)
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One who may go: what its going frees beyond its spare, what that costs."""
+
+    gain_bytes: int
+    loss: float
+    holder: HolderView
 
 
-def shrinking(room: Room, lacking_bytes: int) -> GiveWay | None:
-    """Return how KV caches alone can free so much: the largest spare first, none needlessly; None if they cannot."""
-    chosen: list[tuple[str, int]] = []
-    left = lacking_bytes
-    for holder in sorted(room.holders, key=lambda h: (-h.spare_bytes, h.id)):
-        if left <= 0 or holder.spare_bytes <= 0 or holder.state is not HolderState.READY:
-            break
-        given = min(left, holder.spare_bytes)
-        chosen.append((holder.id, given))
-        left -= given
-    if left > 0:
-        return None
-    return GiveWay(SHRINK_LOSS_S * len(chosen), lacking_bytes, tuple(chosen))
+def cheapest(
+    room: Room,
+    leaving: Sequence[HolderView],
+    lacking_bytes: int,
+    loss_of: Callable[[HolderView], float],
+    below: float = float("inf"),
+) -> GiveWay | None:
+    """Return how the device frees so much at the least loss.
 
+    Args:
+        room: the device; every ready holder on it may shrink.
+        leaving: those of its holders that may go.
+        lacking_bytes: what is to be freed.
+        loss_of: what one holder's going costs.
+        below: what costs as much or more is of no interest.
 
-def cheapest(room: Room, candidates: Sequence[HolderView], lacking_bytes: int) -> GiveWay | None:
-    """Return the candidates whose going frees enough on the device at the least loss; None if all do not suffice.
-
-    Of equal losses the one that frees less, then the one not used for longest.
+    Returns:
+        None when all together do not suffice, or not below that loss.
     """
     device = room.device.id
-    items = [(holder.bytes_on(device), loss_of(holder), holder) for holder in candidates]
-    items = [item for item in items if item[0] > 0]
-    if sum(item[0] for item in items) < lacking_bytes:
+    spare = sum(holder.spare_bytes for holder in room.holders if holder.state is HolderState.READY)
+    residue = lacking_bytes - spare
+    if residue <= 0:
+        return _with_shrinking(room, (), lacking_bytes, 0.0)
+    items = []
+    for holder in leaving:
+        gain = holder.bytes_on(device) - holder.spare_bytes
+        if gain > 0:
+            items.append(Item(gain, loss_of(holder) + (BUSY_LOSS if holder.busy else 0.0), holder))
+            residue -= gain
+    if residue > 0:
         return None
-    items.sort(key=lambda item: (item[1] / item[0], item[2].last_used_s, item[2].id))
-    chosen = _exact(items, lacking_bytes) if len(items) <= EXACT_UP_TO else _greedy(items, lacking_bytes)
-    return GiveWay(sum(i[1] for i in chosen), sum(i[0] for i in chosen), (), tuple(i[2] for i in chosen))
+    residue = lacking_bytes - spare
+    items.sort(key=lambda item: (item.loss / item.gain_bytes, item.holder.last_used_s, item.holder.id))
+    if _bound(items, 0, residue) >= below:
+        return None
+    chosen = _best_set(items, residue)
+    loss = sum(item.loss for item in chosen)
+    return None if loss >= below else _with_shrinking(room, [item.holder for item in chosen], lacking_bytes, loss)
 
 
-_Item = tuple[int, float, HolderView]
+def _with_shrinking(room: Room, victims: Sequence[HolderView], lacking_bytes: int, loss: float) -> GiveWay:
+    """Return the victims' going, and what else is lacking from the KV caches of the rest, the largest spare first."""
+    freed = sum(victim.bytes_on(room.device.id) for victim in victims)
+    left = lacking_bytes - freed
+    shrink: list[tuple[str, int]] = []
+    if left > 0:
+        gone = {victim.id for victim in victims}
+        staying = [h for h in room.holders if h.id not in gone and h.state is HolderState.READY and h.spare_bytes > 0]
+        for holder in sorted(staying, key=lambda h: (-h.spare_bytes, h.id)):
+            given = min(left, holder.spare_bytes)
+            shrink.append((holder.id, given))
+            left -= given
+            if left <= 0:
+                break
+    given_bytes = sum(num_bytes for _, num_bytes in shrink)
+    return GiveWay(loss + SHRINK_LOSS * len(shrink), freed + given_bytes, tuple(shrink), tuple(victims))
 
 
-def _rank(chosen: Sequence[_Item]) -> tuple[float, int, float]:
-    newest = max((item[2].last_used_s for item in chosen), default=0.0)
-    return round(sum(item[1] for item in chosen), 12), sum(item[0] for item in chosen), newest
+def _bound(items: Sequence[Item], start: int, needed_bytes: int) -> float:
+    """Return the least loss that any set from `start` on could have: as if the last one could go in part."""
+    loss = 0.0
+    for item in items[start:]:
+        if item.gain_bytes >= needed_bytes:
+            return loss + item.loss * max(0, needed_bytes) / item.gain_bytes
+        needed_bytes -= item.gain_bytes
+        loss += item.loss
+    return float("inf")
 
 
-def _greedy(items: Sequence[_Item], lacking_bytes: int) -> list[_Item]:
-    """Take the cheapest per byte until it is enough, then give back whoever is not needed; or the one best alone."""
-    chosen: list[_Item] = []
+def _rank(chosen: Sequence[Item]) -> tuple[float, int]:
+    return sum(item.loss for item in chosen), sum(item.gain_bytes for item in chosen)
+
+
+def _greedy(items: Sequence[Item], needed_bytes: int) -> list[Item]:
+    """Take the cheapest per byte until it is enough, then spare whoever is not needed; or the one best alone."""
+    chosen: list[Item] = []
     freed = 0
     for item in items:
-        if freed >= lacking_bytes:
+        if freed >= needed_bytes:
             break
         chosen.append(item)
-        freed += item[0]
-    for item in sorted(chosen, key=lambda item: -item[1]):
-        if freed - item[0] >= lacking_bytes:
+        freed += item.gain_bytes
+    for item in sorted(chosen, key=lambda item: -item.loss):
+        if freed - item.gain_bytes >= needed_bytes:
             chosen.remove(item)
-            freed -= item[0]
-    alone = min((item for item in items if item[0] >= lacking_bytes), key=lambda item: _rank([item]), default=None)
+            freed -= item.gain_bytes
+    alone = min((item for item in items if item.gain_bytes >= needed_bytes), key=lambda i: _rank([i]), default=None)
     return [alone] if alone is not None and _rank([alone]) < _rank(chosen) else chosen
 
 
-def _exact(items: Sequence[_Item], lacking_bytes: int) -> list[_Item]:
-    """Search all subsets, leaving out what cannot beat the best one found."""
-    best = _greedy(items, lacking_bytes)
+def _best_set(items: Sequence[Item], needed_bytes: int) -> list[Item]:
+    """Branch and bound over the sets, from the greedy one; the best found when `MAX_SEARCHED` steps are over."""
+    best = _greedy(items, needed_bytes)
     best_rank = _rank(best)
-    rest = [0] * (len(items) + 1)
-    for index in range(len(items) - 1, -1, -1):
-        rest[index] = rest[index + 1] + items[index][0]
+    steps = 0
 
-    def search(index: int, chosen: list[_Item], freed: int, loss: float) -> None:
-        nonlocal best, best_rank
-        if freed >= lacking_bytes:
-            if (rank := _rank(chosen)) < best_rank:
-                best, best_rank = list(chosen), rank
+    def search(index: int, chosen: list[Item], needed: int, loss: float, gain: int) -> None:
+        nonlocal best, best_rank, steps
+        steps += 1
+        if needed <= 0:
+            if (loss, gain) < best_rank:
+                best, best_rank = list(chosen), (loss, gain)
             return
-        if index == len(items) or freed + rest[index] < lacking_bytes or loss > best_rank[0]:
+        if steps > MAX_SEARCHED or index == len(items) or loss + _bound(items, index, needed) >= best_rank[0]:
             return
-        search(index + 1, [*chosen, items[index]], freed + items[index][0], loss + items[index][1])
-        search(index + 1, chosen, freed, loss)
+        item = items[index]
+        chosen.append(item)
+        search(index + 1, chosen, needed - item.gain_bytes, loss + item.loss, gain + item.gain_bytes)
+        chosen.pop()
+        search(index + 1, chosen, needed, loss, gain)
 
-    search(0, [], 0, 0.0)
+    if len(best) > 1 or len(items) > 1:
+        search(0, [], needed_bytes, 0.0, 0)
+    # Sets found by the search are minimal in loss, but one of no loss at all might still be there needlessly.
+    freed = sum(item.gain_bytes for item in best)
+    for item in sorted(best, key=lambda item: (-item.loss, item.holder.id)):
+        if freed - item.gain_bytes >= needed_bytes:
+            best = [other for other in best if other is not item]
+            freed -= item.gain_bytes
     return best
-
-
-def where_to(
-    victims: Sequence[HolderView], sleepers: Sequence[HolderView], nodes: Sequence[NodeView]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return who of the victims sleeps and who goes, with the sleepers that make room for more valuable ones.
-
-    Args:
-        sleepers: who sleeps already, on any node.
-    """
-    sleep: list[str] = []
-    evict: list[str] = []
-    left = {node.id: node.sleep_bytes for node in nodes if node.sleep_bytes > 0}
-    asleep: dict[str, list[HolderView]] = {}
-    for holder in sleepers:
-        if holder.node in left and holder.sleep_bytes:
-            left[holder.node] -= holder.sleep_bytes
-            asleep.setdefault(holder.node, []).append(holder)
-    for victim in sorted(victims, key=_worth_of_sleep, reverse=True):
-        room = left.get(victim.node, 0)
-        if victim.sleep_bytes is None or victim.node not in left:
-            evict.append(victim.id)
-            continue
-        going: list[HolderView] = []
-        for other in sorted(asleep.get(victim.node, ()), key=_worth_of_sleep):
-            if room >= victim.sleep_bytes or _worth_of_sleep(other) >= _worth_of_sleep(victim):
-                break
-            if not other.pinned:
-                going.append(other)
-                room += other.sleep_bytes or 0
-        if room < victim.sleep_bytes:
-            evict.append(victim.id)
-            continue
-        for other in going:
-            asleep[victim.node].remove(other)
-            evict.append(other.id)
-        sleep.append(victim.id)
-        left[victim.node] = room - victim.sleep_bytes
-    return tuple(sleep), tuple(evict)
-
-
-def _worth_of_sleep(holder: HolderView) -> float:
-    """Seconds of waiting a second that sleep saves, for each byte of host memory."""
-    saved_s = max(0.0, holder.load_s - holder.wake_s) * max(holder.uses_per_s, LEAST_RATE)
-    return saved_s / max(1, holder.sleep_bytes or 1)

@@ -189,11 +189,12 @@ def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: st
     return num_weights * item_bytes
 
 
-def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
+def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = True) -> Footprint:
     """Return what the model in directory `path` will take when served in `dtype` ("auto": as its config says).
 
     Args:
         path: of the model.
+        generates: it writes text. Others keep no KV cache, and "auto" is float32 for them, as on a CPU.
         dtype: "auto", "bfloat16", "float16" or "float32".
         quantize: "int8" or "int4" for the weights of linear layers; "" for none.
 
@@ -207,6 +208,8 @@ def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
     nested = outer.get("text_config")
     config = {**outer, **nested} if isinstance(nested, dict) else outer
     tensors = read_tensors(path)
+    if not generates and dtype == "auto":
+        dtype = "float32"
     item_bytes = _SERVED_BYTES[_serving_dtype(dtype, config, tensors)]
     if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
@@ -225,7 +228,7 @@ def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
     logits = 2 * 4 * _BATCH * vocabulary
     return Footprint(
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=2 * layers * kv_heads * head_dim * item_bytes,
+        kv_bytes_per_token=2 * layers * kv_heads * head_dim * item_bytes if generates else 0,
         max_context_tokens=_first(config, "max_position_embeddings", "n_positions", "max_sequence_length"),
         workspace_bytes=_PROCESS_BYTES + _TOKEN_BYTES * vocabulary + activations + logits,
     )

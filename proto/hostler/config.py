@@ -83,7 +83,9 @@ class ModelConfig(_Strict):
         default_factory=dict,
         description="LoRA adapters served beside the model: name that clients ask for, directory that peft wrote.",
     )
-    engine: Literal["auto", "text", "scripted"] = Field(default="auto", description="Which engine runs it.")
+    engine: Literal["auto", "text", "embedding", "rerank", "scripted"] = Field(
+        default="auto", description="Which engine runs it; auto: what its files are for."
+    )
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto")
     quantize: Literal["int8", "int4"] | None = Field(

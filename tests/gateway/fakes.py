@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,10 @@ def fail_once(error: HostlerError) -> Script:
     return script
 
 
+async def no_answer(request: Any) -> Any:
+    raise AssertionError(f"nobody said what to answer to a {type(request).__name__}")
+
+
 class FakeWorker(InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 
@@ -86,6 +90,8 @@ class FakeWorker(InferenceServiceServicer):
         self.generation = generation
         self.script: Script = echo
         self.requests: list[pb.GenerateRequest] = []
+        self.answer: Callable[[Any], Awaitable[Any]] = no_answer
+        self.asked: list[Any] = []
         self.request_ids: list[str | None] = []
         self.num_running = 0
         self.changed = asyncio.Condition()
@@ -127,7 +133,20 @@ class FakeWorker(InferenceServiceServicer):
         finally:
             await asyncio.shield(self._count(-1))
 
-    Embed = Transcribe = Speak = Tokenize = Detokenize = None
+    async def _answer(self, request: Any, context: Any) -> Any:
+        """Answer a unary call with what `answer` returns or raises."""
+        self.asked.append(request)
+        assert metadata_value(context, GENERATION_KEY) == str(self.generation)
+        await self._count(1)
+        try:
+            return await self.answer(request)
+        except HostlerError as error:
+            await abort(context, error)
+        finally:
+            await asyncio.shield(self._count(-1))
+
+    Embed = Rerank = Tokenize = Detokenize = _answer
+    Transcribe = Speak = None
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]

@@ -175,9 +175,9 @@ def test_models_spread_over_machines_and_outlive_one_of_them(
     assert len(placed) == 3
 
     # The orchestrator is killed: the next one takes over the workers of all machines.
-    (pid,) = server.pids("-m", "orchestrator", "--run-dir")[:1]
+    (pid,) = server.pids("-m orchestrator --run-dir")
     os.kill(pid, signal.SIGKILL)
-    wait(lambda: server.pids("-m", "orchestrator", "--run-dir") not in ([], [pid]), 10, "another orchestrator")
+    wait(lambda: server.pids("-m orchestrator --run-dir") not in ([], [pid]), 10, "another orchestrator")
     wait(lambda: len(ready(server)) == 3, 30, "adoption")
     adopted = ready(server)
     assert {m: (r.replica.id, r.replica.generation) for m, r in adopted.items()} == {
@@ -185,6 +185,7 @@ def test_models_spread_over_machines_and_outlive_one_of_them(
     }
 
     # A full stop ends the workers on every machine.
-    pids = [r.worker.pid for r in adopted.values()]
+    workers = [psutil.Process(r.worker.pid) for r in adopted.values()]
     assert server.stop() == 0
-    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert alive == []

@@ -7,8 +7,8 @@ come packed in one row (`packing.py`), so that linear layers run once for everyb
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,17 +27,30 @@ class PagedCache:
 
     On the CPU the tensors are reserved address space: memory is committed only where tokens were written. Each layer
     has tensors of its own, so that a resize needs room for one layer's beside the cache, not for the cache twice.
+
+    Args:
+        kept_heads: which of the heads that the model computes are kept: all, but for some split models.
+        layer_devices: of each layer, when not all are on `device`.
     """
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: KVShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        kept_heads: slice = slice(None),
+        layer_devices: Sequence[torch.device] = (),
+    ) -> None:
         self.device = device
         self.dtype = dtype
+        self.kept_heads = kept_heads
         self._row = (shape.num_kv_heads, shape.head_dim)
-        self._keys = [self._empty(shape.num_blocks) for _ in range(shape.num_layers)]
-        self._values = [self._empty(shape.num_blocks) for _ in range(shape.num_layers)]
+        self._devices = tuple(layer_devices) or (device,) * shape.num_layers
+        self._keys = [self._empty(shape.num_blocks, there) for there in self._devices]
+        self._values = [self._empty(shape.num_blocks, there) for there in self._devices]
 
-    def _empty(self, num_blocks: int) -> torch.Tensor:
-        return torch.empty((num_blocks * BLOCK_TOKENS, *self._row), dtype=self.dtype, device=self.device)
+    def _empty(self, num_blocks: int, device: torch.device) -> torch.Tensor:
+        return torch.empty((num_blocks * BLOCK_TOKENS, *self._row), dtype=self.dtype, device=device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of one layer, each (positions, kv_heads, head_dim)."""
@@ -57,15 +70,18 @@ class PagedCache:
 
         def places(blocks: Collection[int]) -> torch.Tensor:
             first = torch.tensor(list(blocks), dtype=torch.long) * BLOCK_TOKENS
-            return (first[:, None] + offsets).reshape(-1).to(self.device)
+            return (first[:, None] + offsets).reshape(-1)
 
-        old, new = places(kept.keys()), places(kept.values())
+        everywhere = {
+            there: (places(kept.keys()).to(there), places(kept.values()).to(there)) for there in self._devices
+        }
         for tensors in (self._keys, self._values):
-            for index in range(len(tensors)):
+            for index, there in enumerate(self._devices):
+                old, new = everywhere[there]
                 contents = tensors[index][old]
                 if num_blocks * BLOCK_TOKENS < tensors[index].shape[0]:
                     tensors[index] = torch.empty(0)  # First let go: there may be no room for both.
-                resized = self._empty(num_blocks)
+                resized = self._empty(num_blocks, there)
                 resized[new] = contents
                 tensors[index] = resized
         if self.device.type == "cuda":
@@ -97,6 +113,7 @@ class StepContext:
         single_positions: (singles,) int64.
         chunks: works of several rows, in row order.
         masks: filled by the first layer, read by the rest.
+        elsewhere: copies for the devices of other layers.
     """
 
     cache: PagedCache
@@ -105,6 +122,7 @@ class StepContext:
     single_positions: torch.Tensor
     chunks: tuple[Chunk, ...]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    elsewhere: dict[torch.device, StepContext] = field(default_factory=dict)
 
     @classmethod
     def of(cls, packed: PackedStep, cache: PagedCache) -> StepContext:
@@ -129,6 +147,20 @@ class StepContext:
             single_positions=there(packed.positions[:n]),
             chunks=chunks,
         )
+
+    def on(self, device: torch.device) -> StepContext:
+        """Return the same on a layer's device: itself, or a copy that is made once a step."""
+        if device == self.new_places.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = StepContext(
+                cache=self.cache,
+                new_places=self.new_places.to(device),
+                single_places=self.single_places.to(device),
+                single_positions=self.single_positions.to(device),
+                chunks=tuple(replace(chunk, places=chunk.places.to(device)) for chunk in self.chunks),
+            )
+        return self.elsewhere[device]
 
     def single_mask(self, window: int | None) -> torch.Tensor | None:
         """Boolean mask (singles, 1, 1, longest): each row sees its own sequence; None when all see all."""
@@ -194,7 +226,9 @@ def attend(
     """
     if step is None:
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
+    step = step.on(query.device)
     keys, values = step.cache.layer(int(module.layer_idx))  # type: ignore[arg-type]
+    key, value = key[:, step.cache.kept_heads], value[:, step.cache.kept_heads]
     heads, rows, head_dim = query.shape[1:]
     kv_heads = key.shape[1]
     group = heads // kv_heads

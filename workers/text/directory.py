@@ -216,7 +216,8 @@ def read_directory(spec: LoadSpec) -> Directory:
 def _placed(path: Path, config: Any, tokenizer: Any, generation: GenerationConfig, spec: LoadSpec) -> Directory:
     text, device = config.get_text_config(), torch.device(spec.device)
     # The kernels run decoders only; towers are torch's, and take what is fast for it.
-    kernels = device.type == "cpu" and config is text and text.model_type in FAMILIES and built() is not None
+    one_cpu = device.type == "cpu" and len(spec.devices) == 1
+    kernels = one_cpu and config is text and text.model_type in FAMILIES and built() is not None
     dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device, has_kernels=kernels)
     return Directory(
         path=path,
@@ -226,14 +227,27 @@ def _placed(path: Path, config: Any, tokenizer: Any, generation: GenerationConfi
         generation=generation,
         device=device,
         dtype=dtype,
-        kv=_kv_shape(spec, text, dtype, device),
+        kv=kv_shape(spec, text, dtype),
         kernels=kernels,
     )
 
 
-def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.device) -> KVShape:
+def num_kv_heads(text: Any) -> int:
+    """Return how many key-value heads each layer of a text decoder has."""
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, kv_heads: int = 0) -> KVShape:
+    """Return the cache's dimensions within the budget.
+
+    Args:
+        kv_heads: that are kept of each layer, on all devices together; 0 for as many as it has.
+
+    Raises:
+        ModelLoadFailed: the budget is too small to be of use.
+    """
     heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    kv_heads = kv_heads or num_kv_heads(text)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     context = int(text.max_position_embeddings)
     if spec.max_context_tokens:

@@ -32,7 +32,7 @@ from workers.engine import (
     SamplingParams,
     TokenPrompt,
 )
-from workers.gentle import gently
+from workers.gentle import gently, load_niceness
 from workers.text.directory import LoadedModel
 from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
@@ -73,9 +73,11 @@ class TextEngine:
         self._asyncio = asyncio.get_running_loop()
         self._replies = ReplyPlanner(loaded.tokenizer, loaded.facts.vocab_size, loaded.eos_ids)
         self._masks = MaskPool()
-        self._facts = self._complete(loaded.facts)
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
         self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
+        fill = self._intake.fill_format
+        self._fill_ends = fill.end_ids(loaded.tokenizer) if fill else frozenset[int]()
+        self._facts = self._complete(loaded.facts)
         self._runner = runner
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduler = Scheduler(
@@ -163,6 +165,7 @@ class TextEngine:
             room=self._scheduler.longest_tokens - len(ids),
             defaults=self._loaded.defaults,
             adapters=self._facts.adapters,
+            fill_ends=self._fill_ends,
         )
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
@@ -230,7 +233,7 @@ class TextEngine:
     async def wake(self, spec: LoadSpec) -> None:
         """See `workers.engine.Sleeper.wake`."""
         assert self._bed is not None, "opened without a bed"
-        opened = await gently(partial(self._bed.get_up, spec))
+        opened = await gently(partial(self._bed.get_up, spec), load_niceness(len(spec.devices)))
         self._loaded, self._facts = opened.loaded, self._complete(opened.loaded.facts)
         self._intake.see_with(opened.loaded.vision)
         await self._orders.between_steps(partial(self._return, opened))
@@ -264,7 +267,10 @@ class TextEngine:
 
     def _complete(self, facts: ModelFacts) -> ModelFacts:
         return replace(
-            facts, supports_tools=self._replies.supports_tools, supports_reasoning=self._replies.supports_reasoning
+            facts,
+            supports_tools=self._replies.supports_tools,
+            supports_reasoning=self._replies.supports_reasoning,
+            supports_fill_in_middle=self._intake.fill_format is not None,
         )
 
     # ------------------------------------------------------------ engine thread

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workers.engine import ChatPrompt, Prompt
+from workers.engine import ChatPrompt, Prompt, TextPrompt
 from workers.text.directory import LoadedModel
 from workers.text.embeddings import PromptExtras
+from workers.text.fill import FillFormat
 from workers.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
@@ -52,12 +53,19 @@ class Intake:
         )
         self.num_preparing = 0
 
+    @property
+    def fill_format(self) -> FillFormat | None:
+        """How the model fills a gap between two texts; None if it does not."""
+        return self._encoder.fill_format
+
     def see_with(self, vision: Vision | None) -> None:
         """Look at pictures with these eyes from now on; None while the model sleeps."""
         self._vision = vision
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's token ids."""
+        """Return a prompt's token ids; none for an empty text."""
+        if isinstance(prompt, TextPrompt):
+            return await self._loop.run_in_executor(self._encoding, self._encoder.encode_raw, prompt)
         ids, _ = await self._encode(prompt)
         return ids
 
@@ -72,7 +80,7 @@ class Intake:
             check: called with (prompt tokens, prompts with pictures being prepared); raises what refuses the prompt.
         """
         if not isinstance(prompt, ChatPrompt) or not prompt.images:
-            return await self.tokenize(prompt), PromptExtras()
+            return (await self._encode(prompt))[0], PromptExtras()
         check(0, self.num_preparing)
         self.num_preparing += 1
         self._changed()

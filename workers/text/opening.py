@@ -18,7 +18,7 @@ import torch
 
 from workers import memory
 from workers.engine import LoadSpec
-from workers.gentle import gently
+from workers.gentle import gently, load_niceness
 from workers.text.adapters import read_adapters
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
@@ -42,7 +42,7 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
         ModelLoadFailed: the directory cannot be served.
     """
     directory = await gently(partial(read_directory, spec))
-    opened = await gently(partial(open_model, directory, spec, report))
+    opened = await gently(partial(open_model, directory, spec, report), load_niceness(len(spec.devices)))
     log.info("runner chosen", extra={"model": spec.model, "runner": opened.runner.name})
     report("warm-up", 0, 0)
     engine = TextEngine(opened.loaded, spec, opened.runner, Bed(directory, spec, open_model))
@@ -70,6 +70,10 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
     Raises:
         ModelLoadFailed: the directory cannot be served.
     """
+    if len(spec.devices) > 1:
+        from workers.text.parallel.opening import open_split
+
+        return *open_split(spec, report), False
     library = build.built() if directory.kernels else None
     if library is not None and (ready := open_recipe(directory, spec, library, report)) is not None:
         return *ready, False

@@ -21,6 +21,9 @@ from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, blocks_for
 from workers.text.pace import Pace
 from workers.text.sequence import Sequence
 
+# Each row of a scored prompt brings a row of logits, up to a megabyte.
+_MOST_SCORED_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -53,6 +56,11 @@ class Work:
     def num_rows(self) -> int:
         """Tokens that go through the model."""
         return self.end - self.start + len(self.draft)
+
+    @property
+    def scored_rows(self) -> range:
+        """Which of its tokens give logits that score the prompt; they stand right before those that yield tokens."""
+        return self.sequence.scored_rows(self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +205,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int) -> Work | None:
         start = sequence.num_computed_tokens
         end = min(sequence.num_tokens, start + budget)
+        if sequence.scored_rows(start, end):
+            end = min(end, start + _MOST_SCORED_ROWS)
         if not self._grow(sequence, end):
             # Others grew into the room that was there at admission; as many tokens as still fit, or wait.
             end = min(end, len(sequence.blocks) * BLOCK_TOKENS)
@@ -206,7 +216,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take over what is known of a waiting sequence's prompt, if the rest of it would fit, too."""
-        reusable = (sequence.num_tokens - 1) // BLOCK_TOKENS  # the last token must run: its logits are wanted
+        reusable = sequence.num_reusable_tokens // BLOCK_TOKENS
         found = self.pool.match(sequence.hashes.of(sequence.token_ids, reusable))
         # What running prompts still need is theirs; a block of headroom each, so that whoever is admitted is not
         # preempted a moment later.
