@@ -40,6 +40,7 @@ def create_app(
     config: HostlerConfig,
     *,
     placement_target: str,
+    token: str = "",
     patience: Patience | None = None,
     state_dir: Path | None = None,
 ) -> FastAPI:
@@ -48,6 +49,7 @@ def create_app(
     Args:
         config: the resolved configuration.
         placement_target: gRPC target of the orchestrator's placement service.
+        token: of this run; workers on other hosts want keys that are made from it.
         patience: deadlines other than the usual ones, for tests.
         state_dir: where stored responses lie that every gateway process of a server shares; None: nowhere lasting.
 
@@ -59,7 +61,11 @@ def create_app(
     if config.api_key is None and "*" in config.cors:
         log.warning("every web page may use this server: cors is '*' and there is no api_key")
     services = Services(
-        config=config, placement_target=placement_target, patience=patience or Patience(), state_dir=state_dir
+        config=config,
+        placement_target=placement_target,
+        token=token,
+        patience=patience or Patience(),
+        state_dir=state_dir,
     )
 
     @asynccontextmanager

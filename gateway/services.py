@@ -48,10 +48,11 @@ class Patience:
 
 @dataclass(slots=True)
 class Services:
-    """The gateway's parts. `open` must run before the first request."""
+    """The gateway's parts. `open` must run before the first request. `token` is the run's, for workers on TCP."""
 
     config: HostlerConfig
     placement_target: str
+    token: str = ""
     patience: Patience = field(default_factory=Patience)
     lifetime: Lifetime = field(default_factory=Lifetime)
     # Where responses are stored; None: for this process alone, and gone with it.
@@ -73,7 +74,7 @@ class Services:
     async def open(self) -> AsyncIterator[None]:
         """Connect, watch the routes, and in the end close everything."""
         self.table = RouteTable()
-        self.channels = WorkerChannels()
+        self.channels = WorkerChannels(self.token)
         self.table.on_change = self.channels.keep_only
         self.placement = PlacementClient(self.placement_target)
         self.dispatcher = Dispatcher(

@@ -41,7 +41,7 @@ class Adopting:
             self._cluster.generation = max(self._cluster.generation, _generation(one))
             report = one.report
             if report is not None and report.state == life.WORKER_STATE_BLANK and not report.generation:
-                self._pool.adopt(one.worker_id, report.pid)
+                self._pool.adopt(one.worker_id, one.node, report.pid)
             elif report is not None and (model := self._adoptable(one, report)) is not None:
                 self._adopt(model, one, report)
             else:
@@ -52,6 +52,8 @@ class Adopting:
         model = self._cluster.models.get(report.info.model)
         if model is None or report.state not in _ADOPTED:
             return None
+        if one.node and one.placement is None:
+            return None  # On another machine, and nobody knows on which of its devices.
         parts = one.placement.parts if one.placement else ()
         if any(device not in self._cluster.devices for device, _ in parts):
             return None

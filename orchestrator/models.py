@@ -51,12 +51,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A model's files on this machine; the path is empty for an engine without files."""
+    """A model's files on one machine (empty: this one); the path is empty for an engine without files."""
 
     path: str
     footprint: Footprint
     engine: int = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
     """Which engine its files are for; unspecified where only the spec can say."""
+    node: str = ""
     splits: tuple[Split, ...] = ()
     """How it can be split, by kind of device; nothing where it cannot."""
 

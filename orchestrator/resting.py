@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from hostler.errors import HostlerError, Unavailable
+from hostler.errors import HostlerError, InvalidRequest, Unavailable
 from hostler.placement.v1 import placement_pb2 as pb
 
 from orchestrator import events
@@ -113,7 +113,8 @@ class Resting:
             self._runtime.post(events.ResizeDone(worker.generation, became, why))
         except HostlerError as error:
             log.warning("a resize failed", extra={"worker": worker.id, "error": error.message})
-            self._runtime.post(events.ResizeDone(worker.generation, worker.kv_cache_bytes, why))
+            fixed = isinstance(error, InvalidRequest)
+            self._runtime.post(events.ResizeDone(worker.generation, worker.kv_cache_bytes, why, fixed))
         except Exception:
             log.exception("a resize failed", extra={"worker": worker.id})
             self._runtime.post(events.ResizeDone(worker.generation, worker.kv_cache_bytes, why))
@@ -156,8 +157,10 @@ class Resting:
                 replica=worker.id,
                 num_bytes=worker.kv_cache_bytes,
             )
+        if event.fixed:  # Nobody need plan on what it cannot give.
+            worker.kv_keep_bytes = worker.kv_cache_bytes
         self._runtime.remember()
-        return True
+        return worker.kv_cache_bytes != before or event.fixed
 
     @staticmethod
     def _set_kv_cache(worker: Worker, kv_cache_bytes: int) -> None:

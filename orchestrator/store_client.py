@@ -80,7 +80,7 @@ class StoreClient:
                 needs.workspace_bytes,
             ),
             engine,
-            tuple(
+            splits=tuple(
                 Split(kind, found_split.max_parts, found_split.kv_copies)
                 for kind in ("cpu", "cuda")
                 if generates

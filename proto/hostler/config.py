@@ -128,9 +128,12 @@ class ModelConfig(_Strict):
 
 
 class DeviceConfig(_Strict):
-    """One device, real or virtual. Without any, devices are discovered."""
+    """One device, real or virtual. Those of one machine replace what would be discovered there."""
 
-    id: str = Field(pattern=r"^[a-z]+[a-z0-9]*(:\d+)?$", description="cuda:0, cpu, or any name for a virtual one.")
+    id: str = Field(
+        pattern=r"^([a-z0-9][a-z0-9._-]*/)?[a-z]+[a-z0-9]*(:\d+)?$",
+        description="cuda:0, cpu, or any name for a virtual one; of another machine with its name: box2/cuda:0.",
+    )
     kind: Literal["cpu", "cuda"] = "cpu"
     budget: Bytes = Field(default=0, description="Bytes hostler may use on it; 0: what is free at start.")
 
