@@ -149,7 +149,7 @@ class FakeEffects:
         self.calls.append(f"bring:{spec.name}:{node}")
         report(Progress("download", f"fetching {spec.source} on {node}", 1, 2))
         await self._pass(f"bring:{spec.name}")
-        return Located(f"/{node}/models/{spec.name}", self.stored[spec.name], node)
+        return Located(f"/{node}/models/{spec.name}", self.stored[spec.name], node=node)
 
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         return {}
