@@ -40,6 +40,13 @@ class Lifetime:
         for task in self._running:
             task.cancel()
 
+    def own(self, task: asyncio.Task[Any]) -> None:
+        """End a task that no client waits for, too, when the time is over."""
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        if self._expired:
+            task.cancel()
+
     async def until_gone(self, receive: Receive, work: Coroutine[Any, Any, T], *, is_spectator: bool = False) -> T:
         """Run `work` to its end, or cancel it, and wait until it has cleaned up.
 

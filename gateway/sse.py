@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
 import orjson
+from hostler.errors import HostlerError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -53,6 +54,16 @@ def data_frame(value: dict[str, Any]) -> bytes:
     return b"data: " + one_line_json(value) + b"\n\n"
 
 
+def event_frame(value: dict[str, Any]) -> bytes:
+    """Return an event that is named by its own `type`, in both of the lines that clients look for it in."""
+    kind: str = value["type"]
+    return b"event: " + kind.encode() + b"\ndata: " + one_line_json(value) + b"\n\n"
+
+
+def _error_frame(error: HostlerError) -> bytes:
+    return data_frame(error_body(error))
+
+
 def comment_frame(text: str) -> bytes:
     """Return a comment: every client skips it, proxies see life."""
     return b": " + " ".join(text.split()).encode("utf-8", errors="replace") + b"\n\n"
@@ -69,6 +80,7 @@ class EventStream(Response):
         first_comment_s: grace before a comment may be the first byte.
         comment_gap_s: shortest time from a frame to a comment; of those in between the last is sent.
         stalled_reader_s: a reader that takes nothing for so long is dropped.
+        error_frames: what a stream that has begun says of its failure, in its dialect.
     """
 
     def __init__(
@@ -82,6 +94,7 @@ class EventStream(Response):
         first_comment_s: float = FIRST_COMMENT_S,
         comment_gap_s: float = COMMENT_GAP_S,
         stalled_reader_s: float = STALLED_READER_S,
+        error_frames: Callable[[HostlerError], bytes] = _error_frame,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
@@ -93,6 +106,7 @@ class EventStream(Response):
         self._first_comment_s = first_comment_s
         self._comment_gap_s = comment_gap_s
         self._stalled_reader_s = stalled_reader_s
+        self._error_frames = error_frames
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +124,7 @@ class EventStream(Response):
             if not self._started:
                 raise error from exception
             log.warning("stream failed", extra={"request_id": self._request_id, "reason": error.reason})
-            await self._write(scope, send, data_frame(error_body(error)), last=True)
+            await self._write(scope, send, self._error_frames(error), last=True)
 
     async def _pump(self, scope: Scope, send: Send) -> None:
         loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ from gateway.fields import Fields, show, wrong_type
 
 MAX_KEEP_ALIVE_S = 10**8
 FOREVER_MS = -1
-_TIERS = ("auto", "default", "flex", "priority", "scale", "standard_only")
+_TIERS = ("auto", "default", "flex", "priority", "scale", "fast", "ultrafast", "standard_only")
 _MS_OF_UNIT = {"ns": 1e-6, "us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4, "h": 3.6e6, "d": 8.64e7}
 _NUMBER = r"\d{1,18}(?:\.\d{0,18})?|\.\d{1,18}"
 _PLAIN = re.compile(rf"([+-]?)({_NUMBER})", re.ASCII)

@@ -198,6 +198,8 @@ class Cluster:
             group=spec.group,
             batch=model.batch,
             node=worker.node,
+            # Several devices, or a GPU: the process was pinned to them when it loaded.
+            wakes_on=worker.home if worker.kind == "cuda" or len(worker.home) > 1 else None,
         )
 
     def num_others(self, name: str) -> int:

@@ -38,6 +38,18 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How a model can be split over devices of one kind: into how many parts, and the copies of its keys and values.
+
+    `kv_copies`: of a split into 2, 3 … parts, on how many parts each key and value is kept.
+    """
+
+    kind: str
+    max_parts: int
+    kv_copies: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Located:
     """A model's files on one machine (empty: this one); the path is empty for an engine without files."""
 
@@ -45,6 +57,8 @@ class Located:
     footprint: Footprint
     engine: int = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
     """Which engine its files are for; unspecified where only the spec can say."""
+    splits: tuple[Split, ...] = ()
+    """How it can be split, by kind of device; nothing where it cannot."""
     node: str = ""
 
 
@@ -180,6 +194,7 @@ def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0, own_by
         kv_context_bytes=one_context,
         kv_want_bytes=want,
         num_others=num_others,
+        workspace_bytes=footprint.workspace_bytes,
         group=spec.group,
     )
 

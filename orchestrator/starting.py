@@ -67,6 +67,7 @@ class Starting:
             kind=device.kind,
             reason=plan.reason,
             node=device.node,
+            home=frozenset(part.device for part in plan.parts),
             located=job.located,
             address=self._effects.address(worker_id),
             max_running=model.spec.max_running,

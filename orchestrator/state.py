@@ -142,6 +142,7 @@ class Worker:
         resizing_to: the KV budget that it was just told; None when it is not being resized.
         sleep_bytes: host memory that it holds asleep, or is expected to.
         own_bytes: the most that it was seen to hold beside its KV cache.
+        home: devices that its process sees; a GPU's process can wake on no other.
         busy_until_s: callers that were just handed it are on their way until then.
     """
 
@@ -166,6 +167,7 @@ class Worker:
     busy_until_s: float = 0.0
     loaded_unix_ms: int = 0
     max_running: int = 0
+    home: frozenset[str] = frozenset()
     resizing_to: int | None = None
     sleep_bytes: int = 0
     own_bytes: int = 0

@@ -18,7 +18,7 @@ from hostler.errors import BY_REASON, Internal, ModelLoadFailed
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from orchestrator.effects import Report
-from orchestrator.models import ENGINES, Footprint, Located, ModelSpec
+from orchestrator.models import ENGINES, Footprint, Located, ModelSpec, Split
 from orchestrator.ray_session import TOKEN_VARIABLE
 from orchestrator.state import Progress
 
@@ -59,7 +59,7 @@ class StoreClient:
         return await asyncio.to_thread(self._locate, spec)
 
     def _locate(self, spec: ModelSpec) -> Located | None:
-        from orchestrator.store import adapter_bytes, find, footprint, kind_of, list_stored
+        from orchestrator.store import adapter_bytes, find, footprint, kind_of, list_stored, splitting
 
         if spec.configured:
             found = find(spec.source, self._models_dir, spec.revision)
@@ -80,6 +80,12 @@ class StoreClient:
                 needs.workspace_bytes,
             ),
             engine,
+            tuple(
+                Split(kind, found_split.max_parts, found_split.kv_copies)
+                for kind in ("cpu", "cuda")
+                if generates
+                and (found_split := splitting(found.path, kind, has_adapters=bool(spec.adapters))).max_parts > 1
+            ),
         )
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:

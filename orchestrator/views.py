@@ -116,7 +116,9 @@ class Demand:
         kv_context_bytes: one full context.
         kv_want_bytes: every running request at full context.
         num_others: other models that will want a share of the same devices.
+        workspace_bytes: of base_bytes, what every part of a split model needs in full.
         max_parts: over how many devices of one node it may be split; 1 for a model that cannot be.
+        kv_copies: of a split into 2, 3 … parts, on how many parts each key and value is kept; 1 where it is not said.
         waited_s: how long the one who has waited longest has waited.
         num_waiting: how many requests wait.
         batch: nobody but batch work waits.
@@ -134,7 +136,9 @@ class Demand:
     kv_context_bytes: int
     kv_want_bytes: int
     num_others: int = 0
+    workspace_bytes: int = 0
     max_parts: int = 1
+    kv_copies: tuple[int, ...] = ()
     waited_s: float = 0.0
     num_waiting: int = 1
     batch: bool = False

@@ -14,6 +14,7 @@ from gateway.body import read_json
 from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
 from gateway.dialects.openai_chat.stream import ChunkEncoder
+from gateway.dialects.openai_responses.as_chat import is_foreign, parse_as_chat
 from gateway.dispatch import Event, Loading, merge
 from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
@@ -47,7 +48,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer one chat request, streamed or whole."""
     services = services_of(request)
     body = await read_json(request.headers, request.receive, services.config.max_body)
-    chat = parse_chat_request(body)
+    chat = parse_as_chat(body) if is_foreign(body) else parse_chat_request(body)
     del body
     routes = await services.table.first(services.patience.first_table_s)
     target = find_chat_model(routes, chat.model)

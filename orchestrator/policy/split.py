@@ -18,19 +18,20 @@ from orchestrator.policy.victims import GiveWay
 from orchestrator.views import ClusterView, Demand, HolderView, Part, Plan, Rules, in_words
 
 OVERHEAD_PERMILLE = 30
-"""What each part needs beyond its even share: embeddings and norms that every rank keeps, buffers for the exchange."""
+"""What each part needs beyond its even share of the weights: norms and vectors that every part keeps, buffers."""
 
 
 def share_of(demand: Demand, num_parts: int) -> Demand:
-    """Return what one of so many parts asks of its device."""
+    """Return what one of so many parts asks of its device: a share of the weights, and a workspace of its own."""
+    copies = demand.kv_copies[num_parts - 2] if num_parts - 2 < len(demand.kv_copies) else 1
 
     def part_of(num_bytes: int) -> int:
-        return -(-num_bytes // num_parts)
+        return -(-num_bytes * copies // num_parts)
 
-    base = part_of(demand.base_bytes)
+    weights = -(-(demand.base_bytes - demand.workspace_bytes) // num_parts)
     return replace(
         demand,
-        base_bytes=base + base * OVERHEAD_PERMILLE // 1000,
+        base_bytes=weights + weights * OVERHEAD_PERMILLE // 1000 + demand.workspace_bytes,
         kv_floor_bytes=part_of(demand.kv_floor_bytes),
         kv_context_bytes=part_of(demand.kv_context_bytes),
         kv_want_bytes=part_of(demand.kv_want_bytes),

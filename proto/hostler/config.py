@@ -149,6 +149,14 @@ class HostlerConfig(_Strict):
     gateways: int = Field(default=0, ge=0, le=64, description="Gateway processes; 0: chosen from the cores.")
     max_body: Bytes = Field(default=8 * 10**6, description="Largest JSON body.")
     fetch_urls: bool = Field(default=False, description="Fetch images that requests give by http(s) address.")
+    responses_dir: Path | None = Field(
+        default=None, description="Where stored responses lie; null: the run directory, which may not outlive a reboot."
+    )
+    responses_max_count: int = Field(
+        default=10_000, ge=0, le=10**8, description="Stored responses and conversations; 0: none is stored."
+    )
+    responses_max_bytes: Bytes = Field(default=256 * 10**6, description="Bytes of all of them; 0: none is stored.")
+    responses_max_age: Seconds = Field(default=30 * 86400.0, description="Kept for so long after their last use.")
     models: tuple[ModelConfig, ...] = Field(default=())
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")

@@ -6,6 +6,8 @@
         orchestrator.sock   placement service
         w-<id>.sock         one per worker on this host
         token               of this run (0600), from which the keys of workers on other hosts are made
+        responses.db        stored responses, if the configuration puts them nowhere else; files beside it are SQLite's
+                            and the gateways' locks
         logs/               one file per process
 
 `<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are

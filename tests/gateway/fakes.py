@@ -82,6 +82,16 @@ async def no_answer(request: Any) -> Any:
     raise AssertionError(f"nobody said what to answer to a {type(request).__name__}")
 
 
+def counting(max_context_tokens: int = 8192) -> Callable[[Any], Awaitable[Any]]:
+    """Return an `answer` to Tokenize that counts one token for each word of a chat."""
+
+    async def count(request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        words = [word for m in request.chat.messages for part in m.parts for word in part.text.split()]
+        return pb.TokenizeResponse(ids=range(len(words)), max_context_tokens=max_context_tokens)
+
+    return count
+
+
 class FakeWorker(InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 

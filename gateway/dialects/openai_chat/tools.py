@@ -28,7 +28,11 @@ def parse_tools(body: Fields) -> list[pb.Tool]:
                 f"'{tool.name_of('type')}' {show(kind)} is not supported; only 'function' is.",
                 param=tool.name_of("type"),
             )
-        tools.append(read_function(tool.required_child("function")))
+        function = tool.child("function")
+        # Responses' tools are flat, and clients send them here, too.
+        if function is None:
+            function = tool if tool.raw("name") is not None else tool.required_child("function")
+        tools.append(read_function(function))
     return tools
 
 
