@@ -75,8 +75,7 @@ class TextEngine:
         self._masks = MaskPool()
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
         self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
-        fill = self._intake.fill_format
-        self._fill_ends = fill.end_ids(loaded.tokenizer) if fill else frozenset[int]()
+        self._fill_ends = self._intake.fill_ends
         self._facts = self._complete(loaded.facts)
         self._runner = runner
         self._tasks: set[asyncio.Task[None]] = set()

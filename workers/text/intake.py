@@ -58,6 +58,11 @@ class Intake:
         """How the model fills a gap between two texts; None if it does not."""
         return self._encoder.fill_format
 
+    @property
+    def fill_ends(self) -> frozenset[int]:
+        """The tokens that end the text of a gap; none of a model that fills none."""
+        return self.fill_format.end_ids(self._tokenizer) if self.fill_format else frozenset()
+
     def see_with(self, vision: Vision | None) -> None:
         """Look at pictures with these eyes from now on; None while the model sleeps."""
         self._vision = vision
