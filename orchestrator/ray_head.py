@@ -2,7 +2,8 @@
 
 Above it: `hostler serve`, which restarts it when it dies. Below it: Ray's control plane (GCS) and node daemon
 (raylet), which it starts on loopback with a token, watches, and takes down with it. It writes `ray.json` once Ray
-is up. With `ray_address` in the configuration it starts nothing and publishes that address.
+is up. With `ray_address` in the configuration it starts nothing: it publishes that address once a control plane answers
+there, and ends when none does any more.
 
 Ray's command line is not used: it takes twice as long and always opens the client server's port.
 """
@@ -42,6 +43,10 @@ _MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET_IN_TEMP_DIR = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.1"
 _GCS_PORTS = range(6400, 10000)
 """Below 10000: Ray hands 10002-19999 to workers, and a control plane there conflicts with them."""
+
+CLUSTER_PROBE_S = 1.0
+MAX_UNANSWERED = 4
+"""So many probes in a row, and a cluster that we joined counts as gone."""
 
 EXIT_RAY_DIED = 3
 
@@ -145,6 +150,37 @@ def _wait(pids: list[int], stop_fd: int) -> int | None:
     return next((watched[fd] for fd, _ in ready if fd in watched), None)
 
 
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_PROBE_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _follow_cluster(run_dir: RunDir, address: str, stop_fd: int) -> int:
+    """Publish somebody else's Ray once its control plane answers, and stay until it does not, or a signal comes."""
+    poll = select.poll()
+    poll.register(stop_fd, select.POLLIN)
+    num_unanswered, published = 0, False
+    while num_unanswered < MAX_UNANSWERED:
+        if _answers(address):
+            num_unanswered = 0
+            if not published:
+                token = ray_session.cluster_token(os.environ)
+                ray_session.write(run_dir.path, ray_session.RaySession(address, token, 0))
+                published = True
+                log.info("the cluster answers", extra={"address": address})
+        elif published:
+            num_unanswered += 1
+        if poll.poll(CLUSTER_PROBE_S * 1000):
+            return 0
+    log.error("the cluster does not answer any more", extra={"address": address})
+    ray_session.path_in(run_dir.path).unlink(missing_ok=True)
+    return EXIT_RAY_DIED
+
+
 def run(run_dir: RunDir) -> int:
     """Start Ray and stay until it dies or a signal comes; return the exit status."""
     reader, writer = os.pipe()
@@ -153,10 +189,7 @@ def run(run_dir: RunDir) -> int:
     config = read_resolved(run_dir.config)
     ray_session.path_in(run_dir.path).unlink(missing_ok=True)
     if config.ray_address:
-        token = ray_session.cluster_token(os.environ)
-        ray_session.write(run_dir.path, ray_session.RaySession(config.ray_address, token, 0))
-        _wait([], reader)
-        return 0
+        return _follow_cluster(run_dir, config.ray_address, reader)
 
     if os.getpgid(0) != os.getpid() and os.getsid(0) != os.getpid():
         os.setpgid(0, 0)  # Ctrl-C in the terminal is for the supervisor alone.

@@ -10,18 +10,15 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import hostler
 import pytest
-from hostler.channel import worker_key
 from hostler.config import ConfigError, HostlerConfig, build
 from hostler.errors import WorkerLost
-from hostler.rundir import RunDir
 
-from orchestrator import devices, nodes, ray_nodes, ray_session
+from orchestrator import devices, nodes, ray_nodes
 from orchestrator.devices import Device
 from orchestrator.elsewhere import Elsewhere
 from orchestrator.models import ModelSpec
@@ -83,33 +80,6 @@ def test_a_gpu_elsewhere_is_pinned_by_its_own_number() -> None:
     gpu = devices.seen_from_elsewhere(Device("cuda:3", "cuda", "H100", 0, 10), "box2", 8)
     assert (gpu.id, gpu.node, gpu.local_id, gpu.num_cores) == ("box2/cuda:3", "box2", "cuda:3", 8)
     assert devices.worker_env([gpu], 8)["CUDA_VISIBLE_DEVICES"] == "3"
-
-
-# ------------------------------------------------------------ tokens
-
-
-def test_every_process_of_a_run_gets_the_same_token_and_nobody_else_may_read_it(tmp_path: Path) -> None:
-    token = RunDir(tmp_path).token()
-    assert RunDir(tmp_path).token() == token
-    assert len(bytes.fromhex(token)) == 32
-    assert RunDir(tmp_path).token_file.stat().st_mode & 0o077 == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["token"]
-
-
-def test_a_worker_key_opens_one_worker_of_one_run() -> None:
-    keys = {worker_key(token, worker) for token in ("t1", "t2") for worker in ("w1", "w2")}
-    assert len(keys) == 4
-
-
-def test_a_clusters_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert ray_session.cluster_token({}) == ""
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("home\n")
-    (tmp_path / "other").write_text("file\n")
-    assert ray_session.cluster_token({}) == "home"
-    assert ray_session.cluster_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}) == "file"
-    assert ray_session.cluster_token({"RAY_AUTH_TOKEN": "variable"}) == "variable"
 
 
 # ------------------------------------------------------------ joining and leaving
@@ -310,6 +280,25 @@ async def test_a_machine_whose_raylet_refuses_is_gone_before_ray_says_so(
     assert "refuses" in seen.why
     with pytest.raises(WorkerLost):
         watched.nodes.options("box2")
+
+
+async def test_a_machine_that_answers_nothing_twice_in_a_row_is_gone(
+    ray: FakeRay, watch: Callable[[], Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.add("box2")
+    watched = watch()
+    await watched.next()
+    answers = iter([None, True, None, None])
+    asked: list[bool | None] = []
+
+    async def answer(machine: Machine) -> bool | None:
+        asked.append(next(answers, None))
+        return asked[-1]
+
+    monkeypatch.setattr(ray_nodes, "_answers", answer)
+    seen = await watched.next()
+    assert (seen.left, asked[:4]) == (("box2",), [None, True, None, None])
+    assert "does not answer" in seen.why
 
 
 async def test_a_machine_that_comes_back_under_another_id_has_its_name_again(
