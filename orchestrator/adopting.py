@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 
+from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
 
+from orchestrator import events
 from orchestrator.effects import FoundWorker, Placement
 from orchestrator.pool import Pool
+from orchestrator.retiring import EVICTION_DRAIN_S
 from orchestrator.runtime import Runtime
 from orchestrator.starting import Starting
 from orchestrator.state import Model, Worker, WorkerState
@@ -45,8 +48,7 @@ class Adopting:
             elif report is not None and (model := self._adoptable(one, report)) is not None:
                 self._adopt(model, one, report)
             else:
-                log.warning("ending a worker that cannot be adopted", extra={"worker": one.worker_id})
-                self._runtime.run(self._runtime.effects.kill(one.worker_id))
+                self._end(one, report)
 
     def _adoptable(self, one: FoundWorker, report: life.WatchResponse) -> Model | None:
         model = self._cluster.models.get(report.info.model)
@@ -58,6 +60,30 @@ class Adopting:
         started = model.job is not None and model.job.stage.started
         num_adopted = sum(1 for worker in self._cluster.workers.values() if worker.model == model.spec.name)
         return None if started or num_adopted >= model.spec.max_replicas else model
+
+    def _end(self, one: FoundWorker, report: life.WatchResponse | None) -> None:
+        """End a process; one that was draining for the last orchestrator may finish what runs in it."""
+        log.warning("ending a worker that cannot be adopted", extra={"worker": one.worker_id})
+        placement = one.placement or (self._guess(one, report) if report is not None else None)
+        parts = tuple(Part(device, num_bytes) for device, num_bytes in placement.parts) if placement else ()
+        self._cluster.ending[one.worker_id] = parts
+        drains = report is not None and report.state == life.WORKER_STATE_DRAINING
+        self._runtime.run(self._end_effect(one.worker_id, report.generation if report and drains else 0))
+
+    async def _end_effect(self, worker_id: str, generation: int) -> None:
+        if generation:
+            try:
+                await self._runtime.effects.drain(worker_id, generation, EVICTION_DRAIN_S)
+            except HostlerError as error:
+                log.info("a worker did not drain", extra={"worker": worker_id, "error": error.message})
+            except Exception:
+                log.exception("draining a worker failed", extra={"worker": worker_id})
+        await self._runtime.kill(worker_id)
+        self._runtime.post(events.Ended(worker_id))
+
+    def on_ended(self, event: events.Ended) -> bool:
+        """Free what a process held that is gone now. Return whether it held anything."""
+        return bool(self._cluster.ending.pop(event.worker_id, ()))
 
     def _adopt(self, model: Model, one: FoundWorker, report: life.WatchResponse) -> None:
         asleep = report.state == life.WORKER_STATE_ASLEEP

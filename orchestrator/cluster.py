@@ -31,7 +31,11 @@ _VIEW_STATES = {
 
 @dataclass(slots=True)
 class Cluster:
-    """All state. Keys: models by public name, workers by generation, host memory for sleepers by node."""
+    """All state. Keys: models by public name, workers by generation, host memory for sleepers by node.
+
+    `ending`: what processes of an earlier orchestrator, by worker id, may hold until their end, when nobody could take
+    them over.
+    """
 
     devices: dict[str, Device]
     models: dict[str, Model] = field(default_factory=dict)
@@ -41,6 +45,7 @@ class Cluster:
     experience: Experience = field(default_factory=Experience)
     apart: frozenset[str] = frozenset()
     generation: int = 0
+    ending: dict[str, tuple[Part, ...]] = field(default_factory=dict)
 
     # ------------------------------------------------------------ look-ups
 
@@ -107,7 +112,8 @@ class Cluster:
 
     def occupied_bytes(self, device: str) -> int:
         """Return what worker processes may hold now, the ones on their way out or to sleep included."""
-        return sum(w.bytes_on(device) for w in self.workers.values())
+        ending = sum(p.num_bytes for parts in self.ending.values() for p in parts if p.device == device)
+        return ending + sum(w.bytes_on(device) for w in self.workers.values())
 
     def committed_bytes(self, device: str) -> int:
         """Return what will be held when everybody who was told to give way has done so."""
@@ -126,6 +132,8 @@ class Cluster:
     def is_giving_way(self, device: str) -> bool:
         """Return whether somebody on the device is about to free memory there."""
         leaving = (WorkerState.RESTING, WorkerState.DRAINING, WorkerState.LOST)
+        if any(part.device == device for parts in self.ending.values() for part in parts):
+            return True
         return any(
             w.bytes_on(device) and (w.state in leaving or w.resizing_to is not None) for w in self.workers.values()
         )

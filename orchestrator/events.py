@@ -203,10 +203,10 @@ class SleepDone:
 
 @dataclass(frozen=True, slots=True)
 class ResizeDone:
-    """What a worker's KV cache may grow to now. `generation` is the worker's."""
+    """What a worker's KV cache may grow to now; None: it did not say. `generation` is the worker's."""
 
     generation: int
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
     why: str
 
 
@@ -231,6 +231,13 @@ class Retired:
     """A worker process is gone and its memory with it."""
 
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process that could not be taken over is gone, and its memory with it."""
+
+    worker_id: str
 
 
 Event = (
@@ -261,4 +268,5 @@ Event = (
     | Reported
     | WatchEnded
     | Retired
+    | Ended
 )

@@ -120,6 +120,13 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def kill(self, worker_id: str) -> None:
+        """End a worker process. Never raises: whatever went wrong, whoever waits for its end must go on."""
+        try:
+            await self.effects.kill(worker_id)
+        except Exception:
+            log.exception("killing a worker failed", extra={"worker": worker_id})
+
     def next_generation(self) -> int:
         """Return a number that no placement had before, in this life or an earlier one."""
         self.cluster.generation += 1

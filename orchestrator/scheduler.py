@@ -103,6 +103,7 @@ class Scheduler:
             events.Reported: self._watching.on_reported,
             events.WatchEnded: self._watching.on_watch_ended,
             events.Retired: self._on_retired,
+            events.Ended: self._then_place(self._adopting.on_ended),
         }
 
     def _then_place(self, handle: Callable[[Any], bool]) -> Callable[[Any], None]:
