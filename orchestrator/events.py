@@ -103,9 +103,10 @@ class StoreListed:
 
 @dataclass(frozen=True, slots=True)
 class WorkersFound:
-    """Which workers outlived the last orchestrator."""
+    """Which workers outlived the last orchestrator; `stored`: it is known which models there are in the store."""
 
     workers: tuple[FoundWorker, ...]
+    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)

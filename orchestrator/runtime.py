@@ -135,8 +135,8 @@ class Runtime:
 
     def remember(self) -> None:
         """Store what the next orchestrator must know to take our workers over."""
-        placements = tuple(_placement(w) for w in self.cluster.workers.values() if w.state is not WorkerState.LOST)
-        self.effects.remember(Memory(self.cluster.generation, placements))
+        ours = (_placement(worker) for worker in self.cluster.workers.values())
+        self.effects.remember(Memory(self.cluster.generation, (*ours, *self.cluster.ending.values())))
 
     def learn(self, spec: ModelSpec, worker: Worker, **seen: float) -> None:
         """Take a measurement of a worker in, and store it when it says something new."""
@@ -155,9 +155,10 @@ def _placement(worker: Worker) -> Placement:
         generation=worker.generation,
         model=worker.model,
         parts=tuple((part.device, part.num_bytes) for part in worker.parts),
-        kv_cache_bytes=worker.kv_cache_bytes,
+        kv_cache_bytes=worker.kv_cache_bytes + worker.owed_bytes,
         reason=worker.reason,
         loaded_unix_ms=worker.loaded_unix_ms,
         kv_keep_bytes=worker.kv_keep_bytes,
         node=worker.node,
+        fenced=worker.state is WorkerState.LOST,
     )

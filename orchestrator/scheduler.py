@@ -210,7 +210,7 @@ class Scheduler:
         if isinstance(workers, BaseException):
             log.error("living workers could not be listed", exc_info=workers)
             workers = ()
-        self.post(events.WorkersFound(workers))
+        self.post(events.WorkersFound(workers, not isinstance(stored, BaseException)))
 
     def _preload(self) -> None:
         for model in self._cluster.models.values():
@@ -218,7 +218,7 @@ class Scheduler:
                 self._loading.start(model)
 
     def _on_workers_found(self, event: events.WorkersFound) -> None:
-        self._adopting.adopt(event.workers)
+        self._adopting.adopt(event.workers, stored=event.stored)
         self._runtime.may_publish = True
         self._preload()
         self._runtime.remember()

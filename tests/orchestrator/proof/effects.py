@@ -238,8 +238,13 @@ class WorldEffects:
         if process is not None:
             self._check_cut(process, "killed")
             process.doomed = True
-        fate = await self._take("kill", worker_id)
-        if process is not None:
+        fate, seconds = world.fates.of("kill"), world.fates.seconds("kill")
+        world.tell(f"    → kill {worker_id}: {fate.value} after {seconds:.2f} s")
+        if seconds:
+            if process is not None:
+                world.loop.call_later(seconds, world.end, process)
+            await asyncio.sleep(seconds)
+        elif process is not None:
             world.end(process)
         if fate is Fate.FAILS:
             raise world.fates.error("kill")

@@ -121,7 +121,9 @@ class Truth:
         self.held = held = dict.fromkeys(self.world.all_devices, 0)
         self.promised = promised = dict.fromkeys(self.world.all_devices, 0)
         self.departures.clear()
-        if type(event) is events.ResizeDone:
+        if type(event) is events.WorkersFound:  # What was there already is promised from now on.
+            self.promised_before = {d: max(self.promised_before[d], self.held_before[d]) for d in held}
+        elif type(event) is events.ResizeDone:
             self._excuse_resize(event.generation)
         states: dict[int, WorkerState] = {}
         ids = set()

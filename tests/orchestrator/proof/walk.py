@@ -99,6 +99,7 @@ class Walk:
         self.world.trace = [] if trace else None
         self.truth = Truth(self.world)
         self.clients: list[Client] = []
+        self._calls: set[asyncio.Task[None]] = set()
         self.names = [*self.world.kinds]
         self._log = logging.getLogger("orchestrator")
         self._log_before = (self._log.level, self._log.propagate)
@@ -165,7 +166,7 @@ class Walk:
 
     def _tick(self, step_s: float) -> None:
         for process in self.world.processes.values():
-            if process.frozen:
+            if process.frozen and process.generation in self.truth.cluster.workers:
                 process.frozen_ticks_s += step_s if step_s <= LAZY_TICK_S else 0.5
         self.life.scheduler.post(events.Tick())
         self.loop.settle()
@@ -358,7 +359,8 @@ class Walk:
             "plan": lambda: scheduler.plan(model),
             "status": scheduler.status,
         }
-        self.loop.create_task(_ignoring_refusals(calls[what]()))
+        self._calls.add(task := self.loop.create_task(_ignoring_refusals(calls[what]())))
+        task.add_done_callback(self._calls.discard)
 
     # ------------------------------------------------------------ the orchestrator's end
 
@@ -373,6 +375,8 @@ class Walk:
         self.life.effects.dead = True
         for client in self.clients:
             client.task.cancel()
+        for call in self._calls:
+            call.cancel()
         self.life.task.cancel()
         self.loop.settle()
         self.clients.clear()
