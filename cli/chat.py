@@ -135,6 +135,8 @@ class Conversation:
                 closing(self._client.stream(self._settings, self.messages, reply)) as pieces,
             ):
                 for delta in pieces:
+                    if delta.waiting:
+                        screen.waiting(delta.waiting)
                     if delta.reasoning:
                         screen.reasoning(delta.reasoning)
                     if delta.text:

@@ -16,6 +16,8 @@ import httpx
 from cli.exits import CliError
 
 _TIMEOUT = httpx.Timeout(10.0, read=600.0)  # a first token may have to wait for a model to load
+# Our own servers' comment while a model comes up.
+_WAITING = ": loading: "
 
 
 class ChatError(CliError):
@@ -34,10 +36,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of the reply."""
+    """A piece of the reply; or, before it, what the wait is for."""
 
     text: str = ""
     reasoning: str = ""
+    waiting: str = ""
 
 
 @dataclass(slots=True)
@@ -142,6 +145,8 @@ def _refusal(response: httpx.Response) -> str:
 
 def _read(response: httpx.Response, reply: Reply) -> Iterator[Delta]:
     for line in response.iter_lines():
+        if line.startswith(_WAITING):
+            yield Delta(waiting=line.removeprefix(_WAITING))
         if not line.startswith("data:"):
             continue  # comments keep the connection alive
         data = line[5:].strip()

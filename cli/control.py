@@ -1,91 +1,28 @@
-"""The commands that ask a running server or the model store: ps, models, pull, load, unload, plan, pin, rm.
+"""The commands that move models or list them: models, pull, load, unload, sleep, pin, rm, version.
 
 Above stands `cli.main`, which imports this file only when one of them runs; below, `cli.placement`, `cli.store`
-and `cli.status`. With `as_json` standard output carries JSON and nothing else.
+and `cli.models_screen`. With `as_json` standard output carries JSON and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from hostler import errors
-
-from cli import placement, report, servers, status, store
+from cli import models_screen, placement, report, servers, store
 from cli.exits import CliError
+from cli.hints import hinted
 from cli.placement import Progress, Ready
-
-_SAMPLE_S = 0.4
-
-
-def show_json(value: Any) -> None:
-    """Print one JSON value: indented on a terminal, one line in a pipe."""
-    indent = 2 if sys.stdout.isatty() else None
-    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+from cli.seeing import sample, show_json, show_json_line
 
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
-
-
-async def _sample(server: servers.Server) -> dict[str, Any]:
-    async with placement.connect(server.run_dir) as client:
-        return status.status_json(await client.status(), server.port, server.pid)
-
-
-def ps(port: int | None, as_json: bool, watch: bool, interval_s: float) -> None:
-    """Show devices and replicas, once or until Ctrl-C."""
-    server = servers.find(port)
-    if watch:
-        asyncio.run(_watch(server, as_json, interval_s))
-        return
-    asyncio.run(_ps_once(server, as_json))
-
-
-async def _ps_once(server: servers.Server, as_json: bool) -> None:
-    values = await _sample(server)
-    if not as_json and any(replica["num_running"] for replica in values["replicas"]):
-        start = time.monotonic()  # tokens/s needs two samples
-        await asyncio.sleep(_SAMPLE_S)
-        values = status.with_rates(await _sample(server), values, time.monotonic() - start)
-    if as_json:
-        show_json(values)
-        return
-    from rich.console import Console
-
-    Console().print(status.draw_status(values))
-
-
-async def _watch(server: servers.Server, as_json: bool, interval_s: float) -> None:
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-
-    before: dict[str, Any] | None = None
-    sampled_at = time.monotonic()
-    with Live(Text("…"), console=Console(stderr=as_json), auto_refresh=False, screen=not as_json) as live:
-        while True:
-            try:
-                values = await _sample(server)
-            except errors.OrchestratorAway as error:
-                # It may be restarting under its supervisor; with that gone, too, there is nothing to watch.
-                servers.find(server.port)
-                live.update(Text(error.message, style="yellow"), refresh=not as_json)
-            else:
-                now = time.monotonic()
-                status.with_rates(values, before, now - sampled_at)
-                before, sampled_at = values, now
-                if as_json:
-                    sys.stdout.write(json.dumps(values) + "\n")
-                    sys.stdout.flush()
-                else:
-                    live.update(status.draw_status(values), refresh=True)
-            await asyncio.sleep(interval_s)
 
 
 def models(port: int | None, as_json: bool, models_dir: Path | None) -> None:
@@ -97,7 +34,7 @@ def models(port: int | None, as_json: bool, models_dir: Path | None) -> None:
         if port is not None:
             raise
     else:
-        served = asyncio.run(_sample(server))["models"]
+        served = asyncio.run(sample(server))["models"]
         directory = servers.read_config(server.run_dir).get("models_dir")
         models_dir = models_dir or (Path(directory) if directory else None)
     try:
@@ -112,7 +49,7 @@ def models(port: int | None, as_json: bool, models_dir: Path | None) -> None:
         return
     from rich.console import Console
 
-    Console().print(status.draw_models(served, stored))
+    Console().print(models_screen.draw_models(served, stored))
 
 
 def pull(name: str, revision: str | None, models_dir: Path | None, as_json: bool) -> None:
@@ -142,7 +79,8 @@ def pull(name: str, revision: str | None, models_dir: Path | None, as_json: bool
 def load(port: int | None, model: str, as_json: bool) -> None:
     """Bring a model up and follow it."""
     server = servers.find(port)
-    asyncio.run(_load(server, model, as_json))
+    with hinted(server, model):
+        asyncio.run(_load(server, model, as_json))
 
 
 async def _load(server: servers.Server, model: str, as_json: bool) -> None:
@@ -155,14 +93,12 @@ async def _load(server: servers.Server, model: str, as_json: bool) -> None:
                     took_s = round(time.monotonic() - started, 2)
                     if reporter is None:
                         fields = {"replica": event.replica_id, "generation": event.generation, "took_s": took_s}
-                        sys.stdout.write(json.dumps({"stage": "ready", "model": model, **fields}) + "\n")
+                        show_json_line({"stage": "ready", "model": model, **fields})
                     else:
                         reporter.finish(model)
                         reporter.say("ready", f"{model} is ready ({took_s:.1f} s)", "good")
                 elif reporter is None:
-                    fields = {"done_bytes": event.done_bytes, "total_bytes": event.total_bytes, "detail": event.detail}
-                    sys.stdout.write(json.dumps({"stage": event.stage, "model": model, **fields}) + "\n")
-                    sys.stdout.flush()
+                    show_json_line({"model": model, **dataclasses.asdict(event)})
                 else:
                     reporter.progress(model, event)
     finally:
@@ -172,56 +108,47 @@ async def _load(server: servers.Server, model: str, as_json: bool) -> None:
 
 def unload(port: int | None, model: str, as_json: bool) -> None:
     """Drain and remove a model's replicas."""
+    server = servers.find(port)
 
-    async def call(server: servers.Server) -> int:
+    async def call() -> int:
         async with placement.connect(server.run_dir) as client:
             return await client.unload(model)
 
-    num_unloaded = asyncio.run(call(servers.find(port)))
+    with hinted(server, model):
+        num_unloaded = asyncio.run(call())
     if as_json:
         show_json({"model": model, "num_unloaded": num_unloaded})
     else:
         _say(f"{model} was not loaded" if not num_unloaded else f"{model} is unloaded")
 
 
-def plan(port: int | None, model: str, as_json: bool) -> None:
-    """Say what a load would do now."""
+def sleep(port: int | None, model: str, as_json: bool) -> None:
+    """Take a model's replicas off their devices, quick to wake."""
+    server = servers.find(port)
 
-    async def call(server: servers.Server) -> dict[str, Any]:
+    async def call() -> int:
         async with placement.connect(server.run_dir) as client:
-            answer = await client.plan(model)
-        return {
-            "model": model,
-            "feasible": answer.feasible,
-            "device": answer.device or None,
-            "needed_bytes": answer.needed_bytes,
-            "quantize": answer.quantize or None,
-            "evict_models": list(answer.evict_models),
-            "reason": answer.reason,
-        }
+            return await client.sleep(model)
 
-    values = asyncio.run(call(servers.find(port)))
+    with hinted(server, model):
+        num_asleep = asyncio.run(call())
     if as_json:
-        show_json(values)
-        return
-    verdict = f"would go to {values['device']}" if values["feasible"] else "does not fit now"
-    needs = f": needs {status.size(values['needed_bytes'])}" if values["needed_bytes"] else ""
-    weights = f" with {values['quantize']} weights" if values["quantize"] and needs else ""
-    _say(f"{model} {verdict}{needs}{weights}")
-    if values["evict_models"]:
-        _say(f"  after unloading {', '.join(values['evict_models'])}")
-    if values["reason"]:
-        _say(f"  {values['reason']}")
+        show_json({"model": model, "num_asleep": num_asleep})
+    else:
+        _say(f"{model} goes to sleep; a request wakes it" if num_asleep else f"{model} was not awake")
 
 
 def pin(port: int | None, model: str, pinned: bool, as_json: bool) -> None:
     """Keep a model from being evicted, or let it go again."""
 
-    async def call(server: servers.Server) -> None:
+    server = servers.find(port)
+
+    async def call() -> None:
         async with placement.connect(server.run_dir) as client:
             await client.pin(model, pinned)
 
-    asyncio.run(call(servers.find(port)))
+    with hinted(server, model):
+        asyncio.run(call())
     if as_json:
         show_json({"model": model, "pinned": pinned})
     else:

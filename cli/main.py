@@ -154,10 +154,10 @@ def ps(
     interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 1.0,
     port: Port = None,
 ) -> None:
-    """Show devices and loaded models: memory, requests, tokens/s, and why each is where it is."""
-    from cli import control
+    """Show devices and models: memory, requests, tokens/s, and why each model is where it is."""
+    from cli import seeing
 
-    control.ps(port, as_json, watch, interval)
+    seeing.ps(port, as_json, watch, interval)
 
 
 @app.command(epilog=_examples("hostler models", "hostler models --json | jq -r '.stored[].name'"))
@@ -205,13 +205,25 @@ def unload(model: Model, as_json: Json = False, port: Port = None) -> None:
     control.unload(port, model, as_json)
 
 
+@app.command(epilog=_examples("hostler sleep Qwen3-0.6B"))
+@friendly
+def sleep(model: Model, as_json: Json = False, port: Port = None) -> None:
+    """Let a model's requests finish, then take it off its device; its next request wakes it, quicker than a load."""
+    from cli import control
+
+    control.sleep(port, model, as_json)
+
+
 @app.command(epilog=_examples("hostler plan Qwen3-0.6B", "hostler plan Qwen3-0.6B --json"))
 @friendly
 def plan(model: Model, as_json: Json = False, port: Port = None) -> None:
-    """Say where a model would go and what would have to leave, without doing it."""
-    from cli import control
+    """Say where a model would go, who would give way and how long it would take, without doing it.
 
-    control.plan(port, model, as_json)
+    Fails (exit code 1) if it cannot be brought up now, and says what would help.
+    """
+    from cli import seeing
+
+    seeing.plan(port, model, as_json)
 
 
 @app.command(epilog=_examples("hostler pin Qwen3-0.6B"))
@@ -230,6 +242,26 @@ def unpin(model: Model, as_json: Json = False, port: Port = None) -> None:
     from cli import control
 
     control.pin(port, model, False, as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "hostler events                 what happened, and why",
+        "hostler events --follow        as it happens, too",
+        "hostler events --last 1000 --json | jq 'select(.kind == \"evicted\")'",
+    )
+)
+@friendly
+def events(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new ones; Ctrl-C ends it.")] = False,
+    last: Annotated[int, typer.Option("--last", "-n", min=1, max=100_000, help="So many past events at most.")] = 50,
+    as_json: Json = False,
+    port: Port = None,
+) -> None:
+    """Show what happened to models and devices, and why: loads, evictions, failures, memory of other programs."""
+    from cli import seeing
+
+    seeing.events(port, last, follow, as_json)
 
 
 @app.command(epilog=_examples("hostler rm SmolLM2-135M-Instruct", "hostler rm SmolLM2-135M-Instruct --yes"))

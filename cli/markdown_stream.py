@@ -49,7 +49,7 @@ class _LastLines:
 
 
 class MarkdownStream:
-    """Use as a context manager around one reply; `text` and `reasoning` add to it."""
+    """Use as a context manager around one reply; `text` and `reasoning` add to it, `waiting` says why not yet."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -68,6 +68,10 @@ class MarkdownStream:
         self._live.stop()
         if self._pending.strip():
             self._console.print(Markdown(self._pending))
+
+    def waiting(self, what: str) -> None:
+        """Tell beside the spinner what the reply waits for."""
+        self._live.update(Spinner("dots", text=Text(what, style="dim"), style="cyan"))
 
     def text(self, piece: str) -> None:
         """Add to the answer."""

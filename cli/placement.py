@@ -1,6 +1,6 @@
 """The command line's end of the placement contract. The only file of this room that knows gRPC.
 
-Above stand `cli.control`, `cli.status` and `cli.serve`; below, `hostler.placement.v1` on the run directory's socket.
+Above stand `cli.control`, `cli.seeing` and `cli.startup`; below, `hostler.placement.v1` on the run directory's socket.
 Failures leave here as `HostlerError`.
 """
 
@@ -29,12 +29,14 @@ _RETRIED = (errors.OrchestratorAway, errors.WorkerLost, errors.StaleGeneration)
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a model is. `total_bytes` 0: unknown."""
+    """How far a model is. `total_bytes` and `eta_ms` 0: unknown. `num_ahead`: models that wait for memory before it."""
 
     stage: str
     done_bytes: int = 0
     total_bytes: int = 0
     detail: str = ""
+    num_ahead: int = 0
+    eta_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,26 @@ class Placement:
         except grpc.RpcError as error:
             raise _named(error) from None
 
+    async def sleep(self, model: str, timeout_s: float = 600.0) -> int:
+        """Take every replica off its device, quick to wake; return how many."""
+        try:
+            return (await self._stub.SleepModel(pb.SleepModelRequest(model=model), timeout=timeout_s)).num_asleep
+        except grpc.RpcError as error:
+            raise _named(error) from None
+
+    async def events(self, max_past: int, *, past_only: bool) -> AsyncIterator[pb.WatchEventsResponse]:
+        """Yield the latest past events, oldest first, then (unless `past_only`) each new one."""
+        call = self._stub.WatchEvents(
+            pb.WatchEventsRequest(max_past=max_past, past_only=past_only), timeout=CALL_S if past_only else None
+        )
+        try:
+            async for event in call:
+                yield event
+        except grpc.RpcError as error:
+            raise _named(error) from None
+        finally:
+            call.cancel()
+
     async def pin(self, model: str, pinned: bool) -> None:
         """Keep a model from being evicted, or let it go again."""
         try:
@@ -101,7 +123,7 @@ class Placement:
                     yield Ready(response.ready.id, response.ready.generation)
                     return
                 p = response.progress
-                yield Progress(p.stage, p.done_bytes, p.total_bytes, p.detail)
+                yield Progress(p.stage, p.done_bytes, p.total_bytes, p.detail, p.num_ahead, p.eta_ms)
         except grpc.RpcError as error:
             raise _named(error) from None
         finally:

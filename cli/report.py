@@ -13,25 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from hostler.words import duration, stage
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from cli.placement import Progress as ModelProgress
 
-STAGES = {
-    "": "starting",
-    "start": "starting",
-    "queue": "waiting",
-    "evict": "making room",
-    "download": "downloading",
-    "convert": "converting",
-    "verify": "verifying",
-    "spawn": "starting a worker",
-    "import": "importing libraries",
-    "read": "reading weights",
-    "warm-up": "warming up",
-}
 _STYLES = {"good": "green", "bad": "bold red", "warn": "yellow", "dim": "dim", "head": "bold"}
 LINE_EVERY_S = 1.0
 
@@ -80,7 +69,9 @@ class LineReporter:
     def progress(self, model: str, progress: ModelProgress) -> None:
         """Print a line, unless nothing changed or the last one is younger than a second."""
         amount = _amount(progress)
-        text = f"{model}: {STAGES.get(progress.stage, progress.stage)}" + (f" {amount}" if amount else "")
+        text = f"{model}: {stage(progress.stage)}" + (
+            f"{' ' if progress.total_bytes else ', '}{amount}" if amount else ""
+        )
         at, before = self._last.get(model, (float("-inf"), ""))
         now = self._clock()
         if now - at < LINE_EVERY_S or text == before:
@@ -99,10 +90,17 @@ class LineReporter:
 
 
 def _amount(progress: ModelProgress) -> str:
+    parts = []
     if progress.total_bytes:
         percent = 100 * min(1.0, progress.done_bytes / progress.total_bytes)
-        return f"{percent:.0f} % of {progress.total_bytes / 1e6:,.0f} MB"
-    return progress.detail
+        parts.append(f"{percent:.0f} % of {progress.total_bytes / 1e6:,.0f} MB")
+    elif progress.detail:
+        parts.append(progress.detail)
+    if progress.num_ahead:
+        parts.append(f"{progress.num_ahead} ahead")
+    if progress.eta_ms:
+        parts.append(f"about {duration(progress.eta_ms / 1000)} left")
+    return ", ".join(parts)
 
 
 class TerminalReporter:
@@ -132,7 +130,7 @@ class TerminalReporter:
         """Move a model's bar; it pulses while the total is unknown."""
         if not self._tasks:
             self._bars.start()
-        description = f"{model}  {STAGES.get(progress.stage, progress.stage)}"
+        description = f"{model}  {stage(progress.stage)}"
         if model not in self._tasks:
             self._tasks[model] = self._bars.add_task(description, total=None, amount="")
         task = self._tasks[model]

@@ -112,9 +112,10 @@ def child_environment(as_json: bool, verbose: bool) -> dict[str, str]:
 
 
 def _clean(run_dir: RunDir) -> None:
-    """End what an earlier supervisor of this directory could not, and remove its sockets. Holding the lock."""
+    """End what an earlier supervisor of this directory could not, and what only it could use. Holding the lock."""
     janitor.clear(janitor.of_earlier_runs(str(run_dir.path)), grace_s=0.0)
-    for path in (run_dir.path / "ray.json", run_dir.orchestrator_socket, *run_dir.path.glob("w-*.sock")):
+    left = (run_dir.path / "ray.json", run_dir.token_file, run_dir.orchestrator_socket, *run_dir.path.glob("w-*.sock"))
+    for path in left:
         path.unlink(missing_ok=True)
 
 

@@ -126,7 +126,13 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def names_of(run_dir: RunDir) -> list[str]:
+    """Return every name that a server's configuration gives its models, aliases after names."""
+    models = read_config(run_dir).get("models", ())
+    return [model["name"] for model in models] + [alias for model in models for alias in model.get("aliases", ())]
+
+
 def complete_model(incomplete: str) -> list[str]:
-    """Shell completion: names of the models that live servers know."""
-    names = [model["name"] for server in live() for model in read_config(server.run_dir).get("models", ())]
-    return sorted({name for name in names if name.startswith(incomplete)})
+    """Shell completion: names of the models that live servers know, whatever the letters' case."""
+    names = {name for server in live() for name in names_of(server.run_dir)}
+    return sorted(name for name in names if name.casefold().startswith(incomplete.casefold()))

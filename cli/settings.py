@@ -126,9 +126,10 @@ def _add(models: list[dict[str, Any]], text: str) -> None:
 
 
 def read_device(text: str) -> dict[str, Any]:
-    """Return the device entry for `ID` or `ID=SIZE`, e.g. cuda:0, cpu=8GiB, cpu0=2GiB."""
+    """Return the device entry for `ID` or `ID=SIZE`, e.g. cuda:0, cpu=8GiB, box2/cpu0=2GiB."""
     identity, _, budget = text.partition("=")
-    entry: dict[str, Any] = {"id": identity, "kind": "cuda" if identity.startswith("cuda") else "cpu"}
+    is_gpu = identity.rpartition("/")[2].startswith("cuda")
+    entry: dict[str, Any] = {"id": identity, "kind": "cuda" if is_gpu else "cpu"}
     return entry | ({"budget": budget} if budget else {})
 
 

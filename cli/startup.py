@@ -20,10 +20,10 @@ from typing import Any
 from hostler import __version__, errors
 from hostler.config import DEFAULT_PORT, HostlerConfig, ModelConfig
 from hostler.rundir import RunDir
+from hostler.words import size
 
 from cli import placement, report, servers
 from cli.placement import Progress, Ready
-from cli.status import size
 from cli.supervisor import Event, Supervisor
 
 _GATEWAY_DEADLINE_S = 20.0

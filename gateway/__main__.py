@@ -24,8 +24,10 @@ def main() -> None:
     configure()
     run_dir = RunDir(arguments.run_dir)
     config = read_resolved(run_dir.config)
-    app = create_app(config, placement_target=run_dir.orchestrator_target)
-    server = build_server(app, drain_s=config.drain_s, on_drained=app.state.services.lifetime.expire)
+    app = create_app(
+        config, placement_target=run_dir.orchestrator_target, token=run_dir.token(), state_dir=run_dir.path
+    )
+    server = build_server(app, drain_s=config.drain_s, lifetime=app.state.services.lifetime)
     # What lives as long as the process need not be looked at by the cycle collector ever again.
     gc.collect()
     gc.freeze()

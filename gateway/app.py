@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from hostler.config import ConfigError, HostlerConfig
@@ -18,19 +19,39 @@ from starlette.middleware.cors import CORSMiddleware
 from gateway.auth import HostCheck, KeyCheck, is_loopback
 from gateway.doors import REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.errors import ClientGone, as_hostler_error, error_response
-from gateway.routes import chat, health, models
+from gateway.routes import (
+    admin,
+    chat,
+    completions,
+    conversations,
+    embeddings,
+    health,
+    models,
+    rerank,
+    responses,
+    tokenize,
+)
 from gateway.services import Patience, Services
 
 log = logging.getLogger(__name__)
 
 
-def create_app(config: HostlerConfig, *, placement_target: str, patience: Patience | None = None) -> FastAPI:
+def create_app(
+    config: HostlerConfig,
+    *,
+    placement_target: str,
+    token: str = "",
+    patience: Patience | None = None,
+    state_dir: Path | None = None,
+) -> FastAPI:
     """Build the application; it connects when its lifespan begins.
 
     Args:
         config: the resolved configuration.
         placement_target: gRPC target of the orchestrator's placement service.
+        token: of this run; workers on other hosts want keys that are made from it.
         patience: deadlines other than the usual ones, for tests.
+        state_dir: where stored responses lie that every gateway process of a server shares; None: nowhere lasting.
 
     Raises:
         ConfigError: it would be open to strangers.
@@ -39,7 +60,13 @@ def create_app(config: HostlerConfig, *, placement_target: str, patience: Patien
         raise ConfigError(f"host {config.host!r} can be reached from elsewhere: set api_key, or listen on 127.0.0.1")
     if config.api_key is None and "*" in config.cors:
         log.warning("every web page may use this server: cors is '*' and there is no api_key")
-    services = Services(config=config, placement_target=placement_target, patience=patience or Patience())
+    services = Services(
+        config=config,
+        placement_target=placement_target,
+        token=token,
+        patience=patience or Patience(),
+        state_dir=state_dir,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,7 +77,8 @@ def create_app(config: HostlerConfig, *, placement_target: str, patience: Patien
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    for room in (chat, models, health):
+    rooms = (chat, responses, conversations, completions, embeddings, rerank, tokenize, models, admin, health)
+    for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)

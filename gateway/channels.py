@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc.aio
-from hostler.channel import open_channel
+from hostler.channel import open_channel, worker_key
 from hostler.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from hostler.placement.v1 import placement_pb2
 
@@ -27,9 +27,14 @@ class _Line:
 
 
 class WorkerChannels:
-    """Opens a channel at first use and closes it when its replica has left the table and its last request has ended."""
+    """Opens a channel at first use and closes it when its replica has left the table and its last request has ended.
 
-    def __init__(self) -> None:
+    Args:
+        token: the run's, from which the keys of workers on other hosts are made.
+    """
+
+    def __init__(self, token: str = "") -> None:
+        self._token = token
         self._lines: dict[ReplicaKey, _Line] = {}
         self._listed: set[ReplicaKey] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -39,17 +44,13 @@ class WorkerChannels:
         line = self._lines.get(key_of(replica))
         return 0 if line is None else line.num_in_flight
 
-    def least_loaded(self, replicas: Sequence[placement_pb2.Replica]) -> placement_pb2.Replica | None:
-        """Return the replica with the fewest of our requests; the first of equals; None of none."""
-        return min(replicas, key=self.num_in_flight, default=None)
-
     @contextmanager
     def lease(self, replica: placement_pb2.Replica) -> Iterator[InferenceServiceAsyncStub]:
         """Count one request on a replica for as long as the context lasts, and give its stub."""
         key = key_of(replica)
         line = self._lines.get(key)
         if line is None:
-            channel = open_channel(replica.address)
+            channel = open_channel(replica.address, worker_key(self._token, replica.id))
             line = self._lines[key] = _Line(channel, InferenceServiceStub(channel))
         line.num_in_flight += 1
         try:

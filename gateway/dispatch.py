@@ -1,23 +1,28 @@
 """One generation, from target to events: pick a replica, or have one brought up; retry what nobody has seen yet.
 
-Above: routes; below: `routing`, `channels`, `placement`, and the inference stubs (only here and in `channels`).
+Above: routes; below: `routing`, `waiting`, `affinity`, `balance`, `channels`, `placement`, and the inference stubs
+(only here and in `channels`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+import os
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from hostler.channel import call_metadata
 from hostler.errors import (
     Cancelled,
     HostlerError,
     ModelLoadFailed,
+    Overloaded,
     StaleGeneration,
     Unavailable,
     WorkerLost,
@@ -26,9 +31,15 @@ from hostler.errors import (
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.placement.v1 import placement_pb2
 
+from gateway.affinity import Affinity, prefix_hashes
+from gateway.balance import Load, choose
 from gateway.channels import WorkerChannels
 from gateway.placement import PlacementClient
 from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
+from gateway.waiting import WaitingRoom
+
+if TYPE_CHECKING:
+    from hostler.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +56,16 @@ class Loading:
 
 
 Event = Loading | pb.GenerateResponse
+Q = TypeVar("Q", bound=Message)
+T = TypeVar("T")
+Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
 
 
 class Dispatcher:
     """Carries requests to workers.
 
     Args:
+        max_waiting: model → how many requests may wait for it in this process.
         ensure_timeout_s: longest wait for a model that is not loaded.
         gone_timeout_s: longest wait, before a retry, for the table to drop a lost replica.
     """
@@ -61,12 +76,16 @@ class Dispatcher:
         channels: WorkerChannels,
         placement: PlacementClient,
         *,
+        max_waiting: Callable[[str], int],
         ensure_timeout_s: float,
         gone_timeout_s: float = GONE_TIMEOUT_S,
     ) -> None:
         self._table = table
         self._channels = channels
         self._placement = placement
+        self._max_waiting = max_waiting
+        self._room = WaitingRoom()
+        self._affinity = Affinity()
         self._ensure_timeout_s = ensure_timeout_s
         self._gone_timeout_s = gone_timeout_s
 
@@ -79,56 +98,139 @@ class Dispatcher:
         the target's adapter: no request for an adapter is answered by its base model.
 
         A worker that is lost before its first token costs the client nothing but time: up to three tries. After the
-        first token nothing is ever repeated.
+        first token nothing is ever repeated. A replica whose queue is full is as good as lost while another has room.
 
         Raises:
+            Overloaded: too many wait, here or in the worker; says when to come back.
             HostlerError: from the worker, from the orchestrator, or for the loss of either.
         """
         request.cache_scope = cache_scope
         request.adapter = target.adapter
         model = target.route.name
         lost: set[ReplicaKey] = set()
-        for attempt in range(1, MAX_TRIES + 1):
-            replica = self._pick(model, lost)
-            if replica is None:
-                for key in lost:
-                    await self._table.gone(key, self._gone_timeout_s)
-                async with aclosing(self._ensure(model, request_id)) as steps:
-                    async for step in steps:
-                        if isinstance(step, Loading):
-                            yield step
-                        else:
-                            replica = step
-            if replica is None:
-                raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
-            begun = False
-            try:
-                async with aclosing(self._attempt(replica, request, request_id)) as events:
-                    async for event in events:
-                        begun = begun or event.WhichOneof("event") != "progress"
-                        yield event
-                return
-            except HostlerError as error:
-                if begun or attempt == MAX_TRIES or not _worth_retrying(error):
-                    raise
-                lost.add(key_of(replica))
-                log.warning(
-                    "retrying elsewhere", extra={"request_id": request_id, "reason": error.reason, "attempt": attempt}
-                )
+        full: set[ReplicaKey] = set()
+        with self._room.enter(model, request.ByteSize(), self._places(model, request)) as place:
+            for attempt in range(1, MAX_TRIES + 1):
+                replica = self._pick(model, lost | full, request)
+                if replica is None:
+                    for key in lost:
+                        await self._table.gone(key, self._gone_timeout_s)
+                    async with aclosing(self._ensure(model, request_id, batch=request.batch)) as steps:
+                        async for step in steps:
+                            if isinstance(step, Loading):
+                                yield step
+                            else:
+                                replica = step
+                if replica is None:
+                    raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
+                begun = False
+                try:
+                    async with aclosing(self._attempt(replica, request, request_id)) as events:
+                        async for event in events:
+                            if not begun and event.WhichOneof("event") != "progress":
+                                begun = True
+                                place.begin()
+                            yield event
+                    return
+                except HostlerError as error:
+                    if isinstance(error, Overloaded):
+                        error.retry_after_s = self._room.retry_after_s(model) or error.retry_after_s
+                        full.add(key_of(replica))
+                    else:
+                        lost.add(key_of(replica))
+                    if begun or attempt == MAX_TRIES or not self._worth_retrying(error, model, lost | full):
+                        raise
+                    log.warning(
+                        "retrying elsewhere",
+                        extra={"request_id": request_id, "reason": error.reason, "attempt": attempt},
+                    )
 
-    def _pick(self, model: str, lost: set[ReplicaKey]) -> placement_pb2.Replica | None:
+    async def ask(self, target: Target, method: Method[Q, T], message: Q, request_id: str) -> T:
+        """Return a worker's one answer. Cancelling the wait cancels the call. Lost and full workers: as in `generate`.
+
+        Args:
+            method: the stub's method to call with `message`.
+
+        Raises:
+            Overloaded: too many wait, here or in the worker; says when to come back.
+            HostlerError: from the worker, from the orchestrator, or for the loss of either.
+        """
+        model = target.route.name
+        avoided: set[ReplicaKey] = set()
+        lost: set[ReplicaKey] = set()
+        with self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place:
+            for attempt in range(1, MAX_TRIES + 1):
+                replica = self._pick(model, avoided)
+                if replica is None:
+                    for key in lost:
+                        await self._table.gone(key, self._gone_timeout_s)
+                    async with aclosing(self._ensure(model, request_id)) as steps:
+                        async for step in steps:
+                            replica = None if isinstance(step, Loading) else step
+                if replica is None:
+                    raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
+                try:
+                    with self._channels.lease(replica) as stub:
+                        metadata = call_metadata(request_id=request_id, generation=replica.generation)
+                        answer = await method(stub)(message, metadata=metadata)
+                    place.begin()
+                    return answer
+                except grpc.RpcError as problem:
+                    error = _worker_error(problem)
+                    avoided.add(key_of(replica))
+                    if isinstance(error, Overloaded):
+                        error.retry_after_s = self._room.retry_after_s(model) or error.retry_after_s
+                    else:
+                        lost.add(key_of(replica))
+                    if attempt == MAX_TRIES or not self._worth_retrying(error, model, avoided):
+                        raise error from None
+                    log.warning(
+                        "retrying elsewhere",
+                        extra={"request_id": request_id, "reason": error.reason, "attempt": attempt},
+                    )
+        raise AssertionError("the last try returns or raises")
+
+    def _places(self, model: str, request: pb.GenerateRequest) -> int:
+        max_waiting = self._max_waiting(model)
+        # The last quarter of the places is kept for those whom people wait for.
+        return max(1, max_waiting * 3 // 4) if request.batch else max_waiting
+
+    def _pick(
+        self, model: str, avoided: set[ReplicaKey], request: pb.GenerateRequest | None = None
+    ) -> placement_pb2.Replica | None:
         target = self._table.routes.find(model) if self._table.routes else None
         if target is None:
             return None
-        return self._channels.least_loaded(
-            [replica for replica in ready_replicas(target.route) if key_of(replica) not in lost]
-        )
+        replicas = {key_of(r): r for r in ready_replicas(target.route) if key_of(r) not in avoided}
+        if len(replicas) < 2:
+            return next(iter(replicas.values()), None)
+        loads = [Load(key, self._channels.num_in_flight(r), r.max_running) for key, r in replicas.items()]
+        hashes = [] if request is None else prefix_hashes(model, request)
+        # Without a prefix to tell, equals take turns at random.
+        prefix = hashes[-1] if hashes else os.urandom(8)
+        key = choose(loads, remembered=self._affinity.recall(hashes, replicas), prefix=prefix)
+        self._affinity.remember(hashes, key)
+        return replicas[key]
 
-    async def _ensure(self, model: str, request_id: str) -> AsyncGenerator[Loading | placement_pb2.Replica, None]:
-        steps = self._placement.ensure(model, request_id=request_id, timeout_s=self._ensure_timeout_s)
+    async def _ensure(
+        self, model: str, request_id: str, *, batch: bool = False
+    ) -> AsyncGenerator[Loading | placement_pb2.Replica, None]:
+        steps = self._placement.ensure(model, request_id=request_id, timeout_s=self._ensure_timeout_s, batch=batch)
+        self._room.loading(model)
         async with aclosing(steps):
             async for step in steps:
-                yield Loading(step) if isinstance(step, placement_pb2.EnsureProgress) else step
+                if isinstance(step, placement_pb2.EnsureProgress):
+                    self._room.loading(model, step.eta_ms)
+                    yield Loading(step)
+                else:
+                    self._room.ready(model)
+                    yield step
+
+    def _worth_retrying(self, error: HostlerError, model: str, avoided: set[ReplicaKey]) -> bool:
+        if isinstance(error, Overloaded):
+            return self._pick(model, avoided) is not None
+        # Plain `unavailable` is a worker that has just begun to drain.
+        return type(error) in (WorkerLost, StaleGeneration, Unavailable)
 
     async def _attempt(
         self, replica: placement_pb2.Replica, request: pb.GenerateRequest, request_id: str
@@ -146,11 +248,6 @@ class Dispatcher:
             finally:
                 call.cancel()
         raise WorkerLost("The worker ended the reply before it was finished. Try again.")
-
-
-def _worth_retrying(error: HostlerError) -> bool:
-    # Plain `unavailable` is a worker that has just begun to drain.
-    return type(error) in (WorkerLost, StaleGeneration, Unavailable)
 
 
 def _worker_error(error: grpc.RpcError) -> HostlerError:

@@ -25,7 +25,7 @@ REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PREFIX = "/v1"
 _OPEN_PATH = "/health"
-_ALLOW = {"Allow": "GET, HEAD, OPTIONS, POST"}
+_ALLOW = {"Allow": "DELETE, GET, HEAD, OPTIONS, POST"}
 
 
 def request_id_of(scope: Scope) -> str:

@@ -19,12 +19,20 @@ class Lifetime:
 
     def __init__(self) -> None:
         self._expired = False
+        self._stopping = False
         self._running: set[asyncio.Task[Any]] = set()
+        self._spectators: set[asyncio.Task[Any]] = set()
 
     @property
     def num_running(self) -> int:
         """Requests between their first and last byte, or waiting for it."""
         return len(self._running)
+
+    def stop(self) -> None:
+        """End those who only watch, and each later one at once: they must not hold up a server that wants to stop."""
+        self._stopping = True
+        for task in self._spectators:
+            task.cancel()
 
     def expire(self) -> None:
         """End every running request, and each later one at once, with an error that says why."""
@@ -32,12 +40,20 @@ class Lifetime:
         for task in self._running:
             task.cancel()
 
-    async def until_gone(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    def own(self, task: asyncio.Task[Any]) -> None:
+        """End a task that no client waits for, too, when the time is over."""
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        if self._expired:
+            task.cancel()
+
+    async def until_gone(self, receive: Receive, work: Coroutine[Any, Any, T], *, is_spectator: bool = False) -> T:
         """Run `work` to its end, or cancel it, and wait until it has cleaned up.
 
         Args:
             receive: the ASGI channel; the body must have been read.
             work: what the client waits for.
+            is_spectator: it watches for as long as it may, so it ends at `stop` and not only at `expire`.
 
         Raises:
             ClientGone: the client left first.
@@ -46,13 +62,16 @@ class Lifetime:
         task = asyncio.ensure_future(work)
         watch = asyncio.create_task(_disconnected(receive))
         self._running.add(task)
-        if self._expired:
+        if is_spectator:
+            self._spectators.add(task)
+        if self._expired or (is_spectator and self._stopping):
             task.cancel()
         try:
             await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
             left = not task.done()
         finally:
             self._running.discard(task)
+            self._spectators.discard(task)
             watch.cancel()
             if not task.done():
                 task.cancel()

@@ -7,7 +7,7 @@ means is a `Target`: a model, or one of its adapters, which is served by the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hostler.errors import InvalidRequest, ModelNotFound, OrchestratorAway
@@ -15,11 +15,11 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2 as pb
 
 ReplicaKey = tuple[str, int]
-_CHAT_ENGINES = (
-    lifecycle_pb2.ENGINE_KIND_UNSPECIFIED,
-    lifecycle_pb2.ENGINE_KIND_TEXT,
-    lifecycle_pb2.ENGINE_KIND_SCRIPTED,
-)
+# What is unspecified is known once it is loaded; until then its worker refuses what it cannot do.
+_UNKNOWN = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
+_CHAT_ENGINES = (_UNKNOWN, lifecycle_pb2.ENGINE_KIND_TEXT, lifecycle_pb2.ENGINE_KIND_SCRIPTED)
+_EMBEDDING_ENGINES = (_UNKNOWN, lifecycle_pb2.ENGINE_KIND_EMBEDDING)
+_RANKING_ENGINES = (*_EMBEDDING_ENGINES, lifecycle_pb2.ENGINE_KIND_RERANK)
 
 
 def key_of(replica: pb.Replica) -> ReplicaKey:
@@ -154,9 +154,28 @@ def find_chat_model(routes: Routes, name: str) -> Target:
         ModelNotFound: no such name.
         InvalidRequest: a model of another kind.
     """
+    return _find(routes, name, _CHAT_ENGINES, "is not a chat model")
+
+
+def find_writing_model(routes: Routes, name: str) -> Target:
+    """Return a model, or the adapter of one, that continues a text; raises as `find_chat_model`."""
+    return _find(routes, name, _CHAT_ENGINES, "writes no text")
+
+
+def find_embedding_model(routes: Routes, name: str) -> Target:
+    """Return a model that makes embeddings; raises as `find_chat_model`."""
+    return _find(routes, name, _EMBEDDING_ENGINES, "makes no embeddings")
+
+
+def find_ranking_model(routes: Routes, name: str) -> Target:
+    """Return a model that ranks documents; raises as `find_chat_model`."""
+    return _find(routes, name, _RANKING_ENGINES, "ranks no documents")
+
+
+def _find(routes: Routes, name: str, engines: Sequence[int], otherwise: str) -> Target:
     target = find_model(routes, name)
-    if target.route.engine not in _CHAT_ENGINES:
-        raise InvalidRequest(f"The model {_shown(name)} is not a chat model.", param="model")
+    if target.route.engine not in engines:
+        raise InvalidRequest(f"The model {_shown(name)} {otherwise}.", param="model")
     return target
 
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import error_body
+from gateway.lifetime import Lifetime
 from gateway.sse import ABORT_EXTENSION
 
 log = logging.getLogger(__name__)
@@ -121,12 +122,16 @@ class GatewayServer(uvicorn.Server):
     """A server whose stop has two steps: `drain_s` for running requests, then an error for the rest.
 
     Args:
+        on_stop: called once the stop begins.
         on_drained: called once the drain's time is over.
     """
 
-    def __init__(self, config: uvicorn.Config, *, drain_s: float, on_drained: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, drain_s: float, on_stop: Callable[[], None], on_drained: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._drain_s = drain_s
+        self._on_stop = on_stop
         self._on_drained = on_drained
 
     @contextmanager
@@ -149,11 +154,12 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
         for server in getattr(self, "servers", []):
             server.close()
+        self._on_stop()
         asyncio.get_running_loop().call_later(self._drain_s, self._on_drained)
 
 
-def build_server(app: ASGIApp, *, drain_s: float, on_drained: Callable[[], None]) -> GatewayServer:
-    """Return the server for an application; `serve` runs it."""
+def build_server(app: ASGIApp, *, drain_s: float, lifetime: Lifetime) -> GatewayServer:
+    """Return the server for an application whose requests share `lifetime`; `serve` runs it."""
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -168,7 +174,7 @@ def build_server(app: ASGIApp, *, drain_s: float, on_drained: Callable[[], None]
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(drain_s) + _FAREWELL_S,
     )
-    return GatewayServer(config, drain_s=drain_s, on_drained=on_drained)
+    return GatewayServer(config, drain_s=drain_s, on_stop=lifetime.stop, on_drained=lifetime.expire)
 
 
 def serve(server: GatewayServer, listener: socket.socket) -> None:

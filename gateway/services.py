@@ -6,12 +6,13 @@ One per process, built by `app.create_app`, kept in `app.state.services`, opened
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastapi import Request
-from hostler.config import HostlerConfig
+from hostler.config import HostlerConfig, ModelConfig
 
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
@@ -19,8 +20,12 @@ from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
 from gateway.placement import PlacementClient
+from gateway.responses.answer import Answering
+from gateway.responses.background import BackgroundRuns
+from gateway.responses.rows import Limits
+from gateway.responses.store import LOOK_AGAIN_S, ResponseStore
 from gateway.routing import RouteTable
-from gateway.sse import FIRST_COMMENT_S, PING_S, STALLED_READER_S
+from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,47 +40,88 @@ class Patience:
     gone_s: float = GONE_TIMEOUT_S
     ping_s: float = PING_S
     first_comment_s: float = FIRST_COMMENT_S
+    comment_gap_s: float = COMMENT_GAP_S
     stalled_reader_s: float = STALLED_READER_S
+    # How often another process's work on a background response is looked at.
+    look_again_s: float = LOOK_AGAIN_S
 
 
 @dataclass(slots=True)
 class Services:
-    """The gateway's parts. `open` must run before the first request."""
+    """The gateway's parts. `open` must run before the first request. `token` is the run's, for workers on TCP."""
 
     config: HostlerConfig
     placement_target: str
+    token: str = ""
     patience: Patience = field(default_factory=Patience)
     lifetime: Lifetime = field(default_factory=Lifetime)
+    # Where responses are stored; None: for this process alone, and gone with it.
+    state_dir: Path | None = None
     table: RouteTable = field(init=False)
     channels: WorkerChannels = field(init=False)
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
     linked_images: LinkedImages = field(init=False)
+    responses: ResponseStore = field(init=False)
+    answering: Answering = field(init=False)
+    background: BackgroundRuns = field(init=False)
+    # Whether `/ready` has said yes before.
+    has_served: bool = False
+    # Callers that follow events.
+    num_followers: int = 0
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Connect, watch the routes, and in the end close everything."""
         self.table = RouteTable()
-        self.channels = WorkerChannels()
+        self.channels = WorkerChannels(self.token)
         self.table.on_change = self.channels.keep_only
         self.placement = PlacementClient(self.placement_target)
         self.dispatcher = Dispatcher(
             self.table,
             self.channels,
             self.placement,
+            max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
         )
         self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
+        self._open_responses()
         watching = asyncio.create_task(self.placement.watch(self.table))
         try:
             yield
         finally:
+            await self.background.close(self.config.drain_s)
+            await self.responses.close()
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
             await self.channels.close()
             await self.placement.close()
+
+    def _open_responses(self) -> None:
+        limits = Limits(self.config.responses_max_count, self.config.responses_max_bytes, self.config.responses_max_age)
+        directory = self.config.responses_dir or self.state_dir
+        self.responses = ResponseStore(directory, limits, look_again_s=self.patience.look_again_s)
+        self.answering = Answering(
+            self.table, self.dispatcher, self.linked_images, self.responses, self.patience.first_table_s
+        )
+        self.background = BackgroundRuns(self.responses, self.lifetime)
+
+
+def max_waiting_of(config: HostlerConfig) -> Callable[[str], int]:
+    """Return model → how many of its requests may be without a first token in this process: all that its workers take.
+
+    With several gateways the workers' own bounds are the exact ones; this one holds while a model comes up.
+    """
+    usual = ModelConfig(name="any")
+    models = {model.name: model for model in config.models}
+
+    def max_waiting(name: str) -> int:
+        model = models.get(name, usual)
+        return (model.max_running + model.max_queued) * model.max_replicas
+
+    return max_waiting
 
 
 def _fetch() -> Fetch:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 import orjson
+from hostler.errors import HostlerError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -26,6 +27,8 @@ PING = b": ping\n\n"
 PING_S = 5.0
 # How long a comment waits before it may open the reply and with that give up the HTTP status.
 FIRST_COMMENT_S = 0.25
+# A load may report its progress many times a second; people read the latest.
+COMMENT_GAP_S = 0.5
 STALLED_READER_S = 60.0
 ABORT_EXTENSION = "hostler.abort"
 
@@ -51,6 +54,16 @@ def data_frame(value: dict[str, Any]) -> bytes:
     return b"data: " + one_line_json(value) + b"\n\n"
 
 
+def event_frame(value: dict[str, Any]) -> bytes:
+    """Return an event that is named by its own `type`, in both of the lines that clients look for it in."""
+    kind: str = value["type"]
+    return b"event: " + kind.encode() + b"\ndata: " + one_line_json(value) + b"\n\n"
+
+
+def _error_frame(error: HostlerError) -> bytes:
+    return data_frame(error_body(error))
+
+
 def comment_frame(text: str) -> bytes:
     """Return a comment: every client skips it, proxies see life."""
     return b": " + " ".join(text.split()).encode("utf-8", errors="replace") + b"\n\n"
@@ -62,9 +75,12 @@ class EventStream(Response):
     Args:
         frames: whole frames; those that begin with a colon are comments. Closed in every case.
         lifetime: ends the stream when the server must stop.
+        is_spectator: it only watches, so it ends as soon as the server begins to stop.
         ping_s: longest silence.
         first_comment_s: grace before a comment may be the first byte.
+        comment_gap_s: shortest time from a frame to a comment; of those in between the last is sent.
         stalled_reader_s: a reader that takes nothing for so long is dropped.
+        error_frames: what a stream that has begun says of its failure, in its dialect.
     """
 
     def __init__(
@@ -73,18 +89,24 @@ class EventStream(Response):
         lifetime: Lifetime,
         *,
         request_id: str = "",
+        is_spectator: bool = False,
         ping_s: float = PING_S,
         first_comment_s: float = FIRST_COMMENT_S,
+        comment_gap_s: float = COMMENT_GAP_S,
         stalled_reader_s: float = STALLED_READER_S,
+        error_frames: Callable[[HostlerError], bytes] = _error_frame,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
         self._frames = frames
         self._lifetime = lifetime
         self._request_id = request_id
+        self._is_spectator = is_spectator
         self._ping_s = ping_s
         self._first_comment_s = first_comment_s
+        self._comment_gap_s = comment_gap_s
         self._stalled_reader_s = stalled_reader_s
+        self._error_frames = error_frames
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +116,7 @@ class EventStream(Response):
             HostlerError: nothing has been sent yet, so the caller may still choose the status.
         """
         try:
-            await self._lifetime.until_gone(receive, self._pump(scope, send))
+            await self._lifetime.until_gone(receive, self._pump(scope, send), is_spectator=self._is_spectator)
         except ClientGone:
             return
         except Exception as exception:
@@ -102,27 +124,38 @@ class EventStream(Response):
             if not self._started:
                 raise error from exception
             log.warning("stream failed", extra={"request_id": self._request_id, "reason": error.reason})
-            await self._write(scope, send, data_frame(error_body(error)), last=True)
+            await self._write(scope, send, self._error_frames(error), last=True)
 
     async def _pump(self, scope: Scope, send: Send) -> None:
         loop = asyncio.get_running_loop()
         born = last_sent = loop.time()
         held_back = b""
+        holding = asyncio.Event()
         writing = asyncio.Lock()
 
         async def write(frame: bytes) -> None:
-            nonlocal last_sent
+            nonlocal last_sent, held_back
+            # Whatever is sent now is newer than a comment that waits.
+            held_back = b""
+            holding.clear()
             async with writing:
                 await self._write(scope, send, frame)
             last_sent = loop.time()
 
+        def comment_in_s() -> float:
+            due = last_sent + self._comment_gap_s if self._started else born + self._first_comment_s
+            return due - loop.time()
+
         async def keep_alive() -> None:
-            await asyncio.sleep(self._first_comment_s)
-            if held_back and not self._started:
-                await write(held_back)
             while True:
-                await asyncio.sleep(last_sent + self._ping_s - loop.time())
-                if loop.time() - last_sent >= self._ping_s:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(last_sent + self._ping_s - loop.time()):
+                        await holding.wait()
+                if held_back and (left_s := comment_in_s()) > 0:
+                    await asyncio.sleep(left_s)
+                elif held_back:
+                    await write(held_back)
+                elif loop.time() - last_sent >= self._ping_s:
                     await write(PING)
 
         pinger = asyncio.create_task(keep_alive())
@@ -130,9 +163,9 @@ class EventStream(Response):
         try:
             async with aclosing(self._frames) as frames:
                 async for frame in frames:
-                    is_comment = frame.startswith(b":")
-                    if is_comment and not self._started and loop.time() - born < self._first_comment_s:
+                    if frame.startswith(b":") and comment_in_s() > 0:
                         held_back = frame
+                        holding.set()
                     else:
                         await write(frame)
         finally:

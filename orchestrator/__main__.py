@@ -61,7 +61,7 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     effects = RayEffects(config, run_dir, actor_class)
     # First of all: Ray's import takes half a second in its thread, everything below goes beside it.
     guard = asyncio.create_task(_connect_and_guard(effects))
-    found = await asyncio.to_thread(devices.discover, config.devices)
+    found = await asyncio.to_thread(devices.discover, devices.configured_on("", config.devices))
     effects.use_devices(found)
     sleep_budget = devices.sleep_budget_bytes(config.sleep_memory, found)
     scheduler = Scheduler(config, found, effects, {"": sleep_budget})

@@ -4,8 +4,9 @@ that other programs took, paid for by those who can spare it.
 Above it: `watching.py` (heartbeats) and the scheduler's tick. Below it: `resting.py` for resizes and sleep,
 `retiring.py`.
 
-A worker that holds more beside its KV cache than it was given pays with its KV cache, so that a device's budget holds.
-What was measured stands for the next load.
+A worker that holds more beside its KV cache than it was given pays with its KV cache, down to one full context, so that
+a device's budget holds; what is left of the difference is added to what it was given. What was measured stands for the
+next load.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Accounting:
         report = worker.report
         if report is None or worker.state is not WorkerState.READY or not report.device_bytes:
             return
-        held = max(report.device_bytes, report.peak_device_bytes) - report.kv_allocated_bytes
+        # Of one moment: the peak may have had more of the KV cache in it than is allocated now.
+        held = report.device_bytes - report.kv_allocated_bytes
         if held <= worker.own_bytes:
             return
         worker.own_bytes = held
@@ -58,14 +60,13 @@ class Accounting:
         if len(worker.parts) != 1 or worker.resizing_to is not None:
             return
         excess = worker.own_bytes - (worker.reserved_bytes - worker.kv_cache_bytes)
-        if excess <= NOTICED * worker.reserved_bytes or not worker.kv_cache_bytes:
+        if excess <= NOTICED * worker.reserved_bytes:
             return
         log.warning(
             "a worker holds more than it was given",
             extra={"worker": worker.id, "model": worker.model, "excess_bytes": excess},
         )
-        kept = max(0, worker.kv_cache_bytes - excess)
-        self._resting.give_from_kv_cache(worker, worker.kv_cache_bytes - kept)
+        self._resting.give_from_kv_cache(worker, excess)
 
     def tick(self, now_s: float) -> None:
         """Give up what other programs took; let a KV cache that is full grow into room that nobody wants."""

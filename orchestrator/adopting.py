@@ -52,7 +52,7 @@ class Adopting:
             if not stored and report is not None and report.info.model not in self._cluster.models:
                 self._make_known(report.info.model)
             if report is not None and report.state == life.WORKER_STATE_BLANK and not report.generation:
-                self._pool.adopt(one.worker_id, report.pid)
+                self._pool.adopt(one.worker_id, one.node, report.pid)
             elif report is not None and (model := self._adoptable(one, report)) is not None:
                 self._adopt(model, one, report)
             else:
@@ -66,6 +66,8 @@ class Adopting:
         model = self._cluster.models.get(report.info.model)
         if model is None or report.state not in _ADOPTED or (one.placement is not None and one.placement.fenced):
             return None
+        if one.node and one.placement is None:
+            return None  # On another machine, and nobody knows on which of its devices.
         parts = one.placement.parts if one.placement else ()
         if any(device not in self._cluster.devices for device, _ in parts):
             return None

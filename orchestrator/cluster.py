@@ -34,8 +34,8 @@ _VIEW_STATES = {
 class Cluster:
     """All state. Keys: models by public name, workers by generation, host memory for sleepers by node.
 
-    `ending`: processes of an earlier orchestrator, by worker id, that nobody could take over; they hold their room until
-    their end.
+    `ending`: processes of an earlier orchestrator, by worker id, that nobody could take over; they hold their room
+    until their end.
     """
 
     devices: dict[str, Device]
@@ -201,13 +201,15 @@ class Cluster:
             last_used_s=worker.used_at_s,
             ready_since_s=worker.ready_at_s,
             spare_bytes=spare_bytes(worker),
-            sleep_bytes=worker.sleep_bytes,
+            sleep_bytes=worker.sleep_bytes if self.sleep_budget_bytes.get(worker.node) else None,
             load_s=times.load_s,
             wake_s=times.wake_s,
             uses_per_s=model.reuse.per_s(now_s),
             group=spec.group,
             batch=model.batch,
             node=worker.node,
+            # Several devices, or a GPU: the process was pinned to them when it loaded.
+            wakes_on=worker.home if worker.kind == "cuda" or len(worker.home) > 1 else None,
         )
 
     def num_others(self, name: str) -> int:

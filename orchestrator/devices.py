@@ -1,16 +1,18 @@
-"""Devices: what this machine has, what we may use of it, and how a worker is pinned to one.
+"""Devices: what a machine has, what we may use of it, and how a worker is pinned to some of it.
 
-Above it: `__main__` and the effects. Below it: NVML and psutil. Without an NVIDIA driver the CPU is the one
-device, with a byte budget, so that placement works the same everywhere. Configured devices replace the
-discovered ones and may be virtual: several budgets on one CPU.
+Above it: `__main__`, the effects, and `node_agent.py` on other machines. Below it: NVML and psutil. Without an NVIDIA
+driver the CPU is the one device, with a byte budget, so that placement works the same everywhere. Configured devices
+replace the discovered ones of their machine and may be virtual: several budgets on one CPU.
+
+A device of another machine has that machine's name before its own, with a slash: `box2/cuda:0`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -28,13 +30,14 @@ class Device:
     """One place for models.
 
     Attributes:
-        id: "cuda:0", "cpu" or a configured name.
+        id: "cuda:0", "cpu" or a configured name; on another machine with its name before it.
         kind: "cpu" or "cuda".
         total_bytes: physical memory of a GPU; 0 where the budget alone counts.
         budget_bytes: the most that hostler reserves on it.
         auto_budget: the budget was taken from what was free at start.
         uuid: NVML's name of the GPU, empty when unknown.
         node: the machine it is in; empty for this one.
+        num_cores: physical cores that a worker there may use; 0: as many as here.
     """
 
     id: str
@@ -45,6 +48,12 @@ class Device:
     auto_budget: bool = False
     uuid: str = ""
     node: str = ""
+    num_cores: int = 0
+
+    @property
+    def local_id(self) -> str:
+        """Its name within its own machine."""
+        return self.id.rpartition("/")[2]
 
 
 @contextlib.contextmanager
@@ -106,7 +115,7 @@ def _configured(config: DeviceConfig, gpus: dict[str, Device]) -> Device:
 
 
 def discover(configured: Sequence[DeviceConfig] = ()) -> tuple[Device, ...]:
-    """Return the configured devices, else the GPUs, else the CPU."""
+    """Return this machine's configured devices, else its GPUs, else its CPU."""
     gpus = _gpus()
     if configured:
         by_id = {gpu.id: gpu for gpu in gpus}
@@ -151,6 +160,17 @@ def num_physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
+def configured_on(node: str, configured: Iterable[DeviceConfig]) -> tuple[DeviceConfig, ...]:
+    """Return the devices that are configured for one machine (empty: this one), as it names them itself."""
+    parts = ((config, *config.id.rpartition("/")) for config in configured)
+    return tuple(config.model_copy(update={"id": name}) for config, of, _, name in parts if of == node)
+
+
+def seen_from_elsewhere(device: Device, node: str, num_cores: int) -> Device:
+    """Return a device that another machine found, as it is called here."""
+    return replace(device, id=f"{node}/{device.id}", node=node, num_cores=num_cores)
+
+
 def worker_devices(placed: Sequence[Device]) -> list[str]:
     """Return devices as the worker's own process numbers them: pinning leaves a GPU worker exactly its own."""
     return [f"cuda:{index}" if device.kind == "cuda" else "cpu" for index, device in enumerate(placed)]
@@ -160,5 +180,5 @@ def worker_env(placed: Sequence[Device], num_threads: int) -> dict[str, str]:
     """Return the environment that pins a worker process, to be set before it initialises any device."""
     if placed[0].kind != "cuda":
         return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
-    visible = ",".join(device.uuid or device.id.rpartition(":")[2] or "0" for device in placed)
+    visible = ",".join(device.uuid or device.local_id.rpartition(":")[2] or "0" for device in placed)
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}

@@ -14,6 +14,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 
 from orchestrator.experience import Experience
 from orchestrator.models import Located, ModelSpec
+from orchestrator.nodes import NodesSeen
 from orchestrator.state import Progress
 
 Report = Callable[[Progress], None]
@@ -49,11 +50,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class FoundWorker:
-    """A worker of an earlier orchestrator; `report` is None when it does not answer."""
+    """A worker of an earlier orchestrator, on a machine (empty: this one); `report` is None when it does not answer."""
 
     worker_id: str
     report: lifecycle_pb2.WatchResponse | None
     placement: Placement | None = None
+    node: str = ""
 
 
 class Effects(Protocol):
@@ -72,7 +74,7 @@ class Effects(Protocol):
         ...
 
     def address(self, worker_id: str) -> str:
-        """Return the worker's gRPC target."""
+        """Return the worker's gRPC target; one on another machine has it once it was spawned."""
         ...
 
     def recall_experience(self) -> Experience:
@@ -95,12 +97,20 @@ class Effects(Protocol):
         """Return the living workers of an earlier orchestrator, waiting for Ray to be up."""
         ...
 
+    def watch_nodes(self) -> AsyncIterator[NodesSeen]:
+        """Yield what other machines offer, first those that are there already, then after every change."""
+        ...
+
     async def list_stored(self) -> tuple[ModelSpec, ...]:
         """Return every model in the store."""
         ...
 
     async def locate(self, spec: ModelSpec) -> Located | None:
-        """Return the model's files and footprint if they are on this machine. No network."""
+        """Return the model's files and footprint if they are on this machine, else on another. No Internet."""
+        ...
+
+    async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
+        """Return the model's files on one machine, fetching them there if need be."""
         ...
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:
@@ -112,7 +122,7 @@ class Effects(Protocol):
         ...
 
     async def spawn(self, worker_id: str, node: str) -> int:
-        """Start a blank worker on a node; return its pid once it serves."""
+        """Start a blank worker on a machine (empty: this one); return its pid once it serves."""
         ...
 
     async def load(

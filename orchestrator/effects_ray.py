@@ -1,7 +1,7 @@
-"""The real effects: Ray for processes, gRPC for workers, the store for files. The only room file that drives Ray.
+"""The real effects: Ray for processes, gRPC for workers, the store for files.
 
 Above it: the scheduler's parts, through the `Effects` protocol. Below it: Ray (blocking calls, kept in threads),
-`worker_client.py`, `store_client.py`, the run directory.
+`ray_nodes.py` for other machines, `worker_client.py`, `store_client.py`, the run directory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from hostler.channel import worker_key
 from hostler.config import HostlerConfig
 from hostler.errors import HostlerError, Unavailable, WorkerLost
 from hostler.lifecycle.v1 import lifecycle_pb2
@@ -27,10 +28,14 @@ from hostler.rundir import RunDir
 from orchestrator import devices, ray_session
 from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker, Memory, Placement, Report
+from orchestrator.elsewhere import Elsewhere
 from orchestrator.experience import Experience
 from orchestrator.models import Located, ModelSpec
+from orchestrator.nodes import NodesSeen, RemoteWorker
 from orchestrator.process_id import ProcessId
+from orchestrator.ray_nodes import RayNodes
 from orchestrator.store_client import StoreClient
+from orchestrator.stores import Stores
 from orchestrator.worker_client import WorkerClient
 
 log = logging.getLogger(__name__)
@@ -47,23 +52,36 @@ EXIT_TIMEOUT_S = 5.0
 
 
 class RayEffects:
-    """Effects on this host. Everything runs in the orchestrator's loop; Ray's blocking calls run in threads."""
+    """Effects in the world. Everything runs in the orchestrator's loop; Ray's blocking calls run in threads."""
 
     def __init__(self, config: HostlerConfig, run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> None:
         self._run_dir = run_dir
         self._models_dir = config.models_dir
-        self._store = StoreClient(config.models_dir)
         self._devices: Sequence[Device] = ()
         self._actor_class = actor_class
         self._connected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._clients: dict[str, WorkerClient] = {}
         self._processes: dict[str, ProcessId] = {}
+        self._remote: dict[str, RemoteWorker] = {}
+        self._ray_environment = ray_session.environment(in_cluster=config.ray_address is not None)
+        self._nodes = RayNodes(config, self._ray)
+        self._elsewhere = Elsewhere(self._nodes)
+        self._stores = Stores(StoreClient(config.models_dir), self._elsewhere)
         self._creating: dict[str, asyncio.Future[Any]] = {}
         self._owns_ray = True
 
     def use_devices(self, found: Sequence[Device]) -> None:
         """Say which devices to measure."""
         self._devices = found
+
+    async def watch_nodes(self) -> AsyncIterator[NodesSeen]:
+        """Yield what other machines offer, then the same after every change. A Ray of our own has none."""
+        await self._ray()
+        if self._owns_ray:
+            yield NodesSeen()
+            return
+        async for seen in self._nodes.watch():
+            yield seen
 
     def on_connected(self, callback: Callable[[], None]) -> None:
         """Call back in the loop once Ray is connected."""
@@ -73,7 +91,7 @@ class RayEffects:
 
     async def connect(self) -> ray_session.RaySession:
         """Wait for Ray and become its driver; whoever waits for Ray goes on."""
-        os.environ.update(ray_session.RAY_ENVIRONMENT)
+        os.environ.update(self._ray_environment)
         importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, "ray"))
         while (session := ray_session.read(self._run_dir.path)) is None:  # noqa: ASYNC110  (a file, not an event)
             await asyncio.sleep(0.02)
@@ -102,12 +120,15 @@ class RayEffects:
         """Return the living workers of an earlier orchestrator; remove sockets that nobody serves."""
         placements = {p.worker_id: p for p in self.recall().placements}
         names = await self._named_actors()
+        if not self._owns_ray:
+            await self._nodes.looked()
         if names is None:  # Those that we remember are asked all the same: to load a model twice would be worse.
-            ids = [i for i in placements if self._run_dir.worker_socket(i).exists()]
+            ids = [i for i in placements if i in self._remote or self._run_dir.worker_socket(i).exists()]
             return tuple(await asyncio.gather(*(self._find(i, placements[i]) for i in ids)))
         ids = [name.removeprefix(ACTOR_PREFIX) for name in names if name.startswith(ACTOR_PREFIX)]
         if not self._owns_ray:  # On a shared cluster others' workers have the same prefix.
-            ids = [i for i in ids if i in placements or self._run_dir.worker_socket(i).exists()]
+            ours = {*placements, *self._remote}
+            ids = [i for i in ids if i in ours or self._run_dir.worker_socket(i).exists()]
         # Workers that are being created serve their socket before Ray lists their name.
         living = {self._run_dir.worker_socket(i) for i in (*ids, *self._clients, *self._creating)}
         for path in self._run_dir.path.glob("w-*.sock"):
@@ -127,7 +148,7 @@ class RayEffects:
         return names
 
     async def _find(self, worker_id: str, placement: Placement | None) -> FoundWorker:
-        client = WorkerClient(self.address(worker_id), None)
+        client = WorkerClient(self.address(worker_id), None, self._key(worker_id))
         report = None
         heartbeats = client.watch()
         try:
@@ -138,39 +159,60 @@ class RayEffects:
         finally:
             await heartbeats.aclose()  # type: ignore[attr-defined]
             await client.close()
-        if report is not None:
+        if report is not None and worker_id not in self._remote:
             self._remember_pid(worker_id, report.pid)
-        return FoundWorker(worker_id, report, placement)
+        remote = self._remote.get(worker_id)
+        return FoundWorker(worker_id, report, placement, remote.node if remote else "")
 
     async def spawn(self, worker_id: str, node: str) -> int:
-        """Start a blank worker; return its pid once it serves its socket.
+        """Start a blank worker on a machine (empty: this one); return its pid once it serves.
 
         Raises:
-            HostlerError: Ray could not start it, or it does not answer.
+            HostlerError: Ray could not start it, its machine is gone, or it does not answer.
         """
         ray = await self._ray()
-        socket_path = str(self._run_dir.worker_socket(worker_id))
+        options = {"name": ACTOR_PREFIX + worker_id, "lifetime": "detached", "num_cpus": 0, "max_restarts": 0}
+        options |= self._nodes.options(node)
+        if node:
+            self._remote[worker_id] = RemoteWorker(node)
+            listen, key = self._nodes.listen_address(node), self._key(worker_id)
+        else:
+            listen, key = str(self._run_dir.worker_socket(worker_id)), ""
 
         def create() -> Any:
             module, _, name = self._actor_class.partition(":")
             actor_class = ray.remote(getattr(importlib.import_module(module), name))
-            options = {"name": ACTOR_PREFIX + worker_id, "lifetime": "detached", "num_cpus": 0, "max_restarts": 0}
-            return actor_class.options(**options).remote(worker_id, socket_path)
+            return actor_class.options(**options).remote(worker_id, listen, key)
 
         # Kept until the worker is killed: a spawn may be given up while the thread still registers the actor.
         creating = self._creating[worker_id] = asyncio.ensure_future(asyncio.to_thread(create))
         try:
             async with asyncio.timeout(SPAWN_TIMEOUT_S):
                 actor = await asyncio.shield(creating)
-                pid = int(await asyncio.wrap_future(actor.ping.remote().future()))
+                if node:
+                    pid = await self._nodes.unless_lost(node, self._started_elsewhere(worker_id, node, actor))
+                else:
+                    pid = int(await asyncio.wrap_future(actor.ping.remote().future()))
+                    self._remember_pid(worker_id, pid)
         except TimeoutError:
             raise Unavailable(f"a worker process did not start within {SPAWN_TIMEOUT_S:g} s") from None
         except ray.exceptions.RayError as error:
             log.error("Ray could not start a worker", extra={"worker": worker_id, "error": str(error)[:2000]})
             raise WorkerLost("a worker process could not be started") from None
-        self._remember_pid(worker_id, pid)
         await self._client(worker_id).connect(CONNECT_TIMEOUT_S)
         return pid
+
+    async def _started_elsewhere(self, worker_id: str, node: str, actor: Any) -> int:
+        """Wait until a worker on another machine listens; remember where, and which process it is."""
+        pid = int(await asyncio.wrap_future(actor.ping.remote().future()))
+        address = str(await asyncio.wrap_future(actor.target.remote().future()))
+        started = RemoteWorker(node, address, pid)
+        self._remote[worker_id] = replace(started, start_ticks=await self._elsewhere.start_ticks(started))
+        return pid
+
+    def _key(self, worker_id: str) -> str:
+        """Return what opens a worker on another machine."""
+        return worker_key(self._run_dir.token(), worker_id) if worker_id in self._remote else ""
 
     def _remember_pid(self, worker_id: str, pid: int) -> None:
         if pid and (process := ProcessId.of(pid)) is not None:
@@ -179,11 +221,16 @@ class RayEffects:
     async def kill(self, worker_id: str) -> None:
         """End a worker process for certain, and forget its actor and its socket."""
         known, creating = self._processes.get(worker_id), self._creating.pop(worker_id, None)
+        remote = self._remote.get(worker_id)
+        if remote is not None:
+            if not await self._elsewhere.end(remote):
+                await self._end_actor(worker_id, creating)
         # First and without Ray: a fenced worker must stop at once, and a frozen one obeys nothing else. Ray sees the
         # end of a process by itself; it is asked only to end one that we do not know or cannot end.
-        if known is None or not await asyncio.to_thread(known.end, EXIT_TIMEOUT_S):
+        elif known is None or not await asyncio.to_thread(known.end, EXIT_TIMEOUT_S):
             await self._end_actor(worker_id, creating)
         self._processes.pop(worker_id, None)
+        self._remote.pop(worker_id, None)
         if (client := self._clients.pop(worker_id, None)) is not None:
             await client.close()
         self._run_dir.worker_socket(worker_id).unlink(missing_ok=True)
@@ -209,8 +256,9 @@ class RayEffects:
     # ------------------------------------------------------------ workers
 
     def address(self, worker_id: str) -> str:
-        """Return the worker's gRPC target."""
-        return f"unix:{self._run_dir.worker_socket(worker_id)}"
+        """Return the worker's gRPC target; one on another machine has it once it was spawned."""
+        remote = self._remote.get(worker_id)
+        return remote.address if remote else f"unix:{self._run_dir.worker_socket(worker_id)}"
 
     def new_worker_id(self) -> str:
         """Return a random id."""
@@ -219,7 +267,7 @@ class RayEffects:
     def _client(self, worker_id: str, generation: int = 0) -> WorkerClient:
         """Return the client of a worker, speaking under its generation; 0 for a blank one."""
         if worker_id not in self._clients:
-            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation or None)
+            self._clients[worker_id] = WorkerClient(self.address(worker_id), generation or None, self._key(worker_id))
         elif generation:
             self._clients[worker_id].claim(generation)
         return self._clients[worker_id]
@@ -253,26 +301,41 @@ class RayEffects:
     async def unload(self, worker_id: str, generation: int) -> None:
         """Ask the worker to end itself, and give it a moment to do so."""
         await self._client(worker_id, generation).unload()
-        if (known := self._processes.get(worker_id)) is not None:
+        if (remote := self._remote.get(worker_id)) is not None:
+            await self._elsewhere.wait_for_end(remote, EXIT_TIMEOUT_S)
+        elif (known := self._processes.get(worker_id)) is not None:
             await asyncio.to_thread(known.wait, EXIT_TIMEOUT_S)
 
     # ------------------------------------------------------------ store, devices, memory, clock
 
     async def list_stored(self) -> tuple[ModelSpec, ...]:
         """Return every model in the store."""
-        return await self._store.list_stored()
+        return await self._stores.list_stored()
 
     async def locate(self, spec: ModelSpec) -> Located | None:
-        """Return the model's files and footprint if they are here."""
-        return await self._store.locate(spec)
+        """Return the model's files and footprint if they are here, else if they are on another machine."""
+        return await self._stores.locate(spec)
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:
-        """Pull the model."""
-        await self._store.fetch(spec, report)
+        """Pull the model to this machine."""
+        await self._stores.fetch(spec, report)
+
+    async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
+        """Return the model's files on one machine, fetching them there if need be."""
+        return await self._stores.bring(spec, node, report)
 
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
-        """Return what other programs hold, by device."""
-        return await asyncio.to_thread(devices.foreign_bytes, self._devices, pids, reserved)
+        """Return what other programs hold, by device. A machine that does not answer is left out."""
+        there = [(w.node, w.pid) for w in self._remote.values()]
+        asked = [
+            self._elsewhere.foreign_bytes(member, [pid for node, pid in there if node == member.name], reserved)
+            for member in self._elsewhere.members
+        ]
+        here = asyncio.to_thread(devices.foreign_bytes, self._devices, pids, reserved)
+        found: dict[str, int] = {}
+        for held in await asyncio.gather(here, *asked):
+            found |= held
+        return found
 
     @property
     def _experience_path(self) -> Path:
@@ -308,6 +371,7 @@ class RayEffects:
             values = json.loads(self._memory_path.read_text(encoding="utf-8"))
             for worker_id, (pid, start_ticks) in values["processes"].items():
                 self._processes.setdefault(worker_id, ProcessId(int(pid), int(start_ticks)))
+            self._remote |= {i: RemoteWorker(**there) for i, there in values.get("remote", {}).items()}
             return Memory(int(values["generation"]), tuple(_placement(p) for p in values["placements"]))
         except FileNotFoundError:
             return Memory()
@@ -318,7 +382,9 @@ class RayEffects:
     def remember(self, memory: Memory) -> None:
         """Replace placements.json."""
         processes = {worker_id: (p.pid, p.start_ticks) for worker_id, p in self._processes.items()}
-        ray_session.write_private(self._memory_path, json.dumps(asdict(memory) | {"processes": processes}))
+        remote = {worker_id: asdict(there) for worker_id, there in self._remote.items()}
+        values = asdict(memory) | {"processes": processes, "remote": remote}
+        ray_session.write_private(self._memory_path, json.dumps(values))
 
     def now_s(self) -> float:
         """Return monotonic seconds."""

@@ -204,11 +204,15 @@ class SleepDone:
 
 @dataclass(frozen=True, slots=True)
 class ResizeDone:
-    """What a worker's KV cache may grow to now; None: it did not say. `generation` is the worker's."""
+    """What a worker's KV cache may grow to now; None: it did not say. `generation` is the worker's.
+
+    `fixed`: it can never be resized.
+    """
 
     generation: int
     kv_cache_bytes: int | None
     why: str
+    fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

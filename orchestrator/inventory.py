@@ -1,6 +1,6 @@
 """Devices as they come, go, and are used by others.
 
-Above it: `scheduler.py`. Below it: `watching.py` for workers whose device is gone, the effects that measure.
+Above it: `scheduler.py`. Below it: `watching.py` for workers whose device is gone, the effects that watch and measure.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Inventory:
         self._runtime = runtime
         self._cluster = runtime.cluster
         self._watching = watching
+        self._here = tuple(self._cluster.devices.values())
+        self._sleep_budget_here = dict(self._cluster.sleep_budget_bytes)
         self._measured_at_s = float("-inf")
         self._told_bytes: dict[str, int] = {}
 
@@ -43,6 +45,14 @@ class Inventory:
         pids = {worker.pid for worker in self._cluster.workers.values()}
         reserved = {device: self._cluster.occupied_bytes(device) for device in self._cluster.devices}
         self._runtime.post(events.ForeignMeasured(await self._runtime.effects.measure_foreign(pids, reserved)))
+
+    async def follow_nodes(self) -> None:
+        """Have the devices of other machines come and go."""
+        async for seen in self._runtime.effects.watch_nodes():
+            if not seen.why:
+                continue
+            budget = self._sleep_budget_here | seen.sleep_budget_bytes
+            self._runtime.post(events.DevicesChanged((*self._here, *seen.devices), seen.why, budget))
 
     def on_foreign(self, event: events.ForeignMeasured) -> bool:
         """Respect what other programs hold from now on. Always worth another try for those who wait."""

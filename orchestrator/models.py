@@ -17,6 +17,16 @@ FLOOR_CONTEXT_TOKENS = 4096
 """A model with a huge context loads with a KV cache of this many tokens rather than not at all."""
 
 
+ENGINES = {
+    "auto": lifecycle_pb2.ENGINE_KIND_UNSPECIFIED,
+    "text": lifecycle_pb2.ENGINE_KIND_TEXT,
+    "scripted": lifecycle_pb2.ENGINE_KIND_SCRIPTED,
+    "embedding": lifecycle_pb2.ENGINE_KIND_EMBEDDING,
+    "rerank": lifecycle_pb2.ENGINE_KIND_RERANK,
+}
+"""The configuration's words for engines, and the store's for what files are for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What a model needs of a device, estimated from its files."""
@@ -28,11 +38,28 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How a model can be split over devices of one kind: into how many parts, and the copies of its keys and values.
+
+    `kv_copies`: of a split into 2, 3 … parts, on how many parts each key and value is kept.
+    """
+
+    kind: str
+    max_parts: int
+    kv_copies: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Located:
-    """A model's files on this machine; the path is empty for an engine without files."""
+    """A model's files on one machine (empty: this one); the path is empty for an engine without files."""
 
     path: str
     footprint: Footprint
+    engine: int = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
+    """Which engine its files are for; unspecified where only the spec can say."""
+    node: str = ""
+    splits: tuple[Split, ...] = ()
+    """How it can be split, by kind of device; nothing where it cannot."""
 
 
 NOWHERE = Located("", Footprint())
@@ -44,6 +71,7 @@ class ModelSpec:
     """One model that can be served: from the configuration, or found in the store.
 
     Attributes:
+        engine: unspecified: what its files are for is known once they are located.
         adapters: LoRA adapters served beside it: (public name, directory).
         keep_alive_s: how long it may be idle before it rests; None: until its room is needed.
         batch: it never displaces models that people wait for.
@@ -55,7 +83,7 @@ class ModelSpec:
     revision: str | None = None
     aliases: tuple[str, ...] = ()
     adapters: tuple[tuple[str, str], ...] = ()
-    engine: int = lifecycle_pb2.ENGINE_KIND_TEXT
+    engine: int = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
     device: str | None = None
     dtype: str = "auto"
     quantize: str = ""
@@ -94,15 +122,14 @@ class ModelSpec:
 
 
 def from_config(config: ModelConfig) -> ModelSpec:
-    """Return the spec of one configured model. `engine: auto` is text: the only other kind today is scripted."""
-    scripted = config.engine == "scripted"
+    """Return the spec of one configured model. `engine: auto` is found out when its files are located."""
     return ModelSpec(
         name=config.name,
         source=config.source or config.name,
         revision=config.revision,
         aliases=config.aliases,
         adapters=tuple(config.adapters.items()),
-        engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED if scripted else lifecycle_pb2.ENGINE_KIND_TEXT,
+        engine=ENGINES[config.engine],
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize or "",
@@ -127,6 +154,11 @@ def context_tokens(spec: ModelSpec, footprint: Footprint) -> int:
     """Return the longest context that will be served: the configured one, capped by the model's own."""
     own = footprint.max_context_tokens
     return min(spec.max_context_tokens, own) if spec.max_context_tokens and own else spec.max_context_tokens or own
+
+
+def context_bytes(spec: ModelSpec, footprint: Footprint) -> int:
+    """Return the KV cache's bytes of one full context: with less, requests would end before their time."""
+    return context_tokens(spec, footprint) * footprint.kv_bytes_per_token
 
 
 def sleep_bytes(footprint: Footprint, kind: str) -> int:
@@ -162,6 +194,7 @@ def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0, own_by
         kv_context_bytes=one_context,
         kv_want_bytes=want,
         num_others=num_others,
+        workspace_bytes=footprint.workspace_bytes,
         group=spec.group,
     )
 
@@ -177,7 +210,7 @@ def load_request(
     """Return everything that a blank worker must know; `devices` as the worker's own process numbers them."""
     return lifecycle_pb2.LoadRequest(
         model=spec.name,
-        engine=spec.engine,  # type: ignore[arg-type]
+        engine=spec.engine or located.engine,  # type: ignore[arg-type]
         path=located.path,
         devices=devices,
         dtype=spec.dtype,

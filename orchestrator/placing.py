@@ -37,6 +37,7 @@ class Placing:
         asked = models.demand(
             spec, located.footprint, num_others=cluster.num_others(spec.name), own_bytes=seen.own_bytes
         )
+        split = next((split for split in located.splits if split.kind == kind), models.Split(kind, 1))
         since_s = min((waiter.since_s for waiter in model.waiters), default=now_s)
         return replace(
             asked,
@@ -44,6 +45,8 @@ class Placing:
             num_waiting=len(model.waiters),
             batch=model.batch,
             replica=replica,
+            max_parts=min(split.max_parts, spec.max_devices or split.max_parts),
+            kv_copies=split.kv_copies,
             load_s=cluster.experience.expect(spec, located, kind).load_s,
             uses_per_s=model.reuse.per_s(now_s),
             sleep_bytes=seen.sleep_bytes or models.sleep_bytes(located.footprint, kind),

@@ -50,9 +50,9 @@ class Pool:
             del self._blanks[found.id]
         return found
 
-    def adopt(self, worker_id: str, pid: int) -> None:
+    def adopt(self, worker_id: str, node: str, pid: int) -> None:
         """Take over a blank of the last orchestrator."""
-        self._watch(Blank(worker_id, "", pid))
+        self._watch(Blank(worker_id, node, pid))
 
     def _watch(self, blank: Blank) -> None:
         self._blanks[blank.id] = blank

@@ -153,7 +153,7 @@ def run(run_dir: RunDir) -> int:
     config = read_resolved(run_dir.config)
     ray_session.path_in(run_dir.path).unlink(missing_ok=True)
     if config.ray_address:
-        token = os.environ.get(ray_session.TOKEN_VARIABLE, "")
+        token = ray_session.cluster_token(os.environ)
         ray_session.write(run_dir.path, ray_session.RaySession(config.ray_address, token, 0))
         _wait([], reader)
         return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ RAY_ENVIRONMENT = {
 """Ray reads these when it is imported. The token may follow later, before the first connection."""
 
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
+TOKEN_PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class RaySession:
     address: str
     token: str
     pid: int
+
+
+def environment(*, in_cluster: bool) -> dict[str, str]:
+    """Return what Ray must find when it is imported; in a cluster every machine has an address of its own."""
+    return RAY_ENVIRONMENT | ({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} if in_cluster else {})
 
 
 def path_in(run_dir: Path) -> Path:
@@ -73,6 +80,17 @@ def write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     temporary.replace(path)
+
+
+def cluster_token(environ: Mapping[str, str]) -> str:
+    """Return the token of a cluster that we join, from where Ray's own commands take it; empty without one."""
+    if token := environ.get(TOKEN_VARIABLE):
+        return token
+    path = Path(environ.get(TOKEN_PATH_VARIABLE) or Path.home() / ".ray" / "auth_token")
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def preload_environment() -> dict[str, str]:

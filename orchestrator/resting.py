@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from hostler.errors import HostlerError, Unavailable
+from hostler.errors import HostlerError, InvalidRequest, Unavailable
 from hostler.placement.v1 import placement_pb2 as pb
 
 from orchestrator import events
@@ -113,22 +113,31 @@ class Resting:
             self._runtime.post(events.ResizeDone(worker.generation, became, why))
         except HostlerError as error:
             log.warning("a resize failed", extra={"worker": worker.id, "error": error.message})
-            self._runtime.post(events.ResizeDone(worker.generation, None, why))
+            fixed = isinstance(error, InvalidRequest)
+            remains = worker.kv_cache_bytes if fixed else None
+            self._runtime.post(events.ResizeDone(worker.generation, remains, why, fixed))
         except Exception:
             log.exception("a resize failed", extra={"worker": worker.id})
             self._runtime.post(events.ResizeDone(worker.generation, None, why))
 
     def give_from_kv_cache(self, worker: Worker, num_bytes: int) -> None:
-        """Have a worker pay with its KV cache for what it holds beyond its reservation, which stays as it is."""
-        if worker.resizing_to is not None or worker.state is not WorkerState.READY:
+        """Have a worker pay with its KV cache for what it holds beyond its reservation, as far as it can.
+
+        The part's size stays, more of it counts as the worker's own; what the KV cache cannot pay is added to it.
+        """
+        if worker.resizing_to is not None or worker.state is not WorkerState.READY or len(worker.parts) != 1:
             return
-        worker.kv_cache_bytes -= num_bytes  # The part's size stays: the rest of it counts as its own from now on.
-        worker.kv_keep_bytes = min(worker.kv_keep_bytes, worker.kv_cache_bytes)
-        worker.resizing_to, worker.owed_bytes = worker.kv_cache_bytes, num_bytes
-        self._runtime.run(
-            self._resize(worker, worker.kv_cache_bytes, "it holds more beside it than was expected"),
-            worker.generation,
-        )
+        paid = max(0, min(num_bytes, worker.kv_cache_bytes - worker.kv_keep_bytes))
+        if num_bytes > paid:
+            part = worker.parts[0]
+            worker.parts = (replace(part, num_bytes=part.num_bytes + num_bytes - paid),)
+        if not paid:
+            self._runtime.remember()
+            return
+        worker.kv_cache_bytes -= paid
+        worker.resizing_to, worker.owed_bytes = worker.kv_cache_bytes, paid
+        why = "it holds more beside it than was expected"
+        self._runtime.run(self._resize(worker, worker.kv_cache_bytes, why), worker.generation)
 
     def on_resize_done(self, event: events.ResizeDone) -> bool:
         """Take the worker's word for how large its KV cache may be now. Return whether room may have come free."""
@@ -154,8 +163,10 @@ class Resting:
                 replica=worker.id,
                 num_bytes=worker.kv_cache_bytes,
             )
+        if event.fixed:  # Nobody need plan on what it cannot give.
+            worker.kv_keep_bytes = worker.kv_cache_bytes
         self._runtime.remember()
-        return True
+        return worker.kv_cache_bytes != before or event.fixed
 
     @staticmethod
     def _set_kv_cache(worker: Worker, kv_cache_bytes: int) -> None:

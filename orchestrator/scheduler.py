@@ -89,7 +89,7 @@ class Scheduler:
             events.StoreListed: self._requests.on_store_listed,
             events.WorkersFound: self._on_workers_found,
             events.ForeignMeasured: self._then_place(self._inventory.on_foreign),
-            events.DevicesChanged: self._then_place(self._inventory.on_devices_changed),
+            events.DevicesChanged: self._on_devices_changed,
             events.BlankReady: self._pool.on_ready,
             events.BlankLost: self._pool.on_lost,
             events.LocateDone: self._loading.on_locate_done,
@@ -184,10 +184,12 @@ class Scheduler:
         """Handle events until a `Stop` has been carried out. Cancelling leaves the workers alive."""
         memory = self._effects.recall()
         self._cluster.generation = max([memory.generation, *(p.generation for p in memory.placements)])
-        if not memory.placements:  # Nobody can have outlived an earlier orchestrator: no need to wait for Ray.
+        # Nobody can have outlived an earlier orchestrator, and there are no other machines: no need to wait for Ray.
+        if not memory.placements and not self._runtime.config.ray_address:
             self._runtime.may_publish = True
             self._preload()
             self._runtime.publish()
+        self._runtime.run(self._inventory.follow_nodes())
         self._runtime.run(self._take_stock())
         try:
             while not (self._runtime.stopping and not self._cluster.workers):
@@ -223,6 +225,13 @@ class Scheduler:
         self._preload()
         self._runtime.remember()
         self._runtime.publish()
+
+    def _on_devices_changed(self, event: events.DevicesChanged) -> None:
+        self._inventory.on_devices_changed(event)
+        self._loading.place_waiting()
+        for model in self._cluster.models.values():  # One that lost its only place may have it back.
+            if model.wanted and model.failure and not self._cluster.ready(model.spec.name):
+                self._loading.start(model)
 
     def _on_retired(self, event: events.Retired) -> None:
         if self._retiring.gone(event.generation) is not None:

@@ -56,7 +56,7 @@ class Starting:
         device = self._cluster.devices[plan.parts[0].device]
         blank = self._pool.take(device.node)
         worker_id = blank.id if blank else self._effects.new_worker_id()
-        context_bytes = models.demand(model.spec, (job.located or models.NOWHERE).footprint).kv_context_bytes
+        context_bytes = models.context_bytes(model.spec, (job.located or models.NOWHERE).footprint)
         worker = Worker(
             id=worker_id,
             model=model.spec.name,
@@ -67,6 +67,7 @@ class Starting:
             kind=device.kind,
             reason=plan.reason,
             node=device.node,
+            home=frozenset(part.device for part in plan.parts),
             located=job.located,
             address=self._effects.address(worker_id),
             max_running=model.spec.max_running,
@@ -102,7 +103,7 @@ class Starting:
 
     def _load(self, model: Model, job: Job, worker: Worker, pid: int) -> None:
         job.stage = Stage.LOAD
-        worker.pid = pid
+        worker.pid, worker.address = pid, self._effects.address(worker.id)
         self._runtime.remember()
         job.advanced_at_s = worker.heard_at_s = self._effects.now_s()
         eta_s = self._cluster.experience.expect(model.spec, worker.located, worker.kind).load_s
@@ -117,19 +118,21 @@ class Starting:
         if job.located is None or job.plan is None:
             raise Internal("A load was started without a plan.")
         placed = [self._cluster.devices[part.device] for part in worker.parts]
+
+        def report(progress: Progress) -> None:
+            self._runtime.post(events.Progressed(job.generation, progress))
+
+        located = job.located
+        if model.spec.has_files and located.node != worker.node:
+            located = await self._effects.bring(model.spec, worker.node, report)
         request = models.load_request(
             model.spec,
-            job.located,
+            located,
             devices=devices.worker_devices(placed),
-            environment=devices.worker_env(placed, devices.num_physical_cores()),
+            environment=devices.worker_env(placed, placed[0].num_cores or devices.num_physical_cores()),
             kv_cache_bytes=job.plan.kv_cache_bytes,
         )
-        info = await self._effects.load(
-            worker.id,
-            worker.generation,
-            request,
-            lambda p: self._runtime.post(events.Progressed(job.generation, p)),
-        )
+        info = await self._effects.load(worker.id, worker.generation, request, report)
         self._runtime.post(events.LoadDone(worker.generation, info))
 
     def on_load_done(self, event: events.LoadDone) -> None:

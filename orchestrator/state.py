@@ -143,6 +143,7 @@ class Worker:
         owed_bytes: of its KV cache, counted as its own already, until it has confirmed that it gave them up.
         sleep_bytes: host memory that it holds asleep, or is expected to.
         own_bytes: the most that it was seen to hold beside its KV cache.
+        home: devices that its process sees; a GPU's process can wake on no other.
         busy_until_s: callers that were just handed it are on their way until then.
     """
 
@@ -167,6 +168,7 @@ class Worker:
     busy_until_s: float = 0.0
     loaded_unix_ms: int = 0
     max_running: int = 0
+    home: frozenset[str] = frozenset()
     resizing_to: int | None = None
     owed_bytes: int = 0
     sleep_bytes: int = 0

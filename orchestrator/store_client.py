@@ -18,7 +18,7 @@ from hostler.errors import BY_REASON, Internal, ModelLoadFailed
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from orchestrator.effects import Report
-from orchestrator.models import Footprint, Located, ModelSpec
+from orchestrator.models import ENGINES, Footprint, Located, ModelSpec, Split
 from orchestrator.ray_session import TOKEN_VARIABLE
 from orchestrator.state import Progress
 
@@ -44,7 +44,6 @@ class StoreClient:
             ModelSpec(
                 name=found.name,
                 source=found.source,
-                engine=lifecycle_pb2.ENGINE_KIND_TEXT,
                 created_unix_s=int(found.created_unix_s),
                 configured=False,
             )
@@ -60,7 +59,7 @@ class StoreClient:
         return await asyncio.to_thread(self._locate, spec)
 
     def _locate(self, spec: ModelSpec) -> Located | None:
-        from orchestrator.store import adapter_bytes, find, footprint, list_stored
+        from orchestrator.store import adapter_bytes, find, footprint, kind_of, list_stored, splitting
 
         if spec.configured:
             found = find(spec.source, self._models_dir, spec.revision)
@@ -68,7 +67,9 @@ class StoreClient:
             found = next((m for m in list_stored(self._models_dir) if m.name == spec.name), None)
         if found is None:
             return None
-        needs = footprint(found.path, spec.dtype, spec.quantize)
+        engine = spec.engine or ENGINES[kind_of(found.path)]
+        generates = engine == lifecycle_pb2.ENGINE_KIND_TEXT
+        needs = footprint(found.path, spec.dtype, spec.quantize if generates else "", generates=generates)
         adapters_bytes = sum(adapter_bytes(name, Path(path)) for name, path in spec.adapters)
         return Located(
             str(found.path),
@@ -77,6 +78,13 @@ class StoreClient:
                 needs.kv_bytes_per_token,
                 needs.max_context_tokens,
                 needs.workspace_bytes,
+            ),
+            engine,
+            splits=tuple(
+                Split(kind, found_split.max_parts, found_split.kv_copies)
+                for kind in ("cpu", "cuda")
+                if generates
+                and (found_split := splitting(found.path, kind, has_adapters=bool(spec.adapters))).max_parts > 1
             ),
         )
 

@@ -63,6 +63,7 @@ class HolderView:
         uses_per_s: expected rate of requests that find it idle or missing.
         group: models of one group may not share a device, where the group says so.
         batch: it serves nothing but batch work now.
+        wakes_on: devices that it can wake on; None: any of its node.
     """
 
     id: str
@@ -81,6 +82,7 @@ class HolderView:
     group: str = ""
     batch: bool = False
     node: str = ""
+    wakes_on: frozenset[str] | None = None
 
     def bytes_on(self, device: str) -> int:
         """Return what it holds on one device."""
@@ -114,7 +116,9 @@ class Demand:
         kv_context_bytes: one full context.
         kv_want_bytes: every running request at full context.
         num_others: other models that will want a share of the same devices.
+        workspace_bytes: of base_bytes, what every part of a split model needs in full.
         max_parts: over how many devices of one node it may be split; 1 for a model that cannot be.
+        kv_copies: of a split into 2, 3 … parts, on how many parts each key and value is kept; 1 where it is not said.
         waited_s: how long the one who has waited longest has waited.
         num_waiting: how many requests wait.
         batch: nobody but batch work waits.
@@ -122,6 +126,7 @@ class Demand:
         load_s: expected time to load it.
         uses_per_s: expected rate of requests for it.
         sleep_bytes: host memory that it would hold asleep.
+        quantized_bytes: what base_bytes would be with weights quantized, by kind; for advice.
     """
 
     model: str
@@ -131,7 +136,9 @@ class Demand:
     kv_context_bytes: int
     kv_want_bytes: int
     num_others: int = 0
+    workspace_bytes: int = 0
     max_parts: int = 1
+    kv_copies: tuple[int, ...] = ()
     waited_s: float = 0.0
     num_waiting: int = 1
     batch: bool = False
@@ -140,6 +147,7 @@ class Demand:
     load_s: float = 1.0
     uses_per_s: float = 0.0
     sleep_bytes: int | None = None
+    quantized_bytes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,13 @@ SLEEP_SLACK_S = 60.0
 
 
 class WorkerClient:
-    """Calls to one worker, under its generation. With None the worker does not check (blank, or before adoption)."""
+    """Calls to one worker, under its generation. With None the worker does not check (blank, or before adoption).
 
-    def __init__(self, target: str, generation: int | None) -> None:
-        self._channel = open_channel(target)
+    `key`: what a worker on another machine wants with every call.
+    """
+
+    def __init__(self, target: str, generation: int | None, key: str = "") -> None:
+        self._channel = open_channel(target, key)
         self._stub = lifecycle_pb2_grpc.LifecycleServiceStub(self._channel)
         self._metadata = call_metadata(generation=generation)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from concurrent.futures import Future
+
+LISTEN_TIMEOUT_S = 30.0
 
 
 class WorkerActor:
@@ -16,16 +19,16 @@ class WorkerActor:
 
     Args:
         worker_id: unique name.
-        socket_path: Unix socket to serve on.
-        generation: of this placement.
-        env: environment for libraries not yet initialised (visible devices, thread counts); set before anything
-            of the engine runs.
+        listen: the path of a Unix socket, or HOST:PORT (port 0: one that is free).
+        key: what every call must carry; empty on a Unix socket, which the file system guards.
+
+    It is blank, without generation or device; the load that claims it brings both.
     """
 
-    def __init__(self, worker_id: str, socket_path: str, generation: int, env: dict[str, str]) -> None:
-        os.environ.update(env)
+    def __init__(self, worker_id: str, listen: str, key: str = "") -> None:
+        self._target: Future[str] = Future()
         thread = threading.Thread(
-            target=_serve_and_exit, args=(socket_path, generation, worker_id), name="worker", daemon=True
+            target=_serve_and_exit, args=(listen, worker_id, key, self._target), name="worker", daemon=True
         )
         thread.start()
 
@@ -33,8 +36,12 @@ class WorkerActor:
         """Return the process id."""
         return os.getpid()
 
+    def target(self) -> str:
+        """Return the gRPC target that it serves; blocks until it does."""
+        return self._target.result(LISTEN_TIMEOUT_S)
 
-def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
+
+def _serve_and_exit(listen: str, worker_id: str, key: str, target: Future[str]) -> None:
     from hostler import logs
 
     from workers.server import serve
@@ -42,7 +49,7 @@ def _serve_and_exit(socket_path: str, generation: int, worker_id: str) -> None:
     logs.configure()
     code = 1
     try:
-        asyncio.run(serve(socket_path, generation, worker_id))
+        asyncio.run(serve(listen, 0, worker_id, key=key, on_serving=target.set_result))
         code = 0
     finally:
         # Ray's own exit path can wait for threads and for a control plane that may be gone.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Json = object
 
@@ -51,9 +51,17 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Plain text, tokenized with the model's own special tokens."""
+    """Text that a caller wrote as the model is to see it: spellings of control tokens in it are control tokens.
+
+    Attributes:
+        suffix: what comes after the gap that the reply fills; empty for none. With it, `text` is what comes before, and
+            both are plain text without control tokens.
+        add_special_tokens: put the model's own before and after it, as its tokenizer does.
+    """
 
     text: str
+    suffix: str = ""
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,8 @@ class GenerationRequest:
     """One choice for one prompt. `request_id` is for logs; identity inside an engine never rests on it.
 
     Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
-    `adapter` names one of `ModelFacts.adapters`; empty for the model itself.
+    `adapter` names one of `ModelFacts.adapters`; empty for the model itself. `batch`: it may wait behind requests that
+    people wait for. `echo_logprobs` asks for `PromptLogprobs`.
     """
 
     prompt: Prompt
@@ -141,6 +150,8 @@ class GenerationRequest:
     reasoning: ReasoningRule = ReasoningRule()
     cache_scope: str = ""
     adapter: str = ""
+    batch: bool = False
+    echo_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,13 @@ class TokenLogprob:
     token: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's tokens, before any text. The first one's logprob is NaN: nothing came before it."""
+
+    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +225,7 @@ class Finish:
     decode_us: int = 0
 
 
-Event = TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
+Event = PromptLogprobs | TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,17 +246,23 @@ class ModelFacts:
     supports_images: bool = False
     supports_audio: bool = False
     adapters: tuple[str, ...] = ()
+    supports_fill_in_middle: bool = False
+    embedding_dimensions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's counters. `num_steps` rises with every step; it stands still only when idle or hung."""
+    """A moment's counters. `num_steps` rises with every step; it stands still only when idle or hung.
+
+    Of the KV cache: what requests hold, what is backed by memory, what it may grow to.
+    """
 
     num_steps: int = 0
     num_running: int = 0
     num_queued: int = 0
     max_running: int = 0
     kv_used_bytes: int = 0
+    kv_allocated_bytes: int = 0
     kv_reserved_bytes: int = 0
     num_prompt_tokens_total: int = 0
     num_completion_tokens_total: int = 0
@@ -309,3 +333,29 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Fail what still runs and free everything."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that keeps more than its files while it sleeps. Any other is closed, and opened anew to wake."""
+
+    async def sleep(self) -> None:
+        """Free weights and caches on the device, back to the system. Called only when no request runs."""
+
+    async def wake(self, spec: LoadSpec) -> None:
+        """Serve again as before; `spec` is what the engine was opened with but for devices and size of the KV cache.
+
+        Raises:
+            HostlerError: it cannot; the engine is of no further use.
+        """
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """An engine with a cache whose bound can change while requests run."""
+
+    async def resize(self, kv_cache_bytes: int) -> int:
+        """Change what the cache may grow to; return what it became.
+
+        Shrinking frees what only might be of use first, and stops at what running requests hold.
+        """

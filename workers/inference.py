@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from hostler.channel import GENERATION_KEY, REQUEST_ID_KEY, metadata_value
-from hostler.errors import HostlerError, Internal, UnsupportedParameter, abort
+from hostler.errors import HostlerError, Internal, InvalidRequest, UnsupportedParameter, abort
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc as rpc
 
-from workers import translate
-from workers.engine import Prompt, TextPrompt
+from workers import translate, translate_texts
+from workers.engine import Engine
 from workers.host import WorkerHost
+from workers.vectors import Embedder, Ranker
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -35,41 +37,59 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
             self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            engine = self._host.engine
-            wanted = translate.generation_request(request, engine.facts, request_id)
-            async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    yield translate.event(event)
+            with self._host.serving() as engine:
+                self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
+                wanted = translate.generation_request(request, engine.facts, request_id)
+                async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield translate.event(event)
         except HostlerError as error:
             await abort(context, error)
         except Exception:
             log.exception("generate failed", extra={"request_id": request_id})
             await abort(context, Internal("The worker failed on this request; its log has the details."))
 
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+        """Return one vector for each input."""
+
+        async def embed(engine: Engine, request_id: str) -> pb.EmbedResponse:
+            if not isinstance(engine, Embedder):
+                raise InvalidRequest("This model does not make embeddings.", param="model")
+            wanted = translate_texts.embedding_request(request, request_id)
+            return translate_texts.embed_response(await engine.embed(wanted))
+
+        return await self._answer(context, embed)
+
+    async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankResponse:  # noqa: N802
+        """Return one score for each document."""
+
+        async def rerank(engine: Engine, request_id: str) -> pb.RerankResponse:
+            if not isinstance(engine, Ranker):
+                raise InvalidRequest("This model does not rank documents.", param="model")
+            wanted = translate_texts.ranking_request(request, request_id)
+            return translate_texts.rerank_response(await engine.rank(wanted))
+
+        return await self._answer(context, rerank)
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Return token ids of a text or a rendered chat."""
-        try:
-            engine = self._host.engine
-            prompt: Prompt
-            if request.WhichOneof("prompt") == "chat":
-                prompt = translate.chat_prompt(request.chat)
-            else:
-                prompt = TextPrompt(request.text)
-            ids = await engine.tokenize(prompt)
+
+        async def tokenize(engine: Engine, _: str) -> pb.TokenizeResponse:
+            ids = await engine.tokenize(translate_texts.tokenize_prompt(request))
             return pb.TokenizeResponse(ids=ids, max_context_tokens=engine.facts.max_context_tokens)
-        except HostlerError as error:
-            await abort(context, error)
+
+        return await self._answer(context, tokenize)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Return the text of token ids."""
-        try:
-            return pb.DetokenizeResponse(text=await self._host.engine.detokenize(list(request.ids)))
-        except HostlerError as error:
-            await abort(context, error)
 
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
-        """Refuse: a text engine gives no embeddings."""
-        await abort(context, UnsupportedParameter("This model gives no embeddings.", param="model"))
+        async def detokenize(engine: Engine, _: str) -> pb.DetokenizeResponse:
+            worst, size = max(request.ids, default=0), engine.facts.vocab_size
+            if size and worst >= size:
+                raise InvalidRequest(f"Token id {worst} is outside the vocabulary of {size}.", param="tokens")
+            return pb.DetokenizeResponse(text=await engine.detokenize(list(request.ids)))
+
+        return await self._answer(context, detokenize)
 
     async def Transcribe(  # noqa: N802
         self, request: pb.TranscribeRequest, context: Context
@@ -82,3 +102,16 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Refuse: a text engine does not speak."""
         await abort(context, UnsupportedParameter("This model does not speak.", param="model"))
         yield pb.SpeakResponse()
+
+    async def _answer(self, context: Context, work: Callable[[Engine, str], Awaitable[T]]) -> T:
+        """Check the generation and run a unary call's `work` with its request id; errors end the call by name."""
+        request_id = metadata_value(context, REQUEST_ID_KEY) or ""
+        try:
+            self._host.check_generation(metadata_value(context, GENERATION_KEY))
+            with self._host.serving() as engine:
+                return await work(engine, request_id)
+        except HostlerError as error:
+            await abort(context, error)
+        except Exception:
+            log.exception("a call failed", extra={"request_id": request_id})
+            await abort(context, Internal("The worker failed on this request; its log has the details."))

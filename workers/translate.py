@@ -22,6 +22,7 @@ from workers.engine import (
     LoadSpec,
     ModelFacts,
     Prompt,
+    PromptLogprobs,
     ReasoningDelta,
     ReasoningRule,
     SamplingParams,
@@ -44,7 +45,12 @@ _ROLES = {
     pb.ROLE_TOOL: "tool",
 }
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH, "tool_calls": pb.FINISH_REASON_TOOL_CALLS}
-_ENGINES = {"text": life.ENGINE_KIND_TEXT, "scripted": life.ENGINE_KIND_SCRIPTED}
+_ENGINES = {
+    "text": life.ENGINE_KIND_TEXT,
+    "scripted": life.ENGINE_KIND_SCRIPTED,
+    "embedding": life.ENGINE_KIND_EMBEDDING,
+    "rerank": life.ENGINE_KIND_RERANK,
+}
 
 
 def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_id: str) -> GenerationRequest:
@@ -70,6 +76,8 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         reasoning=_reasoning(message.chat.reasoning),
         cache_scope=message.cache_scope,
         adapter=message.adapter,
+        batch=message.batch,
+        echo_logprobs=message.echo_logprobs,
     )
 
 
@@ -106,10 +114,10 @@ def _refuse_unsupported(message: pb.GenerateRequest, facts: ModelFacts) -> None:
     refused = None
     if message.constraint.WhichOneof("kind") and facts.engine != "text":
         refused = ("response_format", "This model has no structured output.")
-    elif message.suffix:
-        refused = ("suffix", "This model has no fill-in-the-middle.")
-    elif message.echo_logprobs:
-        refused = ("echo", "Logprobs of the prompt are not available for this model yet.")
+    elif message.suffix and not (facts.supports_fill_in_middle and message.WhichOneof("prompt") == "text"):
+        refused = ("suffix", "This model has no tokens for filling a gap between a text and a suffix.")
+    elif message.echo_logprobs and facts.engine != "text":
+        refused = ("echo", "This model has no logprobs of its prompt.")
     elif message.WhichOneof("prompt") == "chat":
         chat = message.chat
         kinds = {str(part.WhichOneof("part")) for m in chat.messages for part in m.parts} - {"text", "None"}
@@ -128,7 +136,7 @@ def _prompt(message: pb.GenerateRequest) -> Prompt:
     if kind == "chat":
         return chat_prompt(message.chat)
     if kind == "text":
-        return TextPrompt(message.text)
+        return TextPrompt(message.text, message.suffix)
     if kind == "token_ids":
         return TokenPrompt(tuple(message.token_ids.ids))
     raise InvalidRequest("The request has no prompt.", param="messages")
@@ -250,6 +258,8 @@ def event(value: Event) -> pb.GenerateResponse:
     """Return the wire's form of an engine event."""
     if isinstance(value, TextDelta):
         return pb.GenerateResponse(text=pb.TextDelta(text=value.text, logprobs=[_logprob(x) for x in value.logprobs]))
+    if isinstance(value, PromptLogprobs):
+        return pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=[_logprob(x) for x in value.tokens]))
     if isinstance(value, ReasoningDelta):
         return pb.GenerateResponse(reasoning=pb.ReasoningDelta(text=value.text))
     if isinstance(value, ToolCallStart):
@@ -330,6 +340,8 @@ def model_info(facts: ModelFacts) -> life.ModelInfo:
         supports_reasoning=facts.supports_reasoning,
         supports_images=facts.supports_images,
         supports_audio=facts.supports_audio,
+        supports_fill_in_middle=facts.supports_fill_in_middle,
+        embedding_dimensions=facts.embedding_dimensions,
     )
 
 
@@ -340,6 +352,7 @@ def fill_stats(message: life.WatchResponse, stats: EngineStats) -> None:
     message.num_queued = stats.num_queued
     message.max_running = stats.max_running
     message.kv_used_bytes = stats.kv_used_bytes
+    message.kv_allocated_bytes = stats.kv_allocated_bytes
     message.kv_reserved_bytes = stats.kv_reserved_bytes
     message.num_prompt_tokens_total = stats.num_prompt_tokens_total
     message.num_completion_tokens_total = stats.num_completion_tokens_total

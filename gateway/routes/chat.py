@@ -9,18 +9,19 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
-from hostler.placement.v1 import placement_pb2
 
 from gateway.body import read_json
 from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
 from gateway.dialects.openai_chat.stream import ChunkEncoder
+from gateway.dialects.openai_responses.as_chat import is_foreign, parse_as_chat
 from gateway.dispatch import Event, Loading, merge
 from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
+from gateway.progress import loading_comment
 from gateway.routing import Target, find_chat_model
 from gateway.services import Services, services_of
-from gateway.sse import DONE, EventStream, comment_frame
+from gateway.sse import DONE, EventStream
 
 router = APIRouter()
 
@@ -47,7 +48,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer one chat request, streamed or whole."""
     services = services_of(request)
     body = await read_json(request.headers, request.receive, services.config.max_body)
-    chat = parse_chat_request(body)
+    chat = parse_as_chat(body) if is_foreign(body) else parse_chat_request(body)
     del body
     routes = await services.table.first(services.patience.first_table_s)
     target = find_chat_model(routes, chat.model)
@@ -73,6 +74,7 @@ async def create_chat_completion(request: Request) -> Response:
             request_id=job.request_id,
             ping_s=patience.ping_s,
             first_comment_s=patience.first_comment_s,
+            comment_gap_s=patience.comment_gap_s,
             stalled_reader_s=patience.stalled_reader_s,
         )
     return json_response(await services.lifetime.until_gone(request.receive, _whole(job)))
@@ -109,11 +111,3 @@ async def _frames(job: _Job) -> AsyncGenerator[bytes, None]:
     if job.request.include_usage:
         yield encoder.usage()
     yield DONE
-
-
-def loading_comment(progress: placement_pb2.EnsureProgress) -> bytes:
-    """Return the comment that tells a person with curl what the wait is for."""
-    stage = progress.stage or "model"
-    if progress.total_bytes:
-        return comment_frame(f"loading {stage} {100 * progress.done_bytes // progress.total_bytes}%")
-    return comment_frame(f"loading {stage}")

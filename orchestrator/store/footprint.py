@@ -23,11 +23,17 @@ _MAX_HEADER_BYTES = 100 * 10**6
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _SERVED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SERVED_DTYPE = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_FIXED_WORKSPACE_BYTES = 64 * 2**20
+_PROCESS_BYTES = 264 * 10**6
+_TOKEN_BYTES = 300
 _CHUNK_TOKENS = 256
 _BATCH = 16
 _INT4_GROUP = 32
 _RANK_STEP = 16
+_KERNEL_FAMILIES = frozenset(
+    {"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"}
+)
+"""Model types that workers run in their own kernels on a CPU, which quantize embeddings, too, and int4 otherwise."""
+
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
 _FUSED_EXPERT = re.compile(r"\.experts\.")
 """Stored one by one, but loaded as one tensor for all experts, which is no linear layer and is not quantized."""
@@ -40,11 +46,17 @@ class Footprint:
     Attributes:
         weight_bytes: every tensor in the serving dtype, a tied output projection counted once; of a quantized model
             the matrices of linear layers in int8 with one float32 scale a row, or int4 with two bytes of scales for
-            each 32 weights. Embeddings, experts and vectors stay in the dtype.
+            each 32 weights. Embeddings, experts and vectors stay in the dtype; but of families that have kernels the
+            embeddings and the head are int8, also for int4, which has four bytes for each 32 weights.
         kv_bytes_per_token: 2 (keys, values) x layers x key-value heads x head size x bytes of the dtype.
         max_context_tokens: what the model was trained for; 0 if its config does not say.
-        workspace_bytes: 64 MiB, plus fp32 activations of one 256-token prefill chunk (8 hidden-sized and 3
-            intermediate-sized buffers), plus fp32 logits and probabilities of a batch of 16.
+        workspace_bytes: 264 MB, plus 300 bytes for each token of the vocabulary (tokenizer), plus fp32 activations of
+            one 256-token prefill chunk (8 hidden-sized and 3 intermediate-sized buffers), plus fp32 logits and
+            probabilities of a batch of 16.
+
+    The 264 MB are what a worker's process holds of its own beside any model, which on a CPU is device memory, too:
+    242 MB once torch 2.13 and transformers 5.23 are imported, 40 MB more where the load went through transformers' own
+    definition of the model, the first one does. On a GPU the same number stands for CUDA's context and libraries.
     """
 
     weight_bytes: int
@@ -157,11 +169,17 @@ def _is_linear(name: str, tensor: TensorHeader) -> bool:
     return is_matrix and not _EMBEDDING.search(name) and not _FUSED_EXPERT.search(name)
 
 
-def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: str) -> int:
+def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: str, *, has_kernels: bool) -> int:
     """Return what one tensor takes in memory."""
     if tensor.dtype not in _STORED_BYTES:
         return tensor.num_bytes
     num_weights = math.prod(tensor.shape)
+    if quantize and has_kernels and len(tensor.shape) == 2:
+        rows, columns = tensor.shape
+        is_outer = not _is_linear(name, tensor) or name.endswith("lm_head.weight")
+        if quantize == "int8" or is_outer or columns % _INT4_GROUP:
+            return num_weights + 4 * rows
+        return num_weights // 2 + 4 * (num_weights // _INT4_GROUP)
     if quantize and _is_linear(name, tensor):
         rows, columns = tensor.shape
         if quantize == "int8":
@@ -171,11 +189,12 @@ def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: st
     return num_weights * item_bytes
 
 
-def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
+def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = True) -> Footprint:
     """Return what the model in directory `path` will take when served in `dtype` ("auto": as its config says).
 
     Args:
         path: of the model.
+        generates: it writes text. Others keep no KV cache, and "auto" is float32 for them, as on a CPU.
         dtype: "auto", "bfloat16", "float16" or "float32".
         quantize: "int8" or "int4" for the weights of linear layers; "" for none.
 
@@ -189,22 +208,29 @@ def footprint(path: Path, dtype: str, quantize: str = "") -> Footprint:
     nested = outer.get("text_config")
     config = {**outer, **nested} if isinstance(nested, dict) else outer
     tensors = read_tensors(path)
+    if not generates and dtype == "auto":
+        dtype = "float32"
     item_bytes = _SERVED_BYTES[_serving_dtype(dtype, config, tensors)]
     if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
-    weight_bytes = sum(_served_bytes(name, tensor, item_bytes, quantize) for name, tensor in tensors.items())
+    # Pictures and their towers are torch's; the kernels run plain text models.
+    has_kernels = not isinstance(nested, dict) and config.get("model_type") in _KERNEL_FAMILIES
+    weight_bytes = sum(
+        _served_bytes(name, tensor, item_bytes, quantize, has_kernels=has_kernels) for name, tensor in tensors.items()
+    )
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     heads = _first(config, "num_attention_heads", "n_head")
     layers = _first(config, "num_hidden_layers", "n_layer")
     head_dim = _first(config, "head_dim") or (hidden // heads if heads else 0)
     kv_heads = _first(config, "num_key_value_heads") or heads
     activations = 4 * _CHUNK_TOKENS * (8 * hidden + 3 * (_first(config, "intermediate_size", "n_inner") or 4 * hidden))
-    logits = 2 * 4 * _BATCH * _first(config, "vocab_size")
+    vocabulary = _first(config, "vocab_size")
+    logits = 2 * 4 * _BATCH * vocabulary
     return Footprint(
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=2 * layers * kv_heads * head_dim * item_bytes,
+        kv_bytes_per_token=2 * layers * kv_heads * head_dim * item_bytes if generates else 0,
         max_context_tokens=_first(config, "max_position_embeddings", "n_positions", "max_sequence_length"),
-        workspace_bytes=_FIXED_WORKSPACE_BYTES + activations + logits,
+        workspace_bytes=_PROCESS_BYTES + _TOKEN_BYTES * vocabulary + activations + logits,
     )
 
 

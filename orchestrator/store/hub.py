@@ -17,6 +17,8 @@ from hostler.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unav
 _CONNECT_TIMEOUT_S = 3.0
 _READ_TIMEOUT_S = 30.0
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# What transformers keeps beside a tokenizer, and sentence-transformers for each step after the transformer.
+_NESTED = re.compile(r"additional_chat_templates/[\w.-]+\.jinja|\d+_\w+/(config\.json|model\.safetensors)")
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
@@ -127,8 +129,8 @@ class HuggingFaceHub:
 def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[RemoteFile], list[RemoteFile]]:
     """Return the files that serving needs: (config and tokenizer, safetensors weights).
 
-    Python files only when they are trusted. Only the top folder counts, so that copies in other formats (`onnx/`,
-    `original/`) stay where they are.
+    Python files only when they are trusted. Of folders only those count that hold further templates or steps of
+    an embedding model, so that copies in other formats (`onnx/`, `original/`) stay where they are.
 
     Raises:
         InvalidRequest: no safetensors weights, or no config.
@@ -146,7 +148,7 @@ def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[Remo
         )
     suffixes = (*_SIDE_SUFFIXES, ".py") if trust_remote_code else _SIDE_SUFFIXES
     sides = [file for file in top if file.path.endswith(suffixes)]
-    sides += [f for f in snapshot.files if re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", f.path)]
+    sides += [f for f in snapshot.files if _NESTED.fullmatch(f.path)]
     if not any(file.path == "config.json" for file in sides):
         raise InvalidRequest(f"{snapshot.hub_id} has no config.json, so it is not a transformers model.", param="model")
     return sides, weights

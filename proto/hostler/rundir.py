@@ -4,7 +4,10 @@
         lock                flock held by `hostler serve` for its life; its text is the pid
         config.json         the resolved configuration (0600), read by every process at start
         orchestrator.sock   placement service
-        w-<id>.sock         one per worker
+        w-<id>.sock         one per worker on this host
+        token               of this run (0600), from which the keys of workers on other hosts are made
+        responses.db        stored responses, if the configuration puts them nowhere else; files beside it are SQLite's
+                            and the gateways' locks
         logs/               one file per process
 
 `<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are
@@ -13,7 +16,9 @@ limited to 107 bytes by the kernel, so the base must stay short.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +26,7 @@ from pathlib import Path
 
 _MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET_NAME = "w-0123456789abcdef.sock"
+_TOKEN_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,23 @@ class RunDir:
     def worker_socket(self, worker_id: str) -> Path:
         """The socket of one worker."""
         return self.path / f"w-{worker_id}.sock"
+
+    @property
+    def token_file(self) -> Path:
+        """The run's token; removed when a new run begins."""
+        return self.path / "token"
+
+    def token(self) -> str:
+        """Return the run's token. The first process that asks makes it; all get the same."""
+        if not self.token_file.exists():
+            draft = self.path / f".token.{os.getpid()}.{secrets.token_hex(4)}"
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(_TOKEN_BYTES))
+            with contextlib.suppress(FileExistsError):  # Another process was quicker: its token is the one.
+                os.link(draft, self.token_file)
+            draft.unlink()
+        return self.token_file.read_text(encoding="ascii")
 
 
 def base_dir() -> Path:

@@ -129,7 +129,9 @@ def hostler(config: str) -> Iterator[Server]:
 
 
 def one_fits(server: Server) -> int:
-    """Return a budget in MiB that holds one of the two models, read from the server's own plan."""
+    """Return a budget in MiB that holds one of the two models, as the server plans it once it has been loaded."""
+    uvloop.run(ask(server.url, NAMES[0]))
+    time.sleep(_SETTLE_S)
     plan = json.loads(server.hostler("plan", NAMES[0], "--json").stdout)
     return round(1.5 * int(plan["needed_bytes"]) / 2**20)
 

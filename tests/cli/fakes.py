@@ -6,6 +6,7 @@ import fcntl
 import http.server
 import json
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -25,17 +26,33 @@ def status() -> pb.GetStatusResponse:
     answer = pb.GetStatusResponse(version="0.1.0", started_unix_ms=1_700_000_000_000)
     device = answer.devices.add(id="cpu", kind=pb.DEVICE_KIND_CPU, name="Some CPU")
     device.budget_bytes, device.reserved_bytes, device.foreign_bytes = 8 * GIB, 2 * GIB, GIB
+    device.total_bytes = 16 * GIB
     ready = answer.models.add(name="tiny", aliases=["org/tiny"], state=pb.MODEL_STATE_READY, engine=1)
     ready.quantize = "int4"
     ready.info.num_parameters, ready.info.max_context_tokens = 135_000_000, 2048
     answer.models.add(name="broken", state=pb.MODEL_STATE_FAILED, failure="no space left on the disk")
-    replica = answer.replicas.add(model="tiny", device="cpu", reserved_bytes=2 * GIB, reason="the only device")
+    replica = answer.replicas.add(model="tiny", reserved_bytes=2 * GIB, reason="the only device")
+    replica.parts.add(device="cpu", num_bytes=2 * GIB)
+    replica.completion_tokens_per_s = 41.27
     replica.replica.id, replica.replica.generation, replica.replica.state = "w1", 7, pb.MODEL_STATE_READY
     replica.loaded_unix_ms = replica.last_used_unix_ms = 1_700_000_000_000
     worker = replica.worker
     worker.pid, worker.num_running, worker.num_queued, worker.max_running, worker.num_steps = 4242, 3, 1, 16, 99
     worker.num_completion_tokens_total = 1000
+    worker.kv_reserved_bytes, worker.kv_used_bytes = GIB, GIB // 4
+    answer.models.add(name="napper", state=pb.MODEL_STATE_ASLEEP)
+    asleep = answer.replicas.add(model="napper", pinned=True, reason="idle for 5 min")
+    asleep.replica.id, asleep.replica.state = "w2", pb.MODEL_STATE_ASLEEP
+    asleep.worker.host_bytes = GIB // 2
+    answer.models.add(name="later", state=pb.MODEL_STATE_UNLOADED)
+    answer.nodes.add(sleep_budget_bytes=4 * GIB, sleep_used_bytes=GIB // 2, num_blank_workers=1)
     return answer
+
+
+def event(number: int, kind: pb.EventKind.ValueType = pb.EVENT_KIND_EVICTED, **fields: Any) -> pb.WatchEventsResponse:
+    """One event; by default of a day in 2023."""
+    usual = {"unix_ms": 1_700_000_000_000 + number, "model": "tiny", "device": "cuda:0", "why": "room was needed"}
+    return pb.WatchEventsResponse(number=number, kind=kind, **(usual | fields))
 
 
 class FakePlacement(pb_grpc.PlacementServiceServicer):
@@ -44,6 +61,20 @@ class FakePlacement(pb_grpc.PlacementServiceServicer):
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.pinned: dict[str, bool] = {}
+        self.status = status()
+        self.plan = pb.PlanModelResponse(
+            feasible=True,
+            parts=[pb.DeviceBytes(device="cpu", num_bytes=3 * GIB)],
+            needed_bytes=3 * GIB,
+            kv_cache_bytes=GIB,
+            evict_models=["other"],
+            sleep_models=["napper"],
+            expected_ms=12_000,
+            reason="other is idle longest",
+            quantize="int4",
+        )
+        self.past: list[pb.WatchEventsResponse] = []
+        self.news: queue.SimpleQueue[pb.WatchEventsResponse | None] = queue.SimpleQueue()
 
     def _known(self, method: str, model: str, context: grpc.ServicerContext) -> None:
         self.calls.append((method, model))
@@ -56,30 +87,35 @@ class FakePlacement(pb_grpc.PlacementServiceServicer):
         context.abort_with_status(errors.to_status(error))
 
     def GetStatus(self, request: Any, context: Any) -> pb.GetStatusResponse:  # noqa: N802
-        return status()
+        return self.status
 
     def EnsureModel(self, request: Any, context: Any) -> Iterator[pb.EnsureModelResponse]:  # noqa: N802
         self._known("EnsureModel" if request.explicit else "implicit", request.model, context)
         loading = pb.MODEL_STATE_LOADING
         yield pb.EnsureModelResponse(progress=pb.EnsureProgress(state=loading, stage="spawn"))
-        progress = pb.EnsureProgress(state=loading, stage="read", done_bytes=50, total_bytes=100)
+        progress = pb.EnsureProgress(state=loading, stage="read", done_bytes=50, total_bytes=100, eta_ms=3000)
         yield pb.EnsureModelResponse(progress=progress)
         yield pb.EnsureModelResponse(ready=pb.Replica(id="w1", generation=7))
 
     def PlanModel(self, request: Any, context: Any) -> pb.PlanModelResponse:  # noqa: N802
         self._known("PlanModel", request.model, context)
-        return pb.PlanModelResponse(
-            feasible=True,
-            device="cpu",
-            needed_bytes=3 * GIB,
-            evict_models=["other"],
-            reason="other is idle longest",
-            quantize="int4",
-        )
+        return self.plan
 
     def UnloadModel(self, request: Any, context: Any) -> pb.UnloadModelResponse:  # noqa: N802
         self._known("UnloadModel", request.model, context)
         return pb.UnloadModelResponse(num_unloaded=1)
+
+    def SleepModel(self, request: Any, context: Any) -> pb.SleepModelResponse:  # noqa: N802
+        self._known("SleepModel", request.model, context)
+        return pb.SleepModelResponse(num_asleep=1)
+
+    def WatchEvents(self, request: Any, context: Any) -> Iterator[pb.WatchEventsResponse]:  # noqa: N802
+        """Past ones, then what the test puts into `news` until it puts None: then the orchestrator goes away."""
+        yield from self.past[-request.max_past :]
+        while not request.past_only and (event := self.news.get()) is not None:
+            yield event
+        if not request.past_only:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
     def PinModel(self, request: Any, context: Any) -> pb.PinModelResponse:  # noqa: N802
         self._known("PinModel", request.model, context)

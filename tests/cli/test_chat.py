@@ -14,7 +14,7 @@ from typer.testing import Result
 
 from cli.chat import Conversation
 from cli.chat_http import ChatError, Client, Delta, Reply, Settings
-from cli.markdown_stream import split_complete
+from cli.markdown_stream import MarkdownStream, split_complete
 
 from .fakes import FakeHttp, FakeServer, sse
 
@@ -109,6 +109,24 @@ def test_a_conversation_remembers_and_shows_markdown(conversation: Conversation,
     assert "Hm." in text
     assert "7 tokens" in text
     assert "first after" in text
+
+
+def test_a_wait_for_the_model_is_told_while_it_lasts_and_leaves_nothing_behind(http: FakeHttp) -> None:
+    http.answer = lambda body: [b": loading: reading weights 40% of 4.0 GiB, about 3 s left\n\n", *sse("Paris.")]
+    client = Client(http.url, None)
+    deltas = list(client.stream(Settings("tiny"), [], Reply()))
+    assert deltas == [Delta(waiting="reading weights 40% of 4.0 GiB, about 3 s left"), Delta("Paris.")]
+    console = Console(file=io.StringIO(), width=60, force_terminal=True)
+    with MarkdownStream(console) as screen:
+        screen.waiting("reading weights")
+        screen._live.refresh()
+        assert isinstance(console.file, io.StringIO)
+        assert "reading weights" in console.file.getvalue()
+        screen.text("Paris.")
+        console.file.truncate(0)
+    assert "Paris." in console.file.getvalue()
+    assert "reading weights" not in console.file.getvalue()
+    client.close()
 
 
 def test_ctrl_c_closes_the_stream_and_keeps_what_came(conversation: Conversation, monkeypatch: Any) -> None:

@@ -14,13 +14,13 @@ from hostler import errors
 from hostler.config import HostlerConfig
 from typer.testing import Result
 
-from cli import servers, status, store
+from cli import hints, servers, store
 
 from .fakes import FakeServer
-from .fakes import status as fake_status
 
 Hostler = Callable[..., Result]
-COMMANDS = ["serve", "chat", "ps", "models", "pull", "load", "unload", "plan", "pin", "unpin", "rm", "config"]
+COMMANDS = ["serve", "chat", "ps", "models", "pull", "load", "unload", "sleep", "plan", "pin", "unpin", "events"]
+COMMANDS += ["rm", "config"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,7 +42,9 @@ def test_help_loads_nothing_that_is_slow() -> None:
     assert "hostler serve" in done.stdout
 
 
-@pytest.mark.parametrize("args", [["ps"], ["load", "x"], ["unload", "x"], ["plan", "x"], ["pin", "x"], ["chat"]])
+@pytest.mark.parametrize(
+    "args", [["ps"], ["load", "x"], ["unload", "x"], ["sleep", "x"], ["plan", "x"], ["pin", "x"], ["events"], ["chat"]]
+)
 def test_without_a_server_every_command_says_how_to_start_one(args: list[str], hostler: Hostler) -> None:
     result = hostler(*args)
     assert result.exit_code == 1
@@ -68,32 +70,6 @@ def test_two_servers_must_be_told_apart(hostler: Hostler, server: FakeServer) ->
         second.close()
 
 
-def test_ps_json_has_plain_numbers_and_words(hostler: Hostler, server: FakeServer) -> None:
-    values = json.loads(hostler("ps", "--json").stdout)
-    assert values["pid"] == os.getpid()
-    assert values["devices"][0]["budget_bytes"] == 8 * 2**30
-    (replica,) = values["replicas"]
-    assert (replica["model"], replica["state"], replica["device"], replica["pid"]) == ("tiny", "ready", "cpu", 4242)
-    assert (replica["num_running"], replica["num_queued"], replica["max_running"]) == (3, 1, 16)
-    assert replica["idle_s"] == 0.0
-
-
-def test_ps_shows_people_the_same(hostler: Hostler, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    text = hostler("ps").stdout
-    for word in ("cpu", "8.0 GiB", "tiny", "ready", "3/16", "4242", "the only device"):
-        assert word in text
-
-
-def test_rates_come_from_two_samples_of_one_generation() -> None:
-    before = status.status_json(fake_status(), 1, 1)
-    after = status.status_json(fake_status(), 1, 1)
-    after["replicas"][0]["num_completion_tokens_total"] += 50
-    assert status.with_rates(after, before, 2.0)["replicas"][0]["completion_tokens_per_s"] == 25.0
-    after["replicas"][0] |= {"generation": 8, "completion_tokens_per_s": None}
-    assert status.with_rates(after, before, 2.0)["replicas"][0]["completion_tokens_per_s"] is None
-
-
 def test_models_json_joins_the_server_s_and_the_disk_s(
     hostler: Hostler, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,8 +78,10 @@ def test_models_json_joins_the_server_s_and_the_disk_s(
     assert [(m["name"], m["state"], m["failure"]) for m in values["served"]] == [
         ("tiny", "ready", None),
         ("broken", "failed", "no space left on the disk"),
+        ("napper", "asleep", None),
+        ("later", "unloaded", None),
     ]
-    assert [m["quantize"] for m in values["served"]] == ["int4", None]
+    assert [m["quantize"] for m in values["served"]] == ["int4", None, None, None]
     assert values["stored"][0]["name"] == "tiny"
     monkeypatch.setenv("COLUMNS", "160")
     text = hostler("models").stdout
@@ -114,19 +92,44 @@ def test_models_json_joins_the_server_s_and_the_disk_s(
 def test_load_follows_the_progress(hostler: Hostler, server: FakeServer) -> None:
     lines = [json.loads(line) for line in hostler("load", "tiny", "--json").stdout.splitlines()]
     assert [line["stage"] for line in lines] == ["spawn", "read", "ready"]
-    assert lines[1]["total_bytes"] == 100
+    assert (lines[1]["total_bytes"], lines[1]["eta_ms"], lines[1]["num_ahead"]) == (100, 3000, 0)
     assert server.placement.calls == [("EnsureModel", "tiny")]
     assert "tiny is ready" in hostler("load", "tiny").stdout
 
 
-@pytest.mark.parametrize("command", ["load", "unload", "plan", "pin"])
+@pytest.mark.parametrize("command", ["load", "unload", "sleep", "plan", "pin"])
 def test_a_refusal_is_one_line_and_exit_code_1(command: str, hostler: Hostler, server: FakeServer) -> None:
     result = hostler(command, "nope")
-    assert (result.exit_code, result.stderr) == (1, "hostler: No model is named 'nope'.\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "hostler: No model is named 'nope'. `hostler models` lists those that there are.\n",
+    )
 
 
 def test_a_model_that_never_fits_says_so(hostler: Hostler, server: FakeServer) -> None:
-    assert "900 GiB" in hostler("load", "huge").stderr
+    result = hostler("load", "huge")
+    assert "900 GiB" in result.stderr
+    assert "`hostler plan huge` says what would help." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "step"),
+    [
+        (errors.ModelNotFound(""), "Did you mean 'Qwen3-Coder'? `hostler models` lists those that there are."),
+        (errors.ModelNeverFits(""), "`hostler plan qwen-coder` says what would help."),
+        (errors.ModelLoadFailed(""), "`hostler events` shows what went before."),
+        (errors.OrchestratorAway(""), ""),
+    ],
+)
+def test_a_refusal_says_what_to_do_next(error: errors.HostlerError, step: str) -> None:
+    assert hints.next_step(error, "qwen-coder", ["SmolLM2", "Qwen3-Coder"]) == step
+
+
+def test_a_refusal_keeps_its_kind_when_a_hint_is_added(hostler: Hostler, server: FakeServer) -> None:
+    found = servers.find(None)
+    with pytest.raises(errors.ModelLoadFailed, match="hostler events") as caught, hints.hinted(found, "tiny"):
+        raise errors.ModelLoadFailed("broken", param="model", retry_after_s=7)
+    assert (caught.value.param, caught.value.retry_after_s) == ("model", 7)
 
 
 def test_debug_shows_the_traceback(hostler: Hostler, server: FakeServer) -> None:
@@ -134,12 +137,10 @@ def test_debug_shows_the_traceback(hostler: Hostler, server: FakeServer) -> None
     assert isinstance(result.exception, errors.ModelNotFound)
 
 
-def test_unload_plan_and_pin_as_json(hostler: Hostler, server: FakeServer) -> None:
+def test_unload_sleep_and_pin_as_json(hostler: Hostler, server: FakeServer) -> None:
     assert json.loads(hostler("unload", "tiny", "--json").stdout) == {"model": "tiny", "num_unloaded": 1}
-    plan = json.loads(hostler("plan", "tiny", "--json").stdout)
-    assert (plan["feasible"], plan["device"], plan["evict_models"]) == (True, "cpu", ["other"])
-    assert plan["quantize"] == "int4"
-    assert "needs 3.0 GiB with int4 weights" in hostler("plan", "tiny").stdout
+    assert json.loads(hostler("sleep", "tiny", "--json").stdout) == {"model": "tiny", "num_asleep": 1}
+    assert hostler("sleep", "tiny").stdout == "tiny goes to sleep; a request wakes it\n"
     assert json.loads(hostler("pin", "tiny", "--json").stdout) == {"model": "tiny", "pinned": True}
     assert server.placement.pinned == {"tiny": True}
     hostler("unpin", "tiny")
@@ -222,12 +223,3 @@ def test_a_second_serve_names_the_first(hostler: Hostler, server: FakeServer) ->
     result = hostler("serve", "--port", "8123")
     assert result.exit_code == 1
     assert f"already serving on port 8123 (pid {os.getpid()})" in result.stderr
-
-
-def test_completion_knows_the_models_of_live_servers() -> None:
-    fake = FakeServer(8126, {"models": [{"name": "tiny"}, {"name": "other"}]})
-    try:
-        assert servers.complete_model("t") == ["tiny"]
-    finally:
-        fake.close()
-    assert servers.complete_model("t") == []

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,15 @@ from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
 
 MODEL = "org/tiny-chat"
-QUICK = Patience(ensure_s=10, first_table_s=0.3, gone_s=0.5, ping_s=0.15, first_comment_s=0.02, stalled_reader_s=60)
+QUICK = Patience(
+    ensure_s=10,
+    first_table_s=0.3,
+    gone_s=0.5,
+    ping_s=0.15,
+    first_comment_s=0.02,
+    comment_gap_s=0.02,
+    stalled_reader_s=60,
+)
 
 
 def text(value: str) -> pb.GenerateResponse:
@@ -57,6 +65,33 @@ async def echo(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse
     yield finish(len(words))
 
 
+def fail_once(error: HostlerError) -> Script:
+    """Fail the first request that comes, to whichever worker that runs this; echo all others."""
+    failures = [error]
+
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        if failures:
+            raise failures.pop()
+        async for event in echo(request):
+            yield event
+
+    return script
+
+
+async def no_answer(request: Any) -> Any:
+    raise AssertionError(f"nobody said what to answer to a {type(request).__name__}")
+
+
+def counting(max_context_tokens: int = 8192) -> Callable[[Any], Awaitable[Any]]:
+    """Return an `answer` to Tokenize that counts one token for each word of a chat."""
+
+    async def count(request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        words = [word for m in request.chat.messages for part in m.parts for word in part.text.split()]
+        return pb.TokenizeResponse(ids=range(len(words)), max_context_tokens=max_context_tokens)
+
+    return count
+
+
 class FakeWorker(InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 
@@ -65,6 +100,8 @@ class FakeWorker(InferenceServiceServicer):
         self.generation = generation
         self.script: Script = echo
         self.requests: list[pb.GenerateRequest] = []
+        self.answer: Callable[[Any], Awaitable[Any]] = no_answer
+        self.asked: list[Any] = []
         self.request_ids: list[str | None] = []
         self.num_running = 0
         self.changed = asyncio.Condition()
@@ -106,7 +143,20 @@ class FakeWorker(InferenceServiceServicer):
         finally:
             await asyncio.shield(self._count(-1))
 
-    Embed = Transcribe = Speak = Tokenize = Detokenize = None
+    async def _answer(self, request: Any, context: Any) -> Any:
+        """Answer a unary call with what `answer` returns or raises."""
+        self.asked.append(request)
+        assert metadata_value(context, GENERATION_KEY) == str(self.generation)
+        await self._count(1)
+        try:
+            return await self.answer(request)
+        except HostlerError as error:
+            await abort(context, error)
+        finally:
+            await asyncio.shield(self._count(-1))
+
+    Embed = Rerank = Tokenize = Detokenize = _answer
+    Transcribe = Speak = None
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]
@@ -124,6 +174,15 @@ class FakePlacement(PlacementServiceServicer):
         self.target = f"unix:{directory}/orchestrator.sock"
         self.ensure: EnsureScript = never_heard_of_it
         self.ensured: list[tuple[str, bool]] = []
+        self.priorities: list[int] = []
+        self.asked: list[tuple[str, str]] = []
+        self.failure: HostlerError | None = None
+        self.plan = placement_pb2.PlanModelResponse(feasible=True)
+        self.status = placement_pb2.GetStatusResponse(version="1")
+        self.pinned: dict[str, bool] = {}
+        self.past: list[placement_pb2.WatchEventsResponse] = []
+        self.news: asyncio.Queue[placement_pb2.WatchEventsResponse] = asyncio.Queue()
+        self.num_followers = 0
         self.num_waiting = 0
         self.changed = asyncio.Condition()
         self._models: list[placement_pb2.ModelRoute] = []
@@ -164,6 +223,7 @@ class FakePlacement(PlacementServiceServicer):
 
     async def EnsureModel(self, request: Any, context: Any) -> AsyncIterator[placement_pb2.EnsureModelResponse]:  # noqa: N802
         self.ensured.append((request.model, request.explicit))
+        self.priorities.append(request.priority)
         await self._count(1)
         try:
             async for step in self.ensure(request.model):
@@ -176,7 +236,53 @@ class FakePlacement(PlacementServiceServicer):
         finally:
             await asyncio.shield(self._count(-1))
 
-    PlanModel = UnloadModel = PinModel = GetStatus = None
+    async def until_followed(self, number: int) -> None:
+        async with asyncio.timeout(5), self.changed:
+            await self.changed.wait_for(lambda: self.num_followers == number)
+
+    async def _asked(self, method: str, model: str, context: Any) -> None:
+        self.asked.append((method, model))
+        if self.failure is not None:
+            await abort(context, self.failure)
+
+    async def PlanModel(self, request: Any, context: Any) -> placement_pb2.PlanModelResponse:  # noqa: N802
+        await self._asked("plan", request.model, context)
+        return self.plan
+
+    async def UnloadModel(self, request: Any, context: Any) -> placement_pb2.UnloadModelResponse:  # noqa: N802
+        await self._asked("unload", request.model, context)
+        return placement_pb2.UnloadModelResponse(num_unloaded=2)
+
+    async def SleepModel(self, request: Any, context: Any) -> placement_pb2.SleepModelResponse:  # noqa: N802
+        await self._asked("sleep", request.model, context)
+        return placement_pb2.SleepModelResponse(num_asleep=1)
+
+    async def PinModel(self, request: Any, context: Any) -> placement_pb2.PinModelResponse:  # noqa: N802
+        await self._asked("pin", request.model, context)
+        self.pinned[request.model] = request.pinned
+        return placement_pb2.PinModelResponse()
+
+    async def GetStatus(self, request: Any, context: Any) -> placement_pb2.GetStatusResponse:  # noqa: N802
+        await self._asked("status", "", context)
+        return self.status
+
+    async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[placement_pb2.WatchEventsResponse]:  # noqa: N802
+        await self._asked("events", "", context)
+        for event in self.past[-request.max_past :]:
+            yield event
+        if request.past_only:
+            return
+        await self._follow(1)
+        try:
+            while True:
+                yield await self.news.get()
+        finally:
+            await asyncio.shield(self._follow(-1))
+
+    async def _follow(self, step: int) -> None:
+        async with self.changed:
+            self.num_followers += step
+            self.changed.notify_all()
 
 
 def route(
@@ -184,13 +290,14 @@ def route(
     name: str = MODEL,
     aliases: Sequence[str] = ("tiny",),
     adapters: Sequence[str] = (),
+    state: Any = placement_pb2.MODEL_STATE_UNLOADED,
     **info: Any,
 ) -> placement_pb2.ModelRoute:
     return placement_pb2.ModelRoute(
         name=name,
         aliases=aliases,
         adapters=adapters,
-        state=placement_pb2.MODEL_STATE_READY if workers else placement_pb2.MODEL_STATE_UNLOADED,
+        state=placement_pb2.MODEL_STATE_READY if workers else state,
         replicas=[worker.replica() for worker in workers],
         engine=lifecycle_pb2.ENGINE_KIND_SCRIPTED,
         created_unix_s=1_700_000_000,
@@ -264,7 +371,7 @@ async def world(
 async def _uvicorn(here: World) -> AsyncIterator[None]:
     listener = socket.create_server(("127.0.0.1", 0))
     here.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    here.server = build_server(here.app, drain_s=0.2, on_drained=here.app.state.services.lifetime.expire)
+    here.server = build_server(here.app, drain_s=0.2, lifetime=here.app.state.services.lifetime)
     started = asyncio.Event()
     start_up = here.server.startup
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 from hostler.errors import Unavailable
-from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.auth import KEYLESS_SCOPE, KeyCheck
-from tests.gateway.fakes import MODEL, World, route, world
+from tests.gateway.fakes import MODEL, World, fail_once, route, world
 
 KEY = "k" * 32
 OTHER_KEY = "o" * 32
@@ -53,12 +50,8 @@ async def test_every_choice_carries_the_scope() -> None:
 
 
 async def test_a_retry_carries_the_scope(called: World) -> None:
-    async def refuse(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
-        raise Unavailable("draining")
-        yield
-
-    called.worker.script = refuse
     spare = await called.add_worker("b")
+    called.worker.script = spare.script = fail_once(Unavailable("draining"))
     await called.publish(route(called.worker, spare))
     assert (await called.chat()).status_code == 200
     assert [r.cache_scope for r in (*called.worker.requests, *spare.requests)] == [KEYLESS_SCOPE] * 2

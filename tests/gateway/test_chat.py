@@ -181,10 +181,10 @@ async def test_the_least_loaded_replica_gets_the_next_request(served: World) -> 
 
     served.worker.script = other.script = hold
     asked = []
-    for number in range(1, 5):
-        asked.append(asyncio.create_task(served.chat(str(number))))
-        busier = (served.worker, other)[(number + 1) % 2]
-        await busier.until_running((number + 1) // 2)
+    for number in (1, 2):
+        asked += [asyncio.create_task(served.chat(str(number))) for _ in range(2)]
+        await served.worker.until_running(number)
+        await other.until_running(number)
     gate.set()
     await asyncio.gather(*asked)
     assert [len(served.worker.requests), len(other.requests)] == [2, 2]

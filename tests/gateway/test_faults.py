@@ -13,7 +13,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 from hostler.placement.v1 import placement_pb2
 
 from gateway.services import Patience
-from tests.gateway.fakes import MODEL, QUICK, FakeWorker, World, echo, finish, route, sse_data, text, world
+from tests.gateway.fakes import MODEL, QUICK, FakeWorker, World, echo, fail_once, finish, route, sse_data, text, world
 
 
 def body(content: str = "x", **fields: object) -> dict[str, object]:
@@ -118,20 +118,18 @@ async def test_a_worker_lost_before_the_first_token_costs_nothing_but_time(serve
 async def test_a_second_ready_replica_is_tried_before_anything_is_loaded(served: World) -> None:
     spare = await served.add_worker("b")
     await served.publish(route(served.worker, spare))
-    served.worker.script = be_lost
+    served.worker.script = spare.script = fail_once(WorkerLost("gone"))
     assert (await served.chat("hi")).status_code == 200
+    assert (len(served.worker.requests), len(spare.requests)) == (1, 1)
     assert served.placement.ensured == []
 
 
 async def test_a_stale_generation_is_retried_too(served: World) -> None:
-    async def refuse(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
-        raise StaleGeneration("older")
-        yield
-
-    served.worker.script = refuse
     spare = await served.add_worker("b")
     await served.publish(route(served.worker, spare))
+    served.worker.script = spare.script = fail_once(StaleGeneration("older"))
     assert (await served.chat("hi")).status_code == 200
+    assert (len(served.worker.requests), len(spare.requests)) == (1, 1)
 
 
 async def test_three_lost_workers_are_enough(served: World) -> None:
@@ -172,7 +170,7 @@ async def test_waiting_for_a_model_shows_as_comments_only(served: World) -> None
     await served.publish(route())
     reply = await served.chat("at last", stream=True)
     comments = [line for line in reply.text.splitlines() if line.startswith(":")]
-    assert ": loading read 87%" in comments
+    assert ": loading: reading weights 87% of 8 B" in comments
     assert ": ping" in comments
     assert not [line for line in reply.text.splitlines() if line and not line.startswith((":", "data: "))]
     words = [orjson.loads(data)["choices"][0]["delta"].get("content", "") for data in sse_data(reply.text)[:-1]]

@@ -55,9 +55,28 @@ async def test_health_is_alive_and_ready_is_per_model(called: World) -> None:
     assert (await called.client.get("/ready?model=tiny")).status_code == 200
     assert (await called.client.get("/v1/ready?model=cold")).status_code == 503
     assert (await called.client.get("/ready?model=none")).status_code == 404
-    await called.publish(route())
+
+
+async def test_a_server_is_not_ready_before_the_models_that_are_loaded_first_are_up(called: World) -> None:
+    await called.publish(route(state=placement_pb2.MODEL_STATE_LOADING), route(name="cold", aliases=()))
     reply = await called.client.get("/ready")
-    assert (reply.status_code, reply.json()["models"]) == (503, {MODEL: False})
+    assert (reply.status_code, reply.json()["models"]) == (503, {MODEL: False, "cold": False})
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        (placement_pb2.MODEL_STATE_UNLOADED, 200),
+        (placement_pb2.MODEL_STATE_ASLEEP, 200),
+        (placement_pb2.MODEL_STATE_LOADING, 200),
+        (placement_pb2.MODEL_STATE_FAILED, 503),
+    ],
+)
+async def test_a_server_whose_models_come_up_on_demand_stays_ready(called: World, state: int, status: int) -> None:
+    await called.publish(route(called.worker))
+    assert (await called.client.get("/ready")).status_code == 200
+    await called.publish(route(state=state))
+    assert (await called.client.get("/ready")).status_code == status
 
 
 async def test_a_loaded_model_is_ready_and_cached(called: World) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import orjson
@@ -37,13 +38,13 @@ class Running:
 
 
 @asynccontextmanager
-async def gateway_process(drain_s: float) -> AsyncIterator[Running]:
+async def gateway_process(drain_s: float, **config: Any) -> AsyncIterator[Running]:
     directory = Path(tempfile.mkdtemp(prefix="hgw-"))
     placement, worker = FakePlacement(directory), FakeWorker(directory)
     await placement.start()
     await worker.start()
     await placement.publish(route(worker))
-    write_resolved(HostlerConfig(drain_s=drain_s), directory / "config.json")
+    write_resolved(HostlerConfig(drain_s=drain_s, **config), directory / "config.json")
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     process = await asyncio.create_subprocess_exec(

@@ -53,6 +53,12 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, which makes embeddings; mark the test `real_model`."""
+    return real.minilm()
+
+
+@pytest.fixture(scope="session")
 def tiny_llava() -> Path:
     """A tiny LLaVA that names the colour of a picture, fp32; trained for half a minute when it is first asked for."""
     return tiny_vision.tiny_vision_model("llava")

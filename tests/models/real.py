@@ -1,4 +1,4 @@
-"""The real default model, for tests marked `real_model`. Above it: fixtures. Below it: the model store."""
+"""Real models that the store has short names for, for tests marked `real_model`. Below it: the model store."""
 
 from __future__ import annotations
 
@@ -11,18 +11,31 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _TIMEOUT_S = 600
 
 
+EMBEDDING_MODEL = "all-MiniLM-L6-v2"
+
+
 def smollm2() -> Path:
-    """Return the directory of SmolLM2-135M-Instruct in the user's own store, pulling it first if need be.
+    """Return the directory of SmolLM2-135M-Instruct, as `pulled`."""
+    return pulled(DEFAULT_MODEL)
+
+
+def minilm() -> Path:
+    """Return the directory of all-MiniLM-L6-v2, as `pulled`."""
+    return pulled(EMBEDDING_MODEL)
+
+
+def pulled(name: str) -> Path:
+    """Return a model's directory in the user's own store, pulling it first if need be.
 
     Goes through the store's command line, as `hostler serve` does.
 
     Raises:
         RuntimeError: with the store's own sentence.
     """
-    command = [sys.executable, "-m", "orchestrator.store", "pull", DEFAULT_MODEL, "--json"]
+    command = [sys.executable, "-m", "orchestrator.store", "pull", name, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     lines = done.stdout.strip().splitlines()
     last = json.loads(lines[-1]) if lines else {"stage": "error", "message": done.stderr[-500:]}
     if last["stage"] != "done":
-        raise RuntimeError(f"{DEFAULT_MODEL} could not be had: {last['message']}")
+        raise RuntimeError(f"{name} could not be had: {last['message']}")
     return Path(last["path"])

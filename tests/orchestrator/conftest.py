@@ -17,6 +17,7 @@ from orchestrator.devices import Device
 from orchestrator.effects import FoundWorker, Memory, Report
 from orchestrator.experience import Experience
 from orchestrator.models import Footprint, Located, ModelSpec
+from orchestrator.nodes import NodesSeen
 from orchestrator.scheduler import Scheduler
 from orchestrator.state import Progress
 
@@ -73,6 +74,7 @@ class FakeEffects:
         self.kill_error: Exception | None = None
         self.drain_error: Exception | None = None
         self.cancelled: list[str] = []
+        self.nodes: asyncio.Queue[NodesSeen] = asyncio.Queue()
 
     @property
     def workers(self) -> dict[int, FakeWorker]:
@@ -117,6 +119,10 @@ class FakeEffects:
     def remember_experience(self, experience: Experience) -> None:
         self.calls.append("learned")
 
+    async def watch_nodes(self) -> AsyncIterator[NodesSeen]:
+        while True:
+            yield await self.nodes.get()
+
     async def find_workers(self) -> tuple[FoundWorker, ...]:
         await self._pass("find")
         return self.found
@@ -138,6 +144,12 @@ class FakeEffects:
         if self.fetch_error is not None:
             raise self.fetch_error
         self.stored[spec.name] = Footprint(10 * MB)
+
+    async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
+        self.calls.append(f"bring:{spec.name}:{node}")
+        report(Progress("download", f"fetching {spec.source} on {node}", 1, 2))
+        await self._pass(f"bring:{spec.name}")
+        return Located(f"/{node}/models/{spec.name}", self.stored[spec.name], node=node)
 
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         return {}

@@ -28,13 +28,13 @@ def test_configured_devices_replace_the_discovered_ones() -> None:
 
 def test_a_gpu_worker_sees_its_gpu_alone_and_as_the_first() -> None:
     gpu = Device("cuda:3", "cuda", "H100", 80 * 10**9, 76 * 10**9, uuid="GPU-abc")
-    assert devices.worker_env(gpu, 4)["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
-    assert devices.worker_device(gpu) == "cuda:0"
+    assert devices.worker_env([gpu], 4)["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+    assert devices.worker_devices([gpu, gpu]) == ["cuda:0", "cuda:1"]
     unnamed = Device("cuda:3", "cuda", "", 0, 76 * 10**9)
-    assert devices.worker_env(unnamed, 4)["CUDA_VISIBLE_DEVICES"] == "3"
+    assert devices.worker_env([unnamed], 4)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_a_cpu_worker_sees_no_gpu_and_knows_its_threads() -> None:
-    env = devices.worker_env(Device("cpu", "cpu", "CPU", 0, 10**9), 2)
+    env = devices.worker_env([Device("cpu", "cpu", "CPU", 0, 10**9)], 2)
     assert env["CUDA_VISIBLE_DEVICES"] == ""
     assert env["OMP_NUM_THREADS"] == "2"

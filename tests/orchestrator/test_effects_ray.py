@@ -107,7 +107,7 @@ async def test_a_remembered_worker_is_found_even_when_ray_cannot_list_its_actors
 ) -> None:
     """Else the model would be loaded a second time beside the living worker."""
     effects = effects_with(FakeRay(TimeoutError()), tmp_path, monkeypatch)
-    placed = Placement("w4", 9, "echo", "cpu", 1000, "because", 5)
+    placed = Placement("w4", 9, "echo", (("cpu", 1000),), 0, "because", 5)
     effects.remember(Memory(9, (placed, replace(placed, worker_id="gone", generation=8))))
     socket = RunDir(tmp_path).worker_socket("w4")
     serving = asyncio.create_task(serve(str(socket), 9, "w4"))

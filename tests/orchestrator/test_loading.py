@@ -319,7 +319,7 @@ async def test_a_plan_says_what_would_happen_and_changes_nothing(start: Start, e
     await rig.advance_heard(3)
     answer = await rig.scheduler.plan("b")
     assert (answer.feasible, answer.parts[0].device, list(answer.evict_models)) == (True, "cpu", ["a"])
-    assert "least recently used" in answer.reason
+    assert "idle for 3 s" in answer.reason
     assert not rig.worker("a").draining
     with pytest.raises(ModelNotFound):
         await rig.scheduler.plan("nonesuch")

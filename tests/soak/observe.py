@@ -39,6 +39,7 @@ class Observed:
     num_looks: int = 0
     num_measured: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
+    told: set[int] = field(default_factory=set)
 
     def look(self, status: pb.GetStatusResponse, first_generations: dict[str, int]) -> None:
         """Judge one moment."""
@@ -64,7 +65,8 @@ class Observed:
         else:
             self.worst_later = max(self.worst_later, off)
         limit = FIRST_LOAD_WITHIN if is_first else LATER_LOADS_WITHIN
-        if off > limit:
+        if off > limit and item.replica.generation not in self.told:
+            self.told.add(item.replica.generation)
             self.faults.append(
                 f"{item.model}, generation {item.replica.generation}: holds {worker.device_bytes / 2**20:.0f} MiB, "
                 f"was given {given / 2**20:.0f} MiB ({off:+.1%}, at most {limit:.0%})"

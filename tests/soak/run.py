@@ -74,9 +74,9 @@ def needs(models: Mapping[str, Path]) -> dict[str, int]:
 
 
 def budgets_for_three(needed: Mapping[str, int]) -> dict[str, int]:
-    """Return two devices: one holds the two largest models, the other one of any, with little to spare."""
-    ordered = sorted(needed.values(), reverse=True)
-    return {"cpu0": int(1.02 * (ordered[0] + ordered[1])), "cpu1": int(1.02 * ordered[0])}
+    """Return two devices: one holds the largest model, or two others; the other one holds one of the others."""
+    largest, second, *_ = sorted(needed.values(), reverse=True)
+    return {"cpu0": int(1.02 * max(largest, 2 * second)), "cpu1": int(1.02 * second)}
 
 
 def body(model: str, prompt: str, *, stream: bool) -> dict[str, Any]:

@@ -48,27 +48,52 @@ def _linear_layers(path: Path) -> list[tuple[int, int]]:
     return [(layer.out_features, layer.in_features) for layer in layers]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3"])
-def test_quantized_linear_layers_count_with_their_scales_and_nothing_else_changes(
-    architecture: str, tiny_model_of: Callable[[str], Path]
+def test_quantized_weights_count_as_the_kernels_pack_them_and_nothing_else_changes(
+    architecture: str, kind: str, tiny_model_of: Callable[[str], Path]
 ) -> None:
+    from workers.engine import LoadSpec
+    from workers.text.loader import load
+    from workers.text.native import build
+    from workers.text.native.decoder import NativeDecoder
+    from workers.text.native.describe import describe
+
     path = tiny_model_of(architecture)
-    layers = _linear_layers(path)
-    assert layers
-    plain = footprint(path, "bfloat16")
-    kept_bytes = plain.weight_bytes - 2 * sum(rows * columns for rows, columns in layers)
-    int8 = footprint(path, "bfloat16", "int8")
-    assert int8.weight_bytes == kept_bytes + sum(rows * columns + 4 * rows for rows, columns in layers)
-    int4 = footprint(path, "bfloat16", "int4")
-    assert int4.weight_bytes == kept_bytes + sum(n // 2 + n // 16 for n in (rows * columns for rows, columns in layers))
-    for quantized in (int8, int4):
-        assert replace(quantized, weight_bytes=plain.weight_bytes) == plain
+    loaded = load(LoadSpec(model="tiny", path=str(path), dtype="bfloat16"), lambda *_: None)
+    description = describe(loaded.decoder, loaded.head, loaded.text_config)
+    library = build.build()
+    decoder = NativeDecoder(library, description, weights=kind, cache="bfloat16", num_blocks=4, num_threads=1)
+    vectors = 2 * sum(p.numel() for p in loaded.model.parameters() if p.dim() == 1)
+    plain, quantized = footprint(path, "bfloat16"), footprint(path, "bfloat16", kind)
+    assert quantized.weight_bytes == decoder.weight_bytes + vectors
+    assert replace(quantized, weight_bytes=plain.weight_bytes) == plain
+
+
+def _of_another_family(copy: Path) -> None:
+    _edit_config(copy, model_type="novel")
+
+
+def test_without_kernels_only_linear_layers_are_quantized(copy: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16)
+    embedding = model.get_input_embeddings().weight
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    _of_another_family(copy)
+    kept_bytes = footprint(copy, "bfloat16").weight_bytes - 2 * sum(rows * columns for rows, columns in sizes)
+    int8, int4 = (footprint(copy, "bfloat16", kind).weight_bytes for kind in ("int8", "int4"))
+    assert int8 == kept_bytes + sum(rows * columns + 4 * rows for rows, columns in sizes)
+    assert int4 == kept_bytes + sum(n // 2 + n // 16 for n in (rows * columns for rows, columns in sizes))
 
 
 def test_experts_and_rows_that_int4_groups_do_not_divide_stay_in_the_dtype(copy: Path) -> None:
     import numpy
     from safetensors.numpy import save_file
 
+    _of_another_family(copy)
     tensors = {
         "model.layers.0.mlp.experts.0.up_proj.weight": (8, 64),
         "model.layers.0.mlp.up_proj.weight": (8, 40),

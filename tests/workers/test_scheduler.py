@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hostler.errors import ContextLengthExceeded, Overloaded
@@ -54,6 +55,13 @@ class Memory:
                 else:
                     assert self.content.get(place) == past, "a step reads what was never computed, or somebody else's"
 
+    def move(self, kept: dict[int, int], num_blocks: int) -> None:
+        """Keep only what a resize says, where it says."""
+        assert all(0 <= new < num_blocks for new in kept.values())
+        assert len(set(kept.values())) == len(kept)
+        assert not {new for old, new in kept.items() if old != new} & set(kept), "a move onto what has yet to move"
+        self.content = {(kept[b], slot): past for (b, slot), past in self.content.items() if b in kept}
+
 
 def blocks_are_accounted_for(scheduler: Scheduler) -> None:
     pool = scheduler.pool
@@ -72,6 +80,7 @@ def blocks_are_accounted_for(scheduler: Scheduler) -> None:
     ),
     leaves=st.dictionaries(st.integers(0, 19), st.integers(0, 60), max_size=8),
     lost_at=st.integers(0, 200),
+    resizes=st.dictionaries(st.integers(0, 80), st.integers(1, 30), max_size=6),
     max_running=st.integers(1, 6),
     num_blocks=st.integers(8, 24),
     chunk=st.integers(16, 64),
@@ -81,6 +90,7 @@ def test_everyone_is_served_or_leaves_and_no_block_leaks(
     requests: list[tuple[int, int, int, int]],
     leaves: dict[int, int],
     lost_at: int,
+    resizes: dict[int, int],
     max_running: int,
     num_blocks: int,
     chunk: int,
@@ -102,7 +112,11 @@ def test_everyone_is_served_or_leaves_and_no_block_leaks(
     done: set[int] = set()
     for clock in range(20_000):
         while arrivals and requests[arrivals[0]][2] <= clock:
-            scheduler.add(everyone[arrivals.pop(0)])
+            newcomer = arrivals.pop(0)
+            if scheduler.fits(everyone[newcomer]):  # as the engine does
+                scheduler.add(everyone[newcomer])
+            else:
+                done.add(newcomer)
         for index, when in leaves.items():
             if when == clock and index < len(everyone) and index not in done and index not in arrivals:
                 scheduler.remove(everyone[index])
@@ -110,6 +124,10 @@ def test_everyone_is_served_or_leaves_and_no_block_leaks(
         if clock == lost_at:
             scheduler.preempt_all()
             memory = Memory()
+        if clock in resizes:
+            held = {block for s in scheduler.running for block in s.blocks}
+            memory.move(scheduler.resize(resizes[clock]), scheduler.pool.num_blocks)
+            assert scheduler.pool.num_blocks >= max(resizes[clock], len(held))
         step = scheduler.schedule()
         assert step or not (scheduler.running or scheduler.waiting), "there is work and nobody runs"
         blocks_are_accounted_for(scheduler)
@@ -248,3 +266,44 @@ def test_many_newcomers_go_before_few_streams() -> None:
 
 def test_a_slow_machine_still_takes_a_few_prompt_tokens_each_step() -> None:
     assert taught(0.010, 0.5).chunk_tokens(8, 1) == MIN_CHUNK
+
+
+def test_what_people_wait_for_is_admitted_before_batches() -> None:
+    scheduler = scheduler_of(1, 64, 500, 512)
+    first, batch, other_batch, person = (sequence(i, [i] * 20, 5) for i in range(4))
+    for one in (batch, other_batch):
+        one.request = replace(one.request, batch=True)
+    for one in (first, batch, other_batch, person):
+        scheduler.add(one)
+    order = []
+    while scheduler.waiting or scheduler.running:
+        (work,) = scheduler.schedule().works
+        order.append(work.sequence)
+        scheduler.remove(work.sequence)
+    assert order == [first, person, batch, other_batch]
+
+
+def test_shrinking_frees_known_blocks_first_and_stops_at_what_is_held() -> None:
+    scheduler = scheduler_of(2, 32, 512, 512)
+    serve_alone(scheduler, sequence(0, list(range(100)), 1))
+    runner = sequence(1, [7] * 40, 5)
+    scheduler.add(runner)
+    scheduler.schedule()
+    scheduler.resize(1)
+    assert scheduler.pool.num_blocks == len(runner.blocks) == 3
+    assert max(runner.blocks) < 3
+    assert scheduler.pool.num_backed == 3
+    scheduler.remove(runner)
+    scheduler.resize(32)
+    assert (scheduler.pool.num_available, scheduler.pool.num_backed) == (32, 3)
+    assert serve_alone(scheduler, sequence(2, list(range(100)), 1)) == 100
+
+
+def test_known_prefixes_survive_a_resize_that_has_room_for_them() -> None:
+    scheduler = scheduler_of(2, 32, 512, 512)
+    serve_alone(scheduler, sequence(0, [9] * 200, 1))
+    prompt = list(range(100))
+    serve_alone(scheduler, sequence(1, prompt, 1))
+    scheduler.resize(8)
+    assert scheduler.pool.num_blocks == 8
+    assert serve_alone(scheduler, sequence(2, prompt, 1)) == 4

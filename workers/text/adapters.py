@@ -233,6 +233,7 @@ class EagerAdapters:
                 down = delta.down.to(device, dtype, copy=True)
                 up = (delta.up.float() * delta.scale).to(device, dtype)
                 by_layer.setdefault(place, {})[index] = (down, up)
+        self._weights = list(by_layer.values())
         self._hooks = [
             decoder.get_submodule(f"layers.{layer}.{name}").register_forward_hook(self._adding(weights))
             for (layer, name), weights in by_layer.items()
@@ -255,6 +256,12 @@ class EagerAdapters:
             yield
         finally:
             self._step.of = {}
+
+    def move_to(self, device: torch.device) -> None:
+        """Bring the adapters' tensors to another device."""
+        self._device = device
+        for weights in self._weights:
+            weights |= {index: (down.to(device), up.to(device)) for index, (down, up) in weights.items()}
 
     def close(self) -> None:
         """Leave the decoder as it was."""

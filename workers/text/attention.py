@@ -7,7 +7,8 @@ come packed in one row (`packing.py`), so that linear layers run once for everyb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,67 @@ NAME = "hostler"
 class PagedCache:
     """Keys and values of every block: for each layer (blocks * BLOCK_TOKENS, kv_heads, head_dim).
 
-    On the CPU the tensors are reserved address space: memory is committed only where tokens were written.
+    On the CPU the tensors are reserved address space: memory is committed only where tokens were written. Each layer
+    has tensors of its own, so that a resize needs room for one layer's beside the cache, not for the cache twice.
+
+    Args:
+        kept_heads: which of the heads that the model computes are kept: all, but for some split models.
+        layer_devices: of each layer, when not all are on `device`.
     """
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: KVShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        kept_heads: slice = slice(None),
+        layer_devices: Sequence[torch.device] = (),
+    ) -> None:
         self.device = device
-        size = (shape.num_layers, shape.num_blocks * BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
-        self._keys = torch.empty(size, dtype=dtype, device=device)
-        self._values = torch.empty(size, dtype=dtype, device=device)
+        self.dtype = dtype
+        self.kept_heads = kept_heads
+        self._row = (shape.num_kv_heads, shape.head_dim)
+        self._devices = tuple(layer_devices) or (device,) * shape.num_layers
+        self._keys = [self._empty(shape.num_blocks, there) for there in self._devices]
+        self._values = [self._empty(shape.num_blocks, there) for there in self._devices]
+
+    def _empty(self, num_blocks: int, device: torch.device) -> torch.Tensor:
+        return torch.empty((num_blocks * BLOCK_TOKENS, *self._row), dtype=self.dtype, device=device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of one layer, views of (positions, kv_heads, head_dim)."""
+        """Return keys and values of one layer, each (positions, kv_heads, head_dim)."""
         return self._keys[index], self._values[index]
+
+    def drop(self) -> None:
+        """Let go of all keys and values; the cache is of no further use."""
+        self._keys, self._values = [], []
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have so many blocks; the contents of kept ones (old index, new index) stay.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: no room to grow; blocks that were there stay usable.
+        """
+        offsets = torch.arange(BLOCK_TOKENS)
+
+        def places(blocks: Collection[int]) -> torch.Tensor:
+            first = torch.tensor(list(blocks), dtype=torch.long) * BLOCK_TOKENS
+            return (first[:, None] + offsets).reshape(-1)
+
+        everywhere = {
+            there: (places(kept.keys()).to(there), places(kept.values()).to(there)) for there in self._devices
+        }
+        for tensors in (self._keys, self._values):
+            for index, there in enumerate(self._devices):
+                old, new = everywhere[there]
+                contents = tensors[index][old]
+                if num_blocks * BLOCK_TOKENS < tensors[index].shape[0]:
+                    tensors[index] = torch.empty(0)  # First let go: there may be no room for both.
+                resized = self._empty(num_blocks, there)
+                resized[new] = contents
+                tensors[index] = resized
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +113,7 @@ class StepContext:
         single_positions: (singles,) int64.
         chunks: works of several rows, in row order.
         masks: filled by the first layer, read by the rest.
+        elsewhere: copies for the devices of other layers.
     """
 
     cache: PagedCache
@@ -71,6 +122,7 @@ class StepContext:
     single_positions: torch.Tensor
     chunks: tuple[Chunk, ...]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    elsewhere: dict[torch.device, StepContext] = field(default_factory=dict)
 
     @classmethod
     def of(cls, packed: PackedStep, cache: PagedCache) -> StepContext:
@@ -95,6 +147,20 @@ class StepContext:
             single_positions=there(packed.positions[:n]),
             chunks=chunks,
         )
+
+    def on(self, device: torch.device) -> StepContext:
+        """Return the same on a layer's device: itself, or a copy that is made once a step."""
+        if device == self.new_places.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = StepContext(
+                cache=self.cache,
+                new_places=self.new_places.to(device),
+                single_places=self.single_places.to(device),
+                single_positions=self.single_positions.to(device),
+                chunks=tuple(replace(chunk, places=chunk.places.to(device)) for chunk in self.chunks),
+            )
+        return self.elsewhere[device]
 
     def single_mask(self, window: int | None) -> torch.Tensor | None:
         """Boolean mask (singles, 1, 1, longest): each row sees its own sequence; None when all see all."""
@@ -160,7 +226,9 @@ def attend(
     """
     if step is None:
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
+    step = step.on(query.device)
     keys, values = step.cache.layer(int(module.layer_idx))  # type: ignore[arg-type]
+    key, value = key[:, step.cache.kept_heads], value[:, step.cache.kept_heads]
     heads, rows, head_dim = query.shape[1:]
     kv_heads = key.shape[1]
     group = heads // kv_heads

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from workers.engine import LoadSpec, ModelFacts
 from workers.text.adapters import Adapter
-from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
+from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, KVShape, blocks_for
 from workers.text.native.build import built
 from workers.text.native.describe import FAMILIES
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DEFAULT_KV_BYTES = 2 * 2**30
-_MIN_BLOCKS = 4
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -75,17 +74,22 @@ class LoadedModel:
             for parameter in module.parameters():
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
+    def without_weights(self) -> LoadedModel:
+        """Return what is left of the model while it sleeps."""
+        return replace(self, model=None, decoder=None, head=None, vision=None)
+
+    def at(self, directory: Directory) -> LoadedModel:
+        """Return the model, in the dtype it has, on the device of `directory` and with a cache as large."""
+        kv = directory.kv.in_dtype(self.dtype.itemsize, directory.dtype.itemsize)
+        facts = replace(self.facts, max_context_tokens=kv.max_context_tokens)
+        return replace(self, kv=kv, facts=facts, device=directory.device)
+
     def with_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return the model converted, in place, to another dtype; its cache has as many bytes as before."""
         if dtype == self.dtype:
             return self
         itemsize, was = dtype.itemsize, self.dtype.itemsize
-        num_blocks = max(_MIN_BLOCKS, self.kv.num_blocks * was // itemsize)
-        kv = replace(
-            self.kv,
-            num_blocks=num_blocks,
-            max_context_tokens=min(self.kv.max_context_tokens, num_blocks * BLOCK_TOKENS),
-        )
+        kv = self.kv.in_dtype(itemsize, was)
         facts = replace(
             self.facts,
             dtype=str(dtype).removeprefix("torch."),
@@ -132,6 +136,14 @@ class Directory:
     dtype: torch.dtype
     kv: KVShape
     kernels: bool
+
+    def at(self, spec: LoadSpec) -> Directory:
+        """Return the same directory for the devices of `spec` and a cache of its size. Reads no file of the model.
+
+        Raises:
+            ModelLoadFailed: the cache is too small.
+        """
+        return _placed(self.path, self.config, self.tokenizer, self.generation, spec)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -187,7 +199,6 @@ def read_directory(spec: LoadSpec) -> Directory:
         ModelLoadFailed: the directory or the architecture cannot be served; says which.
     """
     path = Path(spec.path)
-    device = torch.device(spec.device)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=spec.trust_remote_code, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code, local_files_only=True)
@@ -199,25 +210,44 @@ def read_directory(spec: LoadSpec) -> Directory:
         raise ModelLoadFailed(
             f"{spec.model} has layers that are not attention ({', '.join(sorted(odd))}): not served yet."
         )
+    return _placed(path, config, tokenizer, _generation_config(path), spec)
+
+
+def _placed(path: Path, config: Any, tokenizer: Any, generation: GenerationConfig, spec: LoadSpec) -> Directory:
+    text, device = config.get_text_config(), torch.device(spec.device)
     # The kernels run decoders only; towers are torch's, and take what is fast for it.
-    kernels = device.type == "cpu" and config is text and text.model_type in FAMILIES and built() is not None
+    one_cpu = device.type == "cpu" and len(spec.devices) == 1
+    kernels = one_cpu and config is text and text.model_type in FAMILIES and built() is not None
     dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device, has_kernels=kernels)
     return Directory(
         path=path,
         config=config,
         text=text,
         tokenizer=tokenizer,
-        generation=_generation_config(path),
+        generation=generation,
         device=device,
         dtype=dtype,
-        kv=_kv_shape(spec, text, dtype, device),
+        kv=kv_shape(spec, text, dtype),
         kernels=kernels,
     )
 
 
-def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.device) -> KVShape:
+def num_kv_heads(text: Any) -> int:
+    """Return how many key-value heads each layer of a text decoder has."""
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, kv_heads: int = 0) -> KVShape:
+    """Return the cache's dimensions within the budget.
+
+    Args:
+        kv_heads: that are kept of each layer, on all devices together; 0 for as many as it has.
+
+    Raises:
+        ModelLoadFailed: the budget is too small to be of use.
+    """
     heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    kv_heads = kv_heads or num_kv_heads(text)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     context = int(text.max_position_embeddings)
     if spec.max_context_tokens:
@@ -225,14 +255,15 @@ def _kv_shape(spec: LoadSpec, text: Any, dtype: torch.dtype, device: torch.devic
     layers = int(text.num_hidden_layers)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
     num_blocks = (spec.kv_cache_bytes or _DEFAULT_KV_BYTES) // (per_token * BLOCK_TOKENS)
-    if num_blocks < _MIN_BLOCKS:
+    if num_blocks < MIN_BLOCKS:
         raise ModelLoadFailed(
             f"{spec.kv_cache_bytes} bytes of KV cache hold only {num_blocks * BLOCK_TOKENS} tokens of {spec.model}; "
-            f"give it at least {_MIN_BLOCKS * BLOCK_TOKENS * per_token} (kv_cache in the configuration)."
+            f"give it at least {MIN_BLOCKS * BLOCK_TOKENS * per_token} (kv_cache in the configuration)."
         )
     # More than everybody's whole context is never needed.
-    num_blocks = min(num_blocks, spec.max_running * blocks_for(context))
-    return KVShape(layers, kv_heads, head_dim, num_blocks, min(context, num_blocks * BLOCK_TOKENS))
+    capacity = spec.max_running * blocks_for(context)
+    num_blocks = min(num_blocks, capacity)
+    return KVShape(layers, kv_heads, head_dim, num_blocks, min(context, num_blocks * BLOCK_TOKENS), capacity)
 
 
 def _generation_config(path: Path) -> GenerationConfig:

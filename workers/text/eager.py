@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -75,6 +76,29 @@ class ModelRunner:
             overlay(hidden[0], row, work.start, work.end, work.sequence.embeddings)
         return {"inputs_embeds": hidden}
 
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have a cache of so many blocks; see `workers.text.runner.Runner.resize`."""
+        self._cache.resize(num_blocks, kept)
+
+    def move_to_host(self) -> None:
+        """Bring the weights to pinned host memory and drop the cache; see `workers.text.runner.Movable`."""
+        self._cache.drop()
+        tensors = _tensors(self._model)
+        waiting = [torch.empty_like(t, device="cpu", pin_memory=torch.cuda.is_available()) for t in tensors]
+        for tensor, host in zip(tensors, waiting, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        _swap(tensors, waiting)
+        if self._adapters is not None:
+            self._adapters.move_to(torch.device("cpu"))
+
+    def move_to_device(self, kv: KVShape, device: torch.device) -> None:
+        """Bring them back, with an empty cache."""
+        tensors = _tensors(self._model)
+        _swap(tensors, [tensor.to(device, non_blocking=True) for tensor in tensors])
+        if self._adapters is not None:
+            self._adapters.move_to(device)
+        self._cache = PagedCache(kv, self._cache.dtype, device)
+
     def seconds(self) -> dict[str, float]:
         """Return nothing: torch's operators are not taken apart."""
         return {}
@@ -84,6 +108,20 @@ class ModelRunner:
         if self._adapters is not None:
             self._adapters.close()
         del self._model, self._cache
+
+
+def _tensors(model: Any) -> list[torch.Tensor]:
+    """Return a module's parameters and buffers, each once, however many layers share it."""
+    return list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
+
+
+def _swap(tensors: list[torch.Tensor], contents: list[torch.Tensor]) -> None:
+    """Give tensors the memory of others, once all copies under way have arrived. Those that shared memory still do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    shared: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor, content in zip(tensors, contents, strict=True):
+        tensor.data = shared.setdefault((tensor.data_ptr(), tensor.shape), content)
 
 
 def _positions(plain: torch.Tensor, placed: Placed) -> torch.Tensor:

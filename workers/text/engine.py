@@ -17,28 +17,43 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 
 from hostler.errors import HostlerError, Unavailable
 
-from workers.engine import EngineStats, Event, Finish, GenerationRequest, LoadSpec, ModelFacts, Prompt
+from workers.engine import (
+    EngineStats,
+    Event,
+    Finish,
+    GenerationRequest,
+    LoadSpec,
+    ModelFacts,
+    Prompt,
+    SamplingParams,
+    TokenPrompt,
+)
+from workers.gentle import gently, load_niceness
 from workers.text.directory import LoadedModel
-from workers.text.embeddings import PromptExtras
 from workers.text.grammar import MaskPool, collect
 from workers.text.intake import Intake
-from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
-from workers.text.lookup import Lookup
+from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, BlockPool
+from workers.text.orders import Orders
 from workers.text.pace import Pace
 from workers.text.postprocess import Outcome, Outcomes, Postprocessor, named
-from workers.text.reply_plan import ReplyPlan, ReplyPlanner
+from workers.text.reply_plan import ReplyPlanner
 from workers.text.runner import Runner
-from workers.text.sampler import row_rules
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
-from workers.text.sequence import Sequence
+from workers.text.sequence import Sequence, new_sequence
+from workers.text.sleeping import Bed, Opened
 from workers.text.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002
+# The first step of each shape allocates and, eagerly, builds kernels; better now than in somebody's first request.
+_WARM_UP = GenerationRequest(
+    TokenPrompt((0,) * 8), sampling=SamplingParams(temperature=0.0, ignore_eos=True), max_tokens=2
+)
 
 
 class TextEngine:
@@ -48,22 +63,21 @@ class TextEngine:
         loaded: what the model is; its weights are the runner's business.
         spec: limits.
         runner: runs steps; `adopt` may replace it later.
+        bed: where the model lies while the engine sleeps; without one it cannot.
     """
 
-    def __init__(self, loaded: LoadedModel, spec: LoadSpec, runner: Runner) -> None:
+    def __init__(self, loaded: LoadedModel, spec: LoadSpec, runner: Runner, bed: Bed | None = None) -> None:
         self._loaded = loaded
+        self._bed = bed
+        self._asleep = False
         self._asyncio = asyncio.get_running_loop()
         self._replies = ReplyPlanner(loaded.tokenizer, loaded.facts.vocab_size, loaded.eos_ids)
         self._masks = MaskPool()
-        self._facts = replace(
-            loaded.facts,
-            supports_tools=self._replies.supports_tools,
-            supports_reasoning=self._replies.supports_reasoning,
-        )
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
         self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
+        self._fill_ends = self._intake.fill_ends
+        self._facts = self._complete(loaded.facts)
         self._runner = runner
-        self._replacement: tuple[Runner, Callable[[], object]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduler = Scheduler(
             SchedulerLimits(
@@ -78,6 +92,7 @@ class TextEngine:
         self._arrivals: deque[Sequence] = deque()
         self._queues: dict[Sequence, asyncio.Queue[Outcome]] = {}
         self._wake = threading.Event()
+        self._orders = Orders(self._wake.set)
         self._closing = False
         self._isolate = False
         self._serial = 0
@@ -105,10 +120,16 @@ class TextEngine:
             num_queued=self._intake.num_preparing + max(0, len(self._queues) - running),
             max_running=self._scheduler.limits.max_running,
             kv_used_bytes=pool.num_in_use * block_bytes,
+            # Torch's allocator on a GPU backs the whole cache, whatever is written.
+            kv_allocated_bytes=block_bytes * (pool.num_backed if self._is_on_cpu else pool.num_blocks),
             kv_reserved_bytes=pool.num_blocks * block_bytes,
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_completion_tokens_total=self._postprocessor.num_completion_tokens,
         )
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self._loaded.device.type == "cpu"
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` in the loop whenever running or queued counts change."""
@@ -124,6 +145,8 @@ class TextEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Serve one request; see `workers.engine.Engine.generate`."""
+        if self._asleep:
+            raise Unavailable("This model is asleep. Try again.")
         ids, extras = await self._intake.prepare(request.prompt, self._check)
         if self._closing:
             raise Unavailable("This model is being unloaded. Try again.")
@@ -131,7 +154,18 @@ class TextEngine:
         plan = await self._replies.plan(request, ids)
         if plan.takes_time:
             self._check(len(ids), 0)
-        sequence = self._new_sequence(request, ids, extras, plan)
+        self._serial += 1
+        sequence = new_sequence(
+            request,
+            ids,
+            extras,
+            plan,
+            serial=self._serial,
+            room=self._scheduler.longest_tokens - len(ids),
+            defaults=self._loaded.defaults,
+            adapters=self._facts.adapters,
+            fill_ends=self._fill_ends,
+        )
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[sequence] = outcomes
         self._arrivals.append(sequence)
@@ -169,15 +203,47 @@ class TextEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def settle(self, opened: Opened) -> None:
+        """Warm up, and begin what brings a better runner, once a model has come."""
+        if opened.runner.name != "native":  # whose first step costs what every step does
+            async for _ in self.generate(_WARM_UP):
+                pass
+        if opened.improve is not None:
+            self.keep(asyncio.create_task(opened.improve(self)))
+
     async def adopt(self, runner: Runner) -> None:
         """Go over to another runner of the same model, between two steps; return when the old one runs no more.
 
         Running requests are prefilled again.
         """
-        adopted = asyncio.Event()
-        self._replacement = (runner, lambda: self._asyncio.call_soon_threadsafe(adopted.set))
-        self._wake.set()
-        await adopted.wait()
+        await self._orders.between_steps(partial(self._replace, runner))
+
+    async def sleep(self) -> None:
+        """See `workers.engine.Sleeper.sleep`. Requests that came too late are told to go elsewhere."""
+        assert self._bed is not None, "opened without a bed"
+        self._asleep = True
+        for task in tuple(self._tasks):
+            task.cancel()
+        runner = await self._orders.between_steps(self._leave)
+        self._intake.see_with(None)
+        loaded, self._loaded = self._loaded, self._loaded.without_weights()
+        await gently(partial(self._bed.lay_down, loaded, runner))
+
+    async def wake(self, spec: LoadSpec) -> None:
+        """See `workers.engine.Sleeper.wake`."""
+        assert self._bed is not None, "opened without a bed"
+        opened = await gently(partial(self._bed.get_up, spec), load_niceness(len(spec.devices)))
+        self._loaded, self._facts = opened.loaded, self._complete(opened.loaded.facts)
+        self._intake.see_with(opened.loaded.vision)
+        await self._orders.between_steps(partial(self._return, opened))
+        self._asleep = False
+        await self.settle(opened)
+
+    async def resize(self, kv_cache_bytes: int) -> int:
+        """See `workers.engine.Resizable.resize`."""
+        block_bytes = BLOCK_TOKENS * self._loaded.facts.kv_bytes_per_token
+        wanted = min(max(MIN_BLOCKS, kv_cache_bytes // block_bytes), self._loaded.kv.capacity_blocks)
+        return block_bytes * await self._orders.between_steps(partial(self._resize, wanted))
 
     async def close(self) -> None:
         """Fail what still runs, end the thread, free the weights."""
@@ -189,7 +255,7 @@ class TextEngine:
         self._intake.close()
         self._masks.close()
         self._replies.close()
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() and not self._asleep:
             self._runner.close()
 
     def _check(self, num_prompt_tokens: int, num_preparing: int) -> None:
@@ -198,32 +264,12 @@ class TextEngine:
     def _note_change(self) -> None:
         self._changed()
 
-    def _new_sequence(
-        self, request: GenerationRequest, ids: list[int], extras: PromptExtras, plan: ReplyPlan
-    ) -> Sequence:
-        room = self._scheduler.longest_tokens - len(ids)
-        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
-        # Guesses are checked without masks and without forced tokens.
-        may_guess = plan.guide is None and plan.budget_tokens is None
-        self._serial += 1
-        return Sequence(
-            request=request,
-            sampling=row_rules(request.sampling, self._loaded.defaults),
-            token_ids=ids,
-            num_prompt_tokens=len(ids),
-            max_tokens=max_tokens,
-            decode=plan.decode,
-            serial=self._serial,
-            hashes=PrefixHashes(
-                # An adapter changes keys and values; its name has no NUL, so no scope can feign another adapter.
-                f"{request.adapter}\0{request.cache_scope}".encode(),
-                [(span.start, span.content_hash) for span in extras.embeddings],
-            ),
-            embeddings=extras.embeddings,
-            rope=extras.rope,
-            adapter=self._facts.adapters.index(request.adapter) if request.adapter else -1,
-            lookup=Lookup(ids) if may_guess else None,
-            reply=plan.reply(max_tokens),
+    def _complete(self, facts: ModelFacts) -> ModelFacts:
+        return replace(
+            facts,
+            supports_tools=self._replies.supports_tools,
+            supports_reasoning=self._replies.supports_reasoning,
+            supports_fill_in_middle=self._intake.fill_format is not None,
         )
 
     # ------------------------------------------------------------ engine thread
@@ -253,22 +299,62 @@ class TextEngine:
         self._hand_out([(s, gone) for s in (*self._scheduler.running, *self._scheduler.waiting, *self._arrivals)])
 
     def _take_in(self) -> None:
-        """Go over to a new runner if there is one, drop the cancelled, queue the new."""
+        """Drop the cancelled, queue the new, then do what was ordered."""
         scheduler = self._scheduler
-        if self._replacement is not None:
-            scheduler.preempt_all()
-            scheduler.pace = Pace(max_chunk=scheduler.pace.max_chunk)
-            replaced, (self._runner, adopted), self._replacement = self._runner, self._replacement, None
-            replaced.close()
-            adopted()
-            log.info("runner replaced", extra={"model": self.facts.model, "runner": self._runner.name})
         for sequence in [s for s in (*scheduler.running, *scheduler.waiting) if s.cancelled]:
             scheduler.remove(sequence)
         while self._arrivals:
             sequence = self._arrivals.popleft()
-            if not sequence.cancelled:
-                self._num_prompt_tokens += sequence.num_prompt_tokens
-                scheduler.add(sequence)
+            if sequence.cancelled:
+                continue
+            if not scheduler.fits(sequence):  # The cache became smaller since it was checked.
+                self._hand_out([(sequence, Unavailable("The room for this request was taken just now. Try again."))])
+                continue
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+            scheduler.add(sequence)
+        self._orders.obey()
+
+    def _replace(self, runner: Runner) -> None:
+        self._begin_anew(runner)
+        log.info("runner replaced", extra={"model": self.facts.model, "runner": runner.name})
+
+    def _begin_anew(self, runner: Runner) -> None:
+        self._scheduler.preempt_all()
+        self._scheduler.pace = Pace(max_chunk=self._scheduler.pace.max_chunk)
+        replaced, self._runner = self._runner, runner
+        replaced.close()
+
+    def _leave(self) -> Runner:
+        """Refuse whoever is still here, and stop using the runner."""
+        scheduler = self._scheduler
+        late = (*scheduler.running, *scheduler.waiting)
+        for sequence in late:
+            scheduler.remove(sequence)
+        self._hand_out([(sequence, Unavailable("This model fell asleep. Try again.")) for sequence in late])
+        scheduler.pool = BlockPool(0)
+        return self._runner
+
+    def _return(self, opened: Opened) -> None:
+        scheduler, kv = self._scheduler, opened.loaded.kv
+        self._runner = opened.runner
+        scheduler.limits = replace(scheduler.limits, max_context_tokens=kv.max_context_tokens)
+        scheduler.pool = BlockPool(kv.num_blocks)
+        scheduler.pace = Pace(max_chunk=scheduler.pace.max_chunk)
+
+    def _resize(self, num_blocks: int) -> int:
+        """Return how many blocks there are now."""
+        scheduler, before = self._scheduler, self._scheduler.pool.num_blocks
+        if num_blocks > before:
+            try:
+                self._runner.resize(num_blocks, scheduler.pool.kept)
+            except (MemoryError, RuntimeError) as error:  # torch's own are of the second kind
+                log.warning("no room for a larger cache", extra={"reason": type(error).__name__})
+                return before
+            scheduler.resize(num_blocks)
+        else:
+            kept = scheduler.resize(num_blocks)
+            self._runner.resize(scheduler.pool.num_blocks, kept)
+        return scheduler.pool.num_blocks
 
     def _parts(self, step: Step) -> list[Step]:
         """The step whole; after a failed one, cut into one sequence each, so that only the culprit fails."""

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workers.engine import ChatPrompt, Prompt
+from workers.engine import ChatPrompt, Prompt, TextPrompt
 from workers.text.directory import LoadedModel
 from workers.text.embeddings import PromptExtras
+from workers.text.fill import FillFormat
 from workers.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
-    from workers.text.vision import Picture
+    from workers.text.vision import Picture, Vision
 
 
 class Intake:
@@ -52,8 +53,24 @@ class Intake:
         )
         self.num_preparing = 0
 
+    @property
+    def fill_format(self) -> FillFormat | None:
+        """How the model fills a gap between two texts; None if it does not."""
+        return self._encoder.fill_format
+
+    @property
+    def fill_ends(self) -> frozenset[int]:
+        """The tokens that end the text of a gap; none of a model that fills none."""
+        return self.fill_format.end_ids(self._tokenizer) if self.fill_format else frozenset()
+
+    def see_with(self, vision: Vision | None) -> None:
+        """Look at pictures with these eyes from now on; None while the model sleeps."""
+        self._vision = vision
+
     async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's token ids."""
+        """Return a prompt's token ids; none for an empty text."""
+        if isinstance(prompt, TextPrompt):
+            return await self._loop.run_in_executor(self._encoding, self._encoder.encode_raw, prompt)
         ids, _ = await self._encode(prompt)
         return ids
 
@@ -68,7 +85,7 @@ class Intake:
             check: called with (prompt tokens, prompts with pictures being prepared); raises what refuses the prompt.
         """
         if not isinstance(prompt, ChatPrompt) or not prompt.images:
-            return await self.tokenize(prompt), PromptExtras()
+            return (await self._encode(prompt))[0], PromptExtras()
         check(0, self.num_preparing)
         self.num_preparing += 1
         self._changed()

@@ -11,10 +11,12 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 BLOCK_TOKENS = 16
+MIN_BLOCKS = 4
+"""A cache with fewer is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class KVShape:
         head_dim: size of one head.
         num_blocks: blocks within the byte budget.
         max_context_tokens: most tokens of one sequence.
+        capacity_blocks: to how many a bigger budget could raise them: everybody's whole context.
     """
 
     num_layers: int
@@ -34,10 +37,18 @@ class KVShape:
     head_dim: int
     num_blocks: int
     max_context_tokens: int
+    capacity_blocks: int = 0
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one token occupies over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def in_dtype(self, itemsize: int, was: int) -> KVShape:
+        """Return the shape of a cache with as many bytes, whose elements have another size."""
+        num_blocks = max(MIN_BLOCKS, self.num_blocks * was // itemsize)
+        return replace(
+            self, num_blocks=num_blocks, max_context_tokens=min(self.max_context_tokens, num_blocks * BLOCK_TOKENS)
+        )
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -79,7 +90,7 @@ class BlockPool:
     """The blocks of one model's cache. Used by the engine's thread only.
 
     Every block is in one of three states: in use (some sequences hold it), known (nobody holds it, its contents may be
-    taken over), or free.
+    taken over), or free. Once it was given out, memory stands behind it until a resize takes it away.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -89,6 +100,17 @@ class BlockPool:
         self._hash: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._known: OrderedDict[int, None] = OrderedDict()
+        self._backed: set[int] = set()
+
+    @property
+    def num_backed(self) -> int:
+        """Blocks that were written since they came to be."""
+        return len(self._backed)
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Every held or known block, as itself: what a larger cache must still have."""
+        return {block: block for block in set(range(self.num_blocks)).difference(self._free)}
 
     @property
     def num_available(self) -> int:
@@ -130,6 +152,7 @@ class BlockPool:
         else:
             return None
         self._holders[block] = 1
+        self._backed.add(block)
         return block
 
     def publish(self, block: int, digest: bytes) -> None:
@@ -148,12 +171,44 @@ class BlockPool:
                 else:
                     self._known[block] = None
 
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """Have so many blocks from now on, or as many as are held, if those are more.
+
+        Known blocks go first, the least recently used before the others. Contents that stay may have to move below the
+        new end: the caller moves them, and renumbers what its sequences hold.
+
+        Returns:
+            The new index of every held or known block, most of them unchanged.
+        """
+        num_blocks = max(num_blocks, self.num_in_use)
+        while self.num_in_use + len(self._known) > num_blocks:
+            block, _ = self._known.popitem(last=False)
+            self._forget(block)
+            self._free.append(block)
+        staying = set(range(self.num_blocks)).difference(self._free)
+        gaps = (block for block in range(num_blocks) if block not in staying)
+        kept = {block: block if block < num_blocks else next(gaps) for block in sorted(staying)}
+        self._backed = {block for block in self._backed if block < num_blocks} | set(kept.values())
+        holders, hashes = self._holders, self._hash
+        self._holders, self._hash = [0] * num_blocks, [None] * num_blocks
+        for old, new in kept.items():
+            self._holders[new], self._hash[new] = holders[old], hashes[old]
+        self._by_hash = {digest: kept[block] for digest, block in self._by_hash.items()}
+        self._known = OrderedDict((kept[block], None) for block in self._known)
+        taken = set(kept.values())
+        # Those with memory behind them are given out first.
+        fresh = [block for block in range(num_blocks - 1, -1, -1) if block not in taken]
+        self._free = [b for b in fresh if b not in self._backed] + [b for b in fresh if b in self._backed]
+        self.num_blocks = num_blocks
+        return kept
+
     def clear(self) -> None:
-        """Forget every known block: its contents are lost. Held blocks stay held."""
+        """Forget every known block, and that any was written: the contents are lost. Held blocks stay held."""
         for block in self._known:
             self._free.append(block)
         self._known.clear()
         self._by_hash.clear()
+        self._backed = {block for block, holders in enumerate(self._holders) if holders}
         self._hash = [None] * self.num_blocks
 
     def _forget(self, block: int) -> None:

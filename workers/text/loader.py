@@ -6,7 +6,7 @@ Above: `opening.py`, which comes here only when the kernels cannot take the weig
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hostler.errors import ModelLoadFailed
@@ -23,11 +23,15 @@ log = logging.getLogger(__name__)
 Report = Callable[[str, int, int], None]
 
 
-def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> LoadedModel:
+def load(
+    spec: LoadSpec, report: Report, directory: Directory | None = None, split: Mapping[str, Any] | None = None
+) -> LoadedModel:
     """Load `spec.path`. Blocking: seconds. `report(stage, done_bytes, total_bytes)` tells progress.
 
     Args:
         directory: what was read of it before.
+        split: for a model over several devices: what transformers must be told to put each part where it belongs. With
+            a `distributed_config` the parameters are this rank's part, but the facts are of the whole.
 
     Raises:
         ModelLoadFailed: the directory or the architecture cannot be served; says which.
@@ -43,6 +47,7 @@ def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> 
         "local_files_only": True,
         "use_safetensors": True,
     }
+    options.update(split or {})
     try:
         if vision.is_image_text(directory.config):
             model = vision.load_model(directory.path, attention.NAME, **options)
@@ -50,7 +55,9 @@ def load(spec: LoadSpec, report: Report, directory: Directory | None = None) -> 
             model = AutoModelForCausalLM.from_pretrained(directory.path, attn_implementation=attention.NAME, **options)
     except Exception as error:  # transformers raises anything here: missing weights, truncated files, unknown types
         raise ModelLoadFailed(f"The weights of {spec.model} cannot be loaded: {type(error).__name__}.") from error
-    model = model.train(False).requires_grad_(False).to(directory.device)
+    model = model.train(False).requires_grad_(False)
+    if not split:
+        model = model.to(directory.device)
     report("read", total, total)
     return directory.loaded(
         spec,

@@ -8,23 +8,27 @@ in the background and goes over between two steps.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from workers.engine import GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
+from workers import memory
+from workers.engine import LoadSpec
+from workers.gentle import gently, load_niceness
 from workers.text.adapters import read_adapters
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
+from workers.text.kv_cache import KVShape
 from workers.text.native import build, recipe
 from workers.text.native.decoder import NativeDecoder
 from workers.text.native.describe import Description, NotSupported, describe, described_layers
 from workers.text.native.runner import NativeRunner
 from workers.text.runner import Runner
+from workers.text.sleeping import Bed, Opened
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +41,24 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
     Raises:
         ModelLoadFailed: the directory cannot be served.
     """
-    directory = await asyncio.to_thread(read_directory, spec)
-    loaded, runner, may_compile = await asyncio.to_thread(open_runner, directory, spec, report)
+    directory = await gently(partial(read_directory, spec))
+    opened = await gently(partial(open_model, directory, spec, report), load_niceness(len(spec.devices)))
+    log.info("runner chosen", extra={"model": spec.model, "runner": opened.runner.name})
     report("warm-up", 0, 0)
-    engine = TextEngine(loaded, spec, runner)
-    log.info("runner chosen", extra={"model": spec.model, "runner": runner.name})
-    # The first step of each shape allocates and, eagerly, builds kernels; better now than in somebody's first request.
-    warm = GenerationRequest(
-        TokenPrompt((0,) * 8), sampling=SamplingParams(temperature=0.0, ignore_eos=True), max_tokens=2
-    )
-    async for _ in engine.generate(warm):
-        pass
-    if may_compile:
-        engine.keep(asyncio.create_task(_compile_and_adopt(engine, directory, loaded, spec)))
+    engine = TextEngine(opened.loaded, spec, opened.runner, Bed(directory, spec, open_model))
+    await engine.settle(opened)
     return engine
+
+
+def open_model(directory: Directory, spec: LoadSpec, report: Report = lambda *_: None) -> Opened:
+    """Return the model with the best runner that can serve it now. Blocking.
+
+    Raises:
+        ModelLoadFailed: the directory cannot be served.
+    """
+    loaded, runner, may_compile = open_runner(directory, spec, report)
+    improve = partial(_compile_and_adopt, directory=directory, loaded=loaded, spec=spec) if may_compile else None
+    return Opened(loaded, runner, improve)
 
 
 def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[LoadedModel, Runner, bool]:
@@ -62,6 +70,10 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
     Raises:
         ModelLoadFailed: the directory cannot be served.
     """
+    if len(spec.devices) > 1:
+        from workers.text.parallel.opening import open_split
+
+        return *open_split(spec, report), False
     library = build.built() if directory.kernels else None
     if library is not None and (ready := open_recipe(directory, spec, library, report)) is not None:
         return *ready, False
@@ -76,6 +88,7 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
             if (library := build.built()) is not None:
                 runner = open_native(directory, loaded, spec, library)
                 loaded.free_weights()
+                memory.give_back()
                 return loaded.told(spec.quantize, runner.decoder.weight_bytes), runner, False
             describe(loaded.decoder, loaded.head, loaded.text_config)
             may_compile = not spec.quantize  # quantized weights replace the ones that the kernels would be packed from
@@ -102,7 +115,7 @@ def open_recipe(
         return None
     total = sum(file.stat().st_size for file in directory.weight_files)
     report("read", 0, total)
-    decoder = _pack(library, found.description, directory.dtype, directory.kv.num_blocks, weights, spec)
+    decoder = _pack(library, found.description, directory.dtype, directory.kv, weights, spec)
     report("read", total, total)
     loaded = directory.loaded(
         spec,
@@ -114,6 +127,8 @@ def open_recipe(
     for index, adapter in enumerate(loaded.adapters):
         decoder.add_adapter(index, adapter)
         adapter.release()
+    decoder.rest()
+    memory.trim()
     return loaded.told(spec.quantize, decoder.weight_bytes), NativeRunner(decoder, _num_threads(spec))
 
 
@@ -131,7 +146,7 @@ def open_native(directory: Directory, loaded: LoadedModel, spec: LoadSpec, libra
         raise NotSupported("positions in three dimensions")
     description = describe(loaded.decoder, loaded.head, loaded.text_config)
     weights = _weights(loaded.dtype, loaded.text_config.dtype, spec)
-    decoder = _pack(library, description, loaded.dtype, loaded.kv.num_blocks, weights, spec)
+    decoder = _pack(library, description, loaded.dtype, loaded.kv, weights, spec)
     runner = NativeRunner(decoder, _num_threads(spec))
     # Drafted before the proof, which may convert the module; towers are not in recipes.
     draft = recipe.draft(directory, description, loaded.model) if directory.config is directory.text else None
@@ -140,6 +155,7 @@ def open_native(directory: Directory, loaded: LoadedModel, spec: LoadSpec, libra
         raise NotSupported("the kernels' logits differ from transformers'")
     for index, adapter in enumerate(loaded.adapters):
         decoder.add_adapter(index, adapter)
+    decoder.rest()
     if draft is not None:
         draft.write(recipe.recipe_path(library, directory, weights))
     return runner
@@ -157,14 +173,15 @@ def _num_threads(spec: LoadSpec) -> int:
 
 
 def _pack(
-    library: Path, description: Description, dtype: torch.dtype, num_blocks: int, weights: str, spec: LoadSpec
+    library: Path, description: Description, dtype: torch.dtype, kv: KVShape, weights: str, spec: LoadSpec
 ) -> NativeDecoder:
     return NativeDecoder(
         library,
         description,
         weights=weights,
         cache="float32" if dtype == torch.float32 else "bfloat16",
-        num_blocks=num_blocks,
+        num_blocks=kv.num_blocks,
+        capacity_blocks=kv.capacity_blocks,
         num_threads=_num_threads(spec),
     )
 
@@ -172,8 +189,8 @@ def _pack(
 async def _compile_and_adopt(engine: TextEngine, directory: Directory, loaded: LoadedModel, spec: LoadSpec) -> None:
     """Compile the kernels beside the serving engine and hand them to it."""
     try:
-        library = await asyncio.to_thread(build.build)
-        await engine.adopt(await asyncio.to_thread(open_native, directory, loaded, spec, library))
+        library = await gently(build.build)
+        await engine.adopt(await gently(partial(open_native, directory, loaded, spec, library)))
         loaded.free_weights()
     except (build.CannotBuild, NotSupported, MemoryError) as reason:
         log.warning("serving without kernels", extra={"model": spec.model, "reason": str(reason)})

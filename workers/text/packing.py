@@ -41,8 +41,15 @@ class PackedStep:
 
 
 def wanted_rows(work: Work) -> int:
-    """Return how many rows of logits a work gives: one for each new token it may yield."""
-    return 1 + len(work.draft) if work.yields_token else 0
+    """Return how many rows of logits a work gives: those that score its prompt, then one a token it may yield."""
+    return len(work.scored_rows) + (1 + len(work.draft) if work.yields_token else 0)
+
+
+def _offsets(work: Work) -> list[int]:
+    """Return which of a work's rows those are."""
+    scored = [row - work.start for row in work.scored_rows]
+    last = work.end - work.start - 1
+    return scored + ([last + i for i in range(1 + len(work.draft))] if work.yields_token else [])
 
 
 def pack(step: Step) -> PackedStep:
@@ -65,11 +72,7 @@ def pack(step: Step) -> PackedStep:
         tables[index, : len(work.sequence.blocks)] = work.sequence.blocks
         first_row[at] = row
         row += work.num_rows
-    rows = [
-        first_row[at] + work.end - work.start - 1 + i
-        for at, work in enumerate(step.works)
-        for i in range(wanted_rows(work))
-    ]
+    rows = [first_row[at] + offset for at, work in enumerate(step.works) for offset in _offsets(work)]
     singles = sum(work.num_rows == 1 for work in step.works)
     placed = tuple((first_row[at], step.works[at]) for at in order)
     adapters = np.asarray([work.sequence.adapter for _, work in placed], np.int32)

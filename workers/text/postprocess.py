@@ -7,14 +7,15 @@ Runs on the engine's thread.
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory
 
-from workers.engine import Event, Finish, TokenLogprob
+from workers.engine import Event, Finish, PromptLogprobs, TokenLogprob
 from workers.text.packing import wanted_rows
-from workers.text.sampler import logprobs, sample, sample_each
+from workers.text.sampler import logprobs, prompt_logprobs, sample, sample_each
 from workers.text.scheduler import Scheduler, Step, Work
 from workers.text.sequence import Sequence
 from workers.text.vocabulary import TokenBytes
@@ -57,16 +58,22 @@ class Postprocessor:
         rows: dict[Work, int] = {}
         num_rows = 0
         for work in step.works:
-            if work.yields_token:
-                rows[work] = num_rows
-                num_rows += wanted_rows(work)
-            else:
+            scored, wanted = len(work.scored_rows), wanted_rows(work)
+            alive = not scored or self._score(work, logits[num_rows : num_rows + scored], out)
+            if not alive:
+                self._scheduler.remove(work.sequence)
+            elif not work.yields_token:
                 self._scheduler.computed(work, 0)
+            elif self._ends_before_reply(work.sequence, out):
+                self._scheduler.remove(work.sequence)
+            else:
+                rows[work] = num_rows + scored
+            num_rows += wanted
         checked = 0  # draft tokens of every work still here that proved right
         guesses = len(self._scheduler.running) <= _MOST_GUESSING
         while rows:
             works = list(rows)
-            chosen = logits if len(works) == num_rows else logits[torch.tensor([rows[w] + checked for w in works])]
+            chosen = logits if len(works) == len(logits) else logits[torch.tensor([rows[w] + checked for w in works])]
             tokens = self._sample(works, chosen, masks)
             now_s = time.monotonic()
             for work, token in zip(works, tokens, strict=True):
@@ -81,6 +88,35 @@ class Postprocessor:
                 else:
                     self._scheduler.remove(work.sequence)
             checked += 1
+
+    def _score(self, work: Work, rows: torch.Tensor, out: Outcomes) -> bool:
+        """Note the logprobs that rows (n, vocab) give to the prompt tokens after them; False if that fails."""
+        sequence, scored = work.sequence, work.scored_rows
+        of, top = self._token_bytes, sequence.request.top_logprobs or 0
+        ids = sequence.token_ids[scored.start + 1 : scored.stop + 1]
+        if rows.isnan().any() or not rows.isfinite().any(dim=-1).all():
+            out.append((sequence, Internal("The model produced no valid probabilities for this request.")))
+            return False
+        for token, (value, likeliest) in zip(ids, prompt_logprobs(rows, ids, top), strict=True):
+            alternatives = tuple(TokenLogprob(i, of(i), v) for i, v in likeliest)
+            sequence.prompt_logprobs.append(TokenLogprob(token, of(token), value, alternatives))
+        sequence.num_scored_rows = scored.stop
+        return True
+
+    def _ends_before_reply(self, sequence: Sequence, out: Outcomes) -> bool:
+        """Tell the prompt's logprobs before the first token; return whether no token is wanted after them."""
+        if sequence.num_generated_tokens:
+            return False
+        if sequence.request.echo_logprobs:
+            first = sequence.token_ids[0]
+            head = TokenLogprob(first, self._token_bytes(first), math.nan)
+            out.append((sequence, PromptLogprobs((head, *sequence.prompt_logprobs))))
+        if sequence.max_tokens > 0:
+            return False
+        sequence.first_token_s = now_s = time.monotonic()
+        sequence.reply.finish_reason = "length"
+        out.append((sequence, self._finish(sequence, now_s)))
+        return True
 
     def _sample(self, works: list[Work], logits: torch.Tensor, masks: Masks) -> list[int | HostlerError | None]:
         sequences = [work.sequence for work in works]
@@ -108,7 +144,7 @@ class Postprocessor:
             return False
         try:
             chosen = self._logprob(row, token, sequence) if sequence.request.top_logprobs is not None else None
-            ends = token in self._eos_ids and not sequence.request.sampling.ignore_eos
+            ends = (token in self._eos_ids or token in sequence.end_ids) and not sequence.request.sampling.ignore_eos
             events = sequence.accept(token, is_eos=ends, logprob=chosen)
         except Exception as error:  # a fault in one reply's bookkeeping stays its own
             log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})

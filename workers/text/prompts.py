@@ -14,6 +14,7 @@ from hostler.errors import ContextLengthExceeded, InvalidRequest, UnsupportedPar
 from jinja2.exceptions import TemplateError
 
 from workers.engine import ChatPrompt, Prompt, TextPrompt
+from workers.text.fill import detect_fill_format
 from workers.text.parts import in_parts, roles_in_parts
 
 # A Unicode noncharacter: never legitimate in text, so it can mark where a control token's spelling was broken up.
@@ -50,6 +51,7 @@ class PromptEncoder:
         specials = sorted((text for text in texts if text.strip()), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._longest_control = len(specials[0]) if specials else 0
+        self.fill_format = detect_fill_format(texts)
         self._in_parts = frozenset[str]()
         if getattr(tokenizer, "chat_template", None):
             self._in_parts = roles_in_parts(lambda messages: self._apply(ChatPrompt(messages)))
@@ -71,7 +73,7 @@ class PromptEncoder:
                 rendered = self._expand(rendered, image_texts, len(prompt.images))
             ids = self._encode_text(rendered, add_special_tokens=False)
         elif isinstance(prompt, TextPrompt):
-            ids = self._encode_text(self._neutralize(prompt.text), add_special_tokens=True)
+            ids = self.encode_raw(prompt) or self._beginning()
         else:
             ids = list(prompt.ids)
             worst = max(ids, default=0)
@@ -82,6 +84,29 @@ class PromptEncoder:
         if not ids:
             raise InvalidRequest("The prompt is empty: there is nothing to continue.", param="messages")
         return ids
+
+    def encode_raw(self, prompt: TextPrompt) -> list[int]:
+        """Return the ids of a text whose control tokens count, perhaps none; with a suffix, of both around a gap.
+
+        Raises:
+            UnsupportedParameter: a suffix, of a model that fills no gaps.
+            ContextLengthExceeded: longer than the model's context.
+        """
+        if prompt.suffix:
+            if self.fill_format is None:
+                raise UnsupportedParameter("This model has no tokens for filling a gap.", param="suffix")
+            text = self.fill_format.render(self._neutralize(prompt.text), self._neutralize(prompt.suffix))
+            return self._encode_text(text, add_special_tokens=True)
+        text = prompt.text.replace(_BREAK, "")
+        # Who writes the beginning of a text in full does not mean it twice.
+        begun = bool(bos := self._tokenizer.bos_token) and text.startswith(str(bos))
+        return self._encode_text(text, add_special_tokens=prompt.add_special_tokens and not begun)
+
+    def _beginning(self) -> list[int]:
+        """Return what stands before the first word of a document, as this model was taught; perhaps nothing."""
+        vocabulary = self._tokenizer.get_added_vocab()
+        known = (self._tokenizer.bos_token_id, vocabulary.get("<|endoftext|>"), self._tokenizer.eos_token_id)
+        return next(([int(i)] for i in known if i is not None), [])
 
     def _render(self, prompt: ChatPrompt) -> str:
         if not getattr(self._tokenizer, "chat_template", None):

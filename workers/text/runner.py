@@ -5,10 +5,12 @@ Above: the engine's loop. Below: `eager.py` (transformers' own definition) and `
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from workers.text.kv_cache import KVShape
 from workers.text.scheduler import Step
 
 
@@ -26,8 +28,31 @@ class Runner(Protocol):
             (rows, vocab) float32 on the CPU: for each work in order, the rows that may yield a token.
         """
 
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have a cache of so many blocks. Between two steps only.
+
+        Args:
+            num_blocks: more or fewer than now.
+            kept: old and new index of every block whose contents must stay; no new one is the old one of another. Of
+                what is beyond the new end, memory goes back to the system.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: no room to grow; nothing has changed.
+        """
+
     def seconds(self) -> dict[str, float]:
         """Return the seconds spent in each part of the model since the last call; empty when it cannot tell."""
 
     def close(self) -> None:
         """Free what it holds."""
+
+
+@runtime_checkable
+class Movable(Runner, Protocol):
+    """A runner whose weights can wait in host memory. Used by one thread at a time."""
+
+    def move_to_host(self) -> None:
+        """Bring the weights to pinned host memory; drop keys and values."""
+
+    def move_to_device(self, kv: KVShape, device: torch.device) -> None:
+        """Bring them back, to this device or another one, with an empty cache of a new size."""

@@ -219,6 +219,20 @@ def _inverse_transform(weights: npt.NDArray[np.float32], uniform: float) -> int:
     return int(index)
 
 
+@torch.inference_mode()
+def prompt_logprobs(
+    rows: torch.Tensor, token_ids: Sequence[int], num_top: int
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Return for each row (n, vocab) what `logprobs` returns for its token, all at once."""
+    log_probabilities = torch.log_softmax(rows, dim=-1)
+    chosen = log_probabilities.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    if not num_top:
+        return [(value, []) for value in chosen]
+    values, ids = torch.topk(log_probabilities, min(num_top, rows.shape[1]), dim=-1)
+    tops = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return list(zip(chosen, tops, strict=True))
+
+
 def logprobs(row: torch.Tensor, token_id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
     """Return the chosen token's log-probability and the `num_top` likeliest (id, log-probability) of a row (vocab,)."""
     log_probabilities = torch.log_softmax(row, dim=-1)

@@ -21,6 +21,9 @@ from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, blocks_for
 from workers.text.pace import Pace
 from workers.text.sequence import Sequence
 
+# Each row of a scored prompt brings a row of logits, up to a megabyte.
+_MOST_SCORED_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -53,6 +56,11 @@ class Work:
     def num_rows(self) -> int:
         """Tokens that go through the model."""
         return self.end - self.start + len(self.draft)
+
+    @property
+    def scored_rows(self) -> range:
+        """Which of its tokens give logits that score the prompt; they stand right before those that yield tokens."""
+        return self.sequence.scored_rows(self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +111,12 @@ class Scheduler:
             raise Overloaded(f"{num_queued} requests are already running or queued for this model. Try again later.")
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a checked sequence."""
-        self.waiting.append(sequence)
+        """Queue a checked sequence: one that people wait for goes before all that may wait and have not run yet."""
+        place = len(self.waiting)
+        if not sequence.request.batch:
+            while place and self.waiting[place - 1].request.batch and not self.waiting[place - 1].num_generated_tokens:
+                place -= 1
+        self.waiting.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its blocks are free at once."""
@@ -119,6 +131,24 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.serial, reverse=True):
             self._preempt(sequence)
         self.pool.clear()
+
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """Have so many cache blocks, but no fewer than running requests hold, or than any may come to need alone.
+
+        Returns:
+            Where the contents of each block that stays must be from now on; see `BlockPool.resize`.
+        """
+        needed = max(
+            (blocks_for(s.num_prompt_tokens + s.max_tokens) for s in (*self.running, *self.waiting)), default=0
+        )
+        kept = self.pool.resize(max(num_blocks, needed))
+        for sequence in self.running:
+            sequence.blocks = [kept[block] for block in sequence.blocks]
+        return kept
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether the whole cache would hold a sequence to its end."""
+        return sequence.num_prompt_tokens + sequence.max_tokens <= self.longest_tokens
 
     def schedule(self) -> Step:
         """Decide the next step and admit or preempt as it needs."""
@@ -175,6 +205,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int) -> Work | None:
         start = sequence.num_computed_tokens
         end = min(sequence.num_tokens, start + budget)
+        if sequence.scored_rows(start, end):
+            end = min(end, start + _MOST_SCORED_ROWS)
         if not self._grow(sequence, end):
             # Others grew into the room that was there at admission; as many tokens as still fit, or wait.
             end = min(end, len(sequence.blocks) * BLOCK_TOKENS)
@@ -184,7 +216,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take over what is known of a waiting sequence's prompt, if the rest of it would fit, too."""
-        reusable = (sequence.num_tokens - 1) // BLOCK_TOKENS  # the last token must run: its logits are wanted
+        reusable = sequence.num_reusable_tokens // BLOCK_TOKENS
         found = self.pool.match(sequence.hashes.of(sequence.token_ids, reusable))
         # What running prompts still need is theirs; a block of headroom each, so that whoever is admitted is not
         # preempted a moment later.

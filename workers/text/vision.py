@@ -119,6 +119,11 @@ class Vision:
         if apart.is_file():
             tokenizer.chat_template = json.loads(apart.read_text(encoding="utf-8"))["chat_template"]
 
+    def forget(self) -> None:
+        """Drop what was seen; pictures that come again are looked at again."""
+        self._seen.clear()
+        self._seen_bytes = 0
+
     @property
     def has_three_dimensions(self) -> bool:
         """Whether its prompts have rotary positions in time, height and width."""

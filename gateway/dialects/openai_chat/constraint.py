@@ -29,10 +29,23 @@ def parse_constraint(fields: Fields) -> pb.Constraint | None:
         InvalidRequest: malformed, or more than one.
         UnsupportedParameter: a kind that we do not have.
     """
-    found = [constraint for constraint in (_response_format(fields), *_guided(fields)) if constraint is not None]
+    return only_one(fields, _response_format(fields), "response_format")
+
+
+def only_one(fields: Fields, own: pb.Constraint | None, name: str) -> pb.Constraint | None:
+    """Return the dialect's own constraint, or the one of the fields that other servers have; None for free text.
+
+    Args:
+        own: what the dialect's own field says.
+        name: that field.
+
+    Raises:
+        InvalidRequest, UnsupportedParameter: as `parse_constraint` says.
+    """
+    found = [constraint for constraint in (own, *_guided(fields)) if constraint is not None]
     if len(found) > 1:
         raise InvalidRequest(
-            "Only one of 'response_format', 'structured_outputs' and the 'guided_' fields may constrain a reply.",
+            f"Only one of '{name}', 'structured_outputs' and the 'guided_' fields may constrain a reply.",
             param="structured_outputs",
         )
     return found[0] if found else None
@@ -54,7 +67,7 @@ def _response_format(fields: Fields) -> pb.Constraint | None:
     schema = wrapper.object("schema")
     if schema is None:
         raise wrapper.missing("schema")
-    return _schema(schema, wrapper.name_of("schema"), "response_format")
+    return schema_constraint(schema, wrapper.name_of("schema"), "response_format")
 
 
 def _guided(fields: Fields) -> list[pb.Constraint | None]:
@@ -82,7 +95,7 @@ def _read_json(fields: Fields, field: str) -> pb.Constraint:
             raise InvalidRequest(f"Invalid '{name}': not valid JSON.", param=name) from None
     if not isinstance(value, dict):
         raise wrong_type(name, "a JSON schema", value)
-    return _schema(value, name, name)
+    return schema_constraint(value, name, name)
 
 
 def _read_json_object(fields: Fields, field: str) -> pb.Constraint | None:
@@ -117,7 +130,8 @@ _READERS: dict[str, Callable[[Fields, str], pb.Constraint | None]] = {
 }
 
 
-def _schema(schema: dict[str, object], name: str, param: str) -> pb.Constraint:
+def schema_constraint(schema: dict[str, object], name: str, param: str) -> pb.Constraint:
+    """Return the constraint to one JSON schema, whose field is `name`; errors blame `param`."""
     text = dump_json(schema, name)
     if len(text) > MAX_SCHEMA_CHARS:
         raise InvalidRequest(f"Invalid '{name}': longer than {MAX_SCHEMA_CHARS} characters.", param=param)

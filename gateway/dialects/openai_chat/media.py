@@ -60,7 +60,11 @@ def audio_part(part: Fields) -> pb.Part:
 
 def file_part(part: Fields) -> pb.Part:
     """Return a file from `{"file": {"file_data": "data:…", "filename": …}}`."""
-    file = part.required_child("file")
+    return read_file(part.required_child("file"))
+
+
+def read_file(file: Fields) -> pb.Part:
+    """Return a file from `{"file_data": "data:…", "filename": …}`."""
     if file.raw("file_id") is not None:
         raise UnsupportedParameter(
             f"'{file.name_of('file_id')}' is not supported. Send the file itself in 'file_data'.",

@@ -18,17 +18,14 @@ from gateway.dialects.openai_chat.generation_config import read_generation_confi
 from gateway.dialects.openai_chat.messages import parse_messages
 from gateway.dialects.openai_chat.reasoning import parse_reasoning
 from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
-from gateway.fields import Fields, dump_json, show, wrong_type
+from gateway.dialects.sampling import parse_max_tokens, parse_sampling, parse_stop, parse_template_kwargs
+from gateway.fields import Fields, show
 from gateway.links import Link
+from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_CHOICES = 16
-MAX_STOPS = 16
-MAX_STOP_CHARS = 512
-MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_MODEL_CHARS = 256
-MAX_TEMPLATE_KWARGS_CHARS = 64 * 1024
-_INT32 = 2**31 - 1
 _UINT64 = 2**64 - 1
 # No vocabulary has longer tokens, so a prompt of more bytes per context token cannot fit. It spares the
 # worker the tokenizing of megabytes; the exact check stays there.
@@ -110,7 +107,7 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
         tools=tools,
         tool_choice=choice,
         reasoning=parse_reasoning(fields),
-        template_kwargs_json=_template_kwargs(fields),
+        template_kwargs_json=parse_template_kwargs(fields),
         continue_final_message=bool(fields.boolean("continue_final_message")),
     )
     options = fields.child("stream_options")
@@ -121,14 +118,16 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
         n=fields.integer("n", 1, MAX_CHOICES) or 1,
         generate=pb.GenerateRequest(
             chat=chat,
-            sampling=_sampling(fields),
-            max_tokens=_max_tokens(fields),
-            stop=_stop(fields),
+            sampling=parse_sampling(fields),
+            max_tokens=parse_max_tokens(fields),
+            stop=parse_stop(fields),
             top_logprobs=_top_logprobs(fields),
             constraint=parse_constraint(fields),
+            keep_alive_ms=read_keep_alive_ms(fields),
+            batch=read_batch(fields),
         ),
         links=tuple(links),
-        media=_media(messages),
+        media=media_of(messages),
         forces_tools=choice is not None and choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED,
         num_text_bytes=sum(len(part.text) for message in messages for part in message.parts),
     )
@@ -174,77 +173,6 @@ def _refuse(fields: Fields) -> None:
             )
 
 
-def _sampling(fields: Fields) -> pb.Sampling:
-    top_k = fields.integer("top_k", -1, _INT32)
-    top_p = fields.number("top_p", 0, 1)
-    seed = fields.integer("seed", -(2**63), _UINT64)
-    repetition = fields.number("repetition_penalty", 0.01, 10)
-    if repetition is None:
-        repetition = fields.number("repeat_penalty", 0.01, 10)
-    return pb.Sampling(
-        temperature=fields.number("temperature", 0, 2),
-        # 0 would leave no token at all; the smallest share that leaves one is the likeliest token's.
-        top_p=None if top_p is None else max(top_p, 1e-6),
-        top_k=None if top_k is None else max(top_k, 0),
-        min_p=fields.number("min_p", 0, 1),
-        seed=None if seed is None else seed & _UINT64,
-        frequency_penalty=fields.number("frequency_penalty", -2, 2),
-        presence_penalty=fields.number("presence_penalty", -2, 2),
-        repetition_penalty=repetition,
-        logit_bias=_logit_bias(fields),
-        ignore_eos=bool(fields.boolean("ignore_eos")),
-    )
-
-
-def _logit_bias(fields: Fields) -> dict[int, float]:
-    values = fields.object("logit_bias")
-    if not values:
-        return {}
-    if len(values) > MAX_LOGIT_BIAS:
-        raise InvalidRequest(
-            f"Invalid 'logit_bias': too many entries. Expected at most {MAX_LOGIT_BIAS}, but got {len(values)}.",
-            param="logit_bias",
-        )
-    reader = Fields(values, "logit_bias")
-    biases = {}
-    for key in values:
-        if not (key.isascii() and key.isdigit() and len(key) <= 9):
-            raise InvalidRequest(f"Invalid 'logit_bias': {show(key)} is not a token id.", param="logit_bias")
-        if (bias := reader.number(key, -100, 100)) is not None:
-            biases[int(key)] = bias
-    return biases
-
-
-def _max_tokens(fields: Fields) -> int | None:
-    newer = fields.integer("max_completion_tokens", 1, _INT32)
-    older = fields.integer("max_tokens", 1, _INT32)
-    return older if newer is None else newer
-
-
-def _stop(fields: Fields) -> list[str]:
-    value = fields.raw("stop")
-    if value is None:
-        return []
-    if isinstance(value, str):
-        value = [value]
-    elif not isinstance(value, list):
-        raise wrong_type("stop", "a string or an array of strings", value)
-    if len(value) > MAX_STOPS:
-        raise InvalidRequest(
-            f"Invalid 'stop': array too long. Expected at most {MAX_STOPS} items, but got {len(value)}.", param="stop"
-        )
-    for index, item in enumerate(value):
-        if not isinstance(item, str):
-            raise wrong_type(f"stop[{index}]", "a string", item)
-        if len(item) > MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"Invalid 'stop[{index}]': string too long. Expected at most {MAX_STOP_CHARS} characters, "
-                f"but got {len(item)}.",
-                param="stop",
-            )
-    return [item for item in value if item]
-
-
 def _top_logprobs(fields: Fields) -> int | None:
     wanted = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
@@ -255,20 +183,8 @@ def _top_logprobs(fields: Fields) -> int | None:
     return None
 
 
-def _template_kwargs(fields: Fields) -> str:
-    values = fields.object("chat_template_kwargs")
-    if not values:
-        return ""
-    text = dump_json(values, "chat_template_kwargs")
-    if len(text) > MAX_TEMPLATE_KWARGS_CHARS:
-        raise InvalidRequest(
-            f"Invalid 'chat_template_kwargs': longer than {MAX_TEMPLATE_KWARGS_CHARS} characters.",
-            param="chat_template_kwargs",
-        )
-    return text
-
-
-def _media(messages: list[pb.Message]) -> dict[str, str]:
+def media_of(messages: list[pb.Message]) -> dict[str, str]:
+    """Return each kind of media in a conversation, and the first field that has it."""
     found: dict[str, str] = {}
     for number, message in enumerate(messages):
         for index, part in enumerate(message.parts):

@@ -28,20 +28,30 @@ def parse_tools(body: Fields) -> list[pb.Tool]:
                 f"'{tool.name_of('type')}' {show(kind)} is not supported; only 'function' is.",
                 param=tool.name_of("type"),
             )
-        function = tool.required_child("function")
-        name = function.string("name", MAX_NAME_CHARS)
-        if not name:
-            raise function.missing("name")
-        parameters = function.object("parameters")
-        tools.append(
-            pb.Tool(
-                name=name,
-                description=function.string("description", MAX_DESCRIPTION_CHARS) or "",
-                parameters_json=dump_json(parameters, function.name_of("parameters")) if parameters else _NO_PARAMETERS,
-                strict=bool(function.boolean("strict")),
-            )
-        )
+        function = tool.child("function")
+        # Responses' tools are flat, and clients send them here, too.
+        if function is None:
+            function = tool if tool.raw("name") is not None else tool.required_child("function")
+        tools.append(read_function(function))
     return tools
+
+
+def read_function(function: Fields) -> pb.Tool:
+    """Return one function that may be called: `{"name", "description", "parameters", "strict"}`.
+
+    The schema may also be called `input_schema`, as Anthropic's dialect does.
+    """
+    name = function.string("name", MAX_NAME_CHARS)
+    if not name:
+        raise function.missing("name")
+    field = "parameters" if function.raw("parameters") is not None else "input_schema"
+    parameters = function.object(field)
+    return pb.Tool(
+        name=name,
+        description=function.string("description", MAX_DESCRIPTION_CHARS) or "",
+        parameters_json=dump_json(parameters, function.name_of(field)) if parameters else _NO_PARAMETERS,
+        strict=bool(function.boolean("strict")),
+    )
 
 
 def parse_tool_choice(body: Fields, tools: list[pb.Tool]) -> pb.ToolChoice | None:

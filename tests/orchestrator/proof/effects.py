@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-from hostler.errors import HostlerError, StaleGeneration, Unavailable, WorkerLost
+from hostler.errors import HostlerError, ModelLoadFailed, StaleGeneration, Unavailable, WorkerLost
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 
 from orchestrator.effects import FoundWorker, Memory, Report
 from orchestrator.experience import Experience
 from orchestrator.models import Located, ModelSpec
+from orchestrator.nodes import NodesSeen
 from orchestrator.state import Progress
 
 from .fates import Fate
@@ -118,6 +120,17 @@ class WorldEffects:
         await self._simple("locate", spec.name)
         return self.world.locate(spec.name)
 
+    async def watch_nodes(self) -> AsyncIterator[NodesSeen]:
+        await asyncio.Event().wait()  # Machines come and go as `DevicesChanged`, which the walk posts itself.
+        yield NodesSeen()
+
+    async def bring(self, spec: ModelSpec, node: str, report: Report) -> Located:
+        await self._simple("fetch", spec.name)
+        found = self.world.locate(spec.name)
+        if found is None:
+            raise ModelLoadFailed(f"{spec.name} is not there")
+        return replace(found, node=node)
+
     async def fetch(self, spec: ModelSpec, report: Report) -> None:
         report(Progress("download", "weights", 1, 2))
         await self._simple("fetch", spec.name)
@@ -190,9 +203,7 @@ class WorldEffects:
         if not process.alive or process.phase is not during or fate is Fate.NEVER:
             return
         if process.frozen:
-            self.world.loop.call_later(
-                0.5, self._finish, process, future, fate, effect, during, after, failed, result
-            )
+            self.world.loop.call_later(0.5, self._finish, process, future, fate, effect, during, after, failed, result)
         elif fate in (Fate.DIES, Fate.FREEZES):
             self.world.afflict(process, fate)
         elif fate is Fate.FAILS:

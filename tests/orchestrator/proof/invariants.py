@@ -55,6 +55,8 @@ def busy_stays(truth: Truth) -> str | None:
 def pinned_stays(truth: Truth) -> str | None:
     """A pinned model stays until an operator says otherwise; of several replicas one does."""
     for one in truth.departures:
+        if one.job is not None and one.job.model == one.worker.model:
+            continue  # A sleeper that its own model's load elsewhere replaces.
         others = truth.cluster.ready(one.worker.model)
         if one.model.pinned and not one.asked and not (others and one.job is None and one.was is WorkerState.READY):
             return f"{one.worker.id} ({one.worker.model}) was sent away though pinned"
@@ -71,8 +73,11 @@ def fresh_stays(truth: Truth) -> str | None:
 
 
 def batch_yields(truth: Truth) -> str | None:
-    """Batch work never displaces what people wait for."""
+    """Batch work never displaces what people have used within the longest wait."""
+    now_s, long_s = truth.runtime.effects.now_s(), truth.runtime.rules.max_wait_s
     for one in truth.departures:
+        if now_s - one.worker.used_at_s >= long_s:
+            continue
         if one.job is None or one.asked or one.was is not WorkerState.READY:
             continue
         if truth.cluster.models[one.job.model].batch and not one.model.batch:

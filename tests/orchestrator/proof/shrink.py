@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .walk import Breach, Walk
+from .callers import Breach
+from .walk import Walk
 
 
 @dataclass(frozen=True, slots=True)

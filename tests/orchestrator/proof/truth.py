@@ -80,6 +80,7 @@ class Truth:
         self._jobs: set[int] = set()
         self._leaving: set[str] = set()
         self._given: dict[int, tuple[int, int]] = {}
+        self._confessed: dict[str, int] = {}
         world.is_leaving = self._leaving.__contains__
 
     def attach(self, scheduler: Scheduler) -> None:
@@ -96,6 +97,8 @@ class Truth:
     def _judged(self, handle: Callable[[Any], object]) -> Callable[[Any], object]:
         def judged(event: Any) -> None:
             before = self.fingerprint() if self.must_change_nothing(event) else None
+            teller = self.cluster.workers.get(event.generation) if type(event) is events.Reported else None
+            told = teller.parts if teller is not None else ()
             try:
                 handle(event)
             except Exception as error:
@@ -104,6 +107,7 @@ class Truth:
             if before is not None and before != (after := self.fingerprint()):
                 changed = next((b, a) for b, a in zip(before, after, strict=True) if b != a)
                 self.world.breach("what is over changes nothing", f"{event!r}"[:200] + f": {changed}"[:400])
+            self._confessed = _growth(told, teller.parts) if teller is not None else {}
             self._look(event)
             for name, holds in invariants.AFTER_EVENTS:
                 if (text := holds(self)) is not None:
@@ -123,6 +127,10 @@ class Truth:
         self.departures.clear()
         if type(event) is events.WorkersFound:  # What was there already is promised from now on.
             self.promised_before = {d: max(self.promised_before[d], self.held_before[d]) for d in held}
+        elif type(event) is events.Reported:  # It holds more than it was given: the ledger only says so.
+            for device, num_bytes in self._confessed.items():
+                self.held_before[device] += num_bytes
+                self.promised_before[device] += num_bytes
         elif type(event) is events.ResizeDone:
             self._excuse_resize(event.generation)
         states: dict[int, WorkerState] = {}
@@ -161,7 +169,11 @@ class Truth:
         self.over.extend(self._states.keys() - states.keys())
         self.over.extend(self._jobs - jobs - states.keys())
         self._states, self._jobs = states, jobs
-        self._given = {g: (w.parts[0].num_bytes, _giving_up(w)) for g, w in cluster.workers.items() if w.resizing_to is not None and w.parts}
+        self._given = {
+            g: (w.parts[0].num_bytes, _giving_up(w))
+            for g, w in cluster.workers.items()
+            if w.resizing_to is not None and w.parts
+        }
 
     def _excuse_resize(self, generation: int) -> None:
         """Take a worker's word that it holds more than it was told to: that is nobody's mistake."""
@@ -215,7 +227,9 @@ class Truth:
         """Return whether an event is of an attempt that is over, or of a stage that is."""
         kind = type(event)
         if kind in _STAGES:
-            job = next((m.job for m in self.cluster.models.values() if m.job and m.job.generation == event.generation), None)
+            job = next(
+                (m.job for m in self.cluster.models.values() if m.job and m.job.generation == event.generation), None
+            )
             return job is None or _STAGES[kind] not in (None, job.stage)
         if kind not in _OF_WORKERS:
             return False
@@ -243,8 +257,10 @@ class Truth:
                 for name, m in sorted(cluster.models.items())
             ),
             tuple(
-                (g, w.state, w.parts, w.kv_cache_bytes, w.resizing_to, w.pid, w.sleep_bytes, w.own_bytes)
-                + (w.heard_at_s, w.advanced_at_s, w.used_at_s, w.busy_until_s, w.ready_at_s, id(w.report))
+                (
+                    *(g, w.state, w.parts, w.kv_cache_bytes, w.resizing_to, w.pid, w.sleep_bytes, w.own_bytes),
+                    *(w.heard_at_s, w.advanced_at_s, w.used_at_s, w.busy_until_s, w.ready_at_s, id(w.report)),
+                )
                 for g, w in sorted(cluster.workers.items())
             ),
             tuple(cluster.devices),
@@ -272,3 +288,8 @@ class Complaints(logging.Handler):
         if record.msg == "an effect failed without posting an outcome":
             error = record.exc_info[1] if record.exc_info else None
             self.world.breach("every effect says how it ended", repr(error))
+
+
+def _growth(before: tuple[Part, ...], after: tuple[Part, ...]) -> dict[str, int]:
+    """Return by how much each part of a worker's reservation grew, by device."""
+    return {new.device: new.num_bytes - old.num_bytes for old, new in zip(before, after, strict=False)}

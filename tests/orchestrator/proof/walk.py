@@ -1,7 +1,7 @@
 """Everything that can happen to a scheduler, as steps; each is drawn from a seed of its own and judged at once.
 
-Above it: the proof's tests and `make prove`. Below it: the world, the truth. A step's seed decides what happens and what
-becomes of every effect that begins in it, so any step of a run can be left out and the others still mean the same:
+Above it: the proof's tests and `make prove`. Below it: the world, the truth. A step's seed decides what happens and
+what becomes of every effect that begins in it, so any step of a run can be left out and the others still mean the same:
 that is what lets `shrink.py` find short ones.
 """
 
@@ -13,16 +13,14 @@ import logging
 import random
 from collections.abc import Callable
 
-from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
 
 from orchestrator import events
-from orchestrator.scheduler import Scheduler
 from orchestrator.state import Progress, WorkerState
 
 from . import invariants
-from .effects import WorldEffects
+from .callers import Breach, Client, Life
 from .loop import Livelock, VirtualLoop
 from .process import Phase, Process
 from .shapes import SHAPES
@@ -34,55 +32,6 @@ LAZY_TICK_S = 1.0
 """Ticks as far apart as they may be before they count as late; for long waits."""
 REST_S = 3000.0
 """Quiet for so long, everything must have come to its end: a load that stands still, three times, and a drain."""
-
-
-class Breach(Exception):
-    """An invariant does not hold.
-
-    Attributes:
-        invariant: its name.
-    """
-
-    def __init__(self, invariant: str, text: str) -> None:
-        super().__init__(f"{invariant}: {text}")
-        self.invariant = invariant
-
-
-class Client:
-    """One caller: it waits for a model, then sends one request to the replica that it was given."""
-
-    def __init__(self, walk: Walk, model: str, *, batch: bool, explicit: bool, seconds: float) -> None:
-        self.model = model
-        self.num_attempts_before = walk.world.num_attempts[model]
-        self.task = walk.loop.create_task(self._run(walk, batch, explicit, seconds))
-
-    @property
-    def waits(self) -> bool:
-        return not self.task.done()
-
-    async def _run(self, walk: Walk, batch: bool, explicit: bool, seconds: float) -> None:
-        stream = walk.life.scheduler.ensure(self.model, explicit=explicit, batch=batch)
-        try:
-            async for event in stream:
-                if event.HasField("ready"):
-                    walk.send(event.ready, seconds)
-        except HostlerError as error:
-            walk.world.tell(f"    ← {self.model}: {error.message}")
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
-
-
-class Life:
-    """One orchestrator."""
-
-    def __init__(self, walk: Walk) -> None:
-        world = walk.world
-        self.effects = WorldEffects(world)
-        self.scheduler = Scheduler(
-            world.shape.config, tuple(world.devices.values()), self.effects, world.sleep_budgets()
-        )
-        walk.truth.attach(self.scheduler)
-        self.task = walk.loop.create_task(self.scheduler.run())
 
 
 class Walk:
@@ -199,7 +148,9 @@ class Walk:
         model = self.chance.choice(self.names)
         batch, explicit = self.chance.random() < 0.2, self.chance.random() < 0.05
         for _ in range(self.chance.choice((1, 1, 1, 2, 5))):
-            self.world.tell(f"a client comes for {model}{' (batch)' if batch else ''}{' (explicit)' if explicit else ''}")
+            self.world.tell(
+                f"a client comes for {model}{' (batch)' if batch else ''}{' (explicit)' if explicit else ''}"
+            )
             seconds = self._request_s()
             self.clients.append(Client(self, model, batch=batch, explicit=explicit, seconds=seconds))
 

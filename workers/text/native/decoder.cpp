@@ -159,6 +159,7 @@ void run(Model& m, const Step& step) {
     m.seconds[stage] += std::chrono::duration<double>(now - mark).count();
     mark = now;
   };
+  m.packing.reset();
   m.pool.limit(step.threads);
   m.reserve(step.rows);
   std::vector<Item> items;
@@ -251,7 +252,7 @@ int hostler_set_weight(Model* m, int layer, int which, int kind, int count, cons
                        int k, int is_bf16, int interleave) try {
   std::vector<Source> sources;
   for (int i = 0; i < count; ++i) sources.push_back({data[i], is_bf16 != 0, rows[i], k});
-  weight_of(*m, layer, which) = pack(m->pool, Kind(kind), sources.data(), count, interleave != 0);
+  weight_of(*m, layer, which) = pack(m->packers(), m->arena, Kind(kind), sources.data(), count, interleave != 0);
   return 0;
 } catch (const std::exception&) {
   return -1;
@@ -278,7 +279,8 @@ int hostler_add_low_rank(Model* m, int adapter, int layer, int which, const floa
                          int inputs, int outputs, int first, int step) try {
   const Source narrowing{down, false, rank, inputs}, widening{up, false, outputs, rank};
   LowRank low;
-  low.down = pack(m->pool, Kind::F32, &narrowing, 1, false), low.up = pack(m->pool, Kind::F32, &widening, 1, false);
+  low.down = pack(m->packers(), m->arena, Kind::F32, &narrowing, 1, false);
+  low.up = pack(m->packers(), m->arena, Kind::F32, &widening, 1, false);
   low.first = first, low.step = step;
   m->adapters.add(adapter, layer * WEIGHTS + which, std::move(low));
   return 0;
@@ -295,6 +297,16 @@ int hostler_step(Model* m, const Step* step) try {
   return 0;
 } catch (const std::exception&) {
   return -1;
+}
+
+// Ends the threads that packed, and those of steps: the next step starts its own.
+void hostler_rest(Model* m) { m->rest(); }
+
+// Has a cache of so many blocks, at most those of the configuration; the contents of from[i] go to to[i].
+int hostler_resize(Model* m, int64_t blocks, int count, const int64_t* from, const int64_t* to) {
+  if (blocks > m->config.blocks) return -1;
+  m->resize(blocks, count, from, to);
+  return 0;
 }
 
 // Seconds spent in linear layers, attention, the head and the rest since the last call.

@@ -6,7 +6,7 @@ Above: `runner.py`. Below: `decoder.cpp`, whose structures the ones here mirror 
 from __future__ import annotations
 
 import ctypes as c
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ def _load(path: Path) -> Any:
     library.hostler_set_layer.argtypes = [pointer, number, number, number]
     library.hostler_add_low_rank.argtypes = [pointer, *([number] * 3), pointer, pointer, *([number] * 5)]
     library.hostler_step.argtypes = [pointer, pointer]
+    library.hostler_rest.argtypes = [pointer]
+    library.hostler_resize.argtypes = [pointer, c.c_int64, number, pointer, pointer]
     library.hostler_seconds.argtypes = [pointer, pointer]
     library.hostler_weight_bytes.argtypes, library.hostler_weight_bytes.restype = [pointer], c.c_int64
     return library
@@ -86,14 +88,16 @@ class NativeDecoder:
         cache: "float32" or "bfloat16", of keys and values.
         num_blocks: blocks of 16 positions that the cache may have; memory is committed as they are written.
         num_threads: most threads of a step.
+        capacity_blocks: to how many `resize` can bring it, where the system gives so much address space.
 
     Raises:
         MemoryError: no room for the weights.
     """
 
     def __init__(
-        self, library: Path, model: Description, *, weights: str, cache: str, num_blocks: int, num_threads: int
-    ) -> None:
+        self, library: Path, model: Description, *, weights: str, cache: str, num_blocks: int, num_threads: int,
+        capacity_blocks: int = 0,
+    ) -> None:  # fmt: skip
         self._library = _load(library)
         self._vocab, self._ropes = model.vocab, model.ropes
         self._places = _places(model)
@@ -101,11 +105,15 @@ class NativeDecoder:
         config = _Config(
             layers=len(model.layers), hidden=model.hidden, heads=model.heads, kv_heads=model.kv_heads,
             head_dim=model.head_dim, rotary_dim=2 * self._frequencies[0].size, intermediate=model.intermediate,
-            vocab=model.vocab, gelu=model.gelu, cache_kind=KINDS[cache], threads=num_threads, blocks=num_blocks,
+            vocab=model.vocab, gelu=model.gelu, cache_kind=KINDS[cache], threads=num_threads,
+            blocks=max(num_blocks, capacity_blocks),
             eps=model.eps, embed_scale=model.embed_scale, attention_scale=model.attention_scale,
             residual_scale=model.residual_scale, logit_scale=model.logit_scale,
         )  # fmt: skip
         self._model = self._library.hostler_model_new(c.byref(config))
+        if not self._model and capacity_blocks > num_blocks:
+            config.blocks = num_blocks
+            self._model = self._library.hostler_model_new(c.byref(config))
         if not self._model:
             raise MemoryError("the cache's address space could not be reserved")
         try:
@@ -226,6 +234,20 @@ class NativeDecoder:
         self._done(self._library.hostler_step(self._model, c.byref(step)))
         return logits
 
+    def resize(self, num_blocks: int, moved: Mapping[int, int]) -> None:
+        """Have so many blocks; contents of moved ones go from old to new index, memory beyond the end is freed.
+
+        Raises:
+            MemoryError: no address space for so many.
+        """
+        count = c.c_int64 * len(moved)
+        old, new = count(*moved), count(*moved.values())
+        self._done(self._library.hostler_resize(self._model, num_blocks, len(moved), old, new))
+
+    def rest(self) -> None:
+        """End the threads. The next step starts its own, with its caller's priority instead of the load's."""
+        self._library.hostler_rest(self._model)
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the packed weights: what a step of one row reads."""
@@ -239,6 +261,10 @@ class NativeDecoder:
 
     def close(self) -> None:
         """Free weights and cache; no other call may follow."""
-        model, self._model = self._model, None
+        model, self._model = getattr(self, "_model", None), None
         if model:
             self._library.hostler_model_free(model)
+
+    def __del__(self) -> None:
+        """Free what was never served, whoever gave it up on the way."""
+        self.close()

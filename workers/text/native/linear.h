@@ -24,7 +24,10 @@ constexpr int kRows = 6;          // most rows in a tile
 constexpr int kExpandRows = 16;   // from so many rows on, a quantized panel is widened once for all of them
 
 struct Free {
-  void operator()(void* p) const { std::free(p); }
+  bool owned = true;  // else somebody else frees it
+  void operator()(void* p) const {
+    if (owned) std::free(p);
+  }
 };
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;

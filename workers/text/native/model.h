@@ -2,7 +2,9 @@
 // decoder.py mirrors ModelConfig and Step field by field.
 #pragma once
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <memory>
 #include <vector>
 
 #include "attention.h"
@@ -15,7 +17,7 @@ struct ModelConfig {
   int32_t gelu;         // 1: gelu(tanh), 0: silu
   int32_t cache_kind;   // Kind of keys and values: F32 or BF16
   int32_t threads;
-  int64_t blocks;
+  int64_t blocks;       // that the cache has address space for
   float eps, embed_scale, attention_scale, residual_scale, logit_scale;
 };
 
@@ -50,7 +52,9 @@ struct Layer {
 
 struct Model {
   ModelConfig config;
-  Pool pool;
+  Pool pool;                      // of steps
+  std::unique_ptr<Pool> packing;  // of the load, with its caller's priority; gone once steps run
+  Arena arena;
   std::vector<Layer> layers;
   Weight head;
   Weight embedding;  // empty when the head is the embedding too
@@ -71,6 +75,26 @@ struct Model {
     cache.data = static_cast<uint8_t*>(p);
   }
   ~Model() { munmap(cache.data, cache_bytes); }
+
+  Pool& packers() {
+    if (!packing) packing = std::make_unique<Pool>(config.threads), packing->limit(config.threads);
+    return *packing;
+  }
+
+  // Ends all threads; steps start their own anew.
+  void rest() { packing.reset(), pool.stop(); }
+
+  // Moves blocks `from[i]` to `to[i]`, then gives back the memory of all blocks from number `blocks` on.
+  void resize(int64_t blocks, int count, const int64_t* from, const int64_t* to) {
+    const size_t block_bytes = size_t(config.kv_heads) * 2 * cache.half(), page = size_t(sysconf(_SC_PAGESIZE));
+    for (int l = 0; l < config.layers; ++l) {
+      for (int i = 0; i < count; ++i) std::memcpy(cache.block(l, int(to[i]), 0), cache.block(l, int(from[i]), 0), block_bytes);
+      // A layer's end is the next one's beginning: only pages that are wholly beyond the end go.
+      const size_t first = size_t(cache.block(l, int(blocks), 0) - cache.data), last = first + (config.blocks - blocks) * block_bytes;
+      const size_t begin = (first + page - 1) / page * page, end = last / page * page;
+      if (begin < end) madvise(cache.data + begin, end - begin, MADV_DONTNEED);
+    }
+  }
 
   int qkv_width() const { return (config.heads + 2 * config.kv_heads) * config.head_dim; }
 

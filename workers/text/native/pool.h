@@ -2,7 +2,8 @@
 //
 // A region is complete when its chunks are, not when its threads are: whoever is awake claims the next chunk, so a
 // thread that lost its core to another process delays at most the chunk it holds, and nobody waits at a barrier.
-// Idle threads pause, then yield, then sleep, so that a waiting engine costs nothing.
+// Idle threads pause, then yield, then sleep, so that a waiting engine costs nothing. They start when they are first
+// wanted, by whoever runs the region, and have that thread's priority.
 #pragma once
 #include <linux/futex.h>
 #include <sched.h>
@@ -28,18 +29,25 @@ inline void relax() {
 
 class Pool {
  public:
-  explicit Pool(int num_threads) {
-    for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this] { serve(); });
-  }
+  explicit Pool(int num_threads) : most_(num_threads) {}
 
-  ~Pool() {
+  ~Pool() { stop(); }
+
+  // Ends the threads; the next `limit` starts them anew.
+  void stop() {
     closing_.store(true, std::memory_order_release);
     wake_sleepers();
     for (auto& thread : threads_) thread.join();
+    threads_.clear();
+    joined_.store(0, std::memory_order_relaxed);
+    closing_.store(false, std::memory_order_release);
   }
 
-  // Caps how many threads take part from the next region on; the caller is always one of them.
-  void limit(int num_threads) { helpers_.store(num_threads - 1, std::memory_order_relaxed); }
+  // Sets how many threads may take part from the next region on; the caller is always one of them.
+  void limit(int num_threads) {
+    while (int(threads_.size()) < std::min(num_threads, most_) - 1) threads_.emplace_back([this] { serve(); });
+    helpers_.store(num_threads - 1, std::memory_order_relaxed);
+  }
 
   // How many threads take part.
   int size() const { return std::min(int(threads_.size()), helpers_.load(std::memory_order_relaxed)) + 1; }
@@ -134,6 +142,7 @@ class Pool {
   void (*call_)(const void*, int) = nullptr;
   const void* context_ = nullptr;
   uint32_t epoch_ = 0;
+  const int most_;
   std::vector<std::thread> threads_;
 };
 

@@ -70,14 +70,14 @@ class Draft:
 def draft(directory: Directory, description: Description, model: Any) -> Draft | None:
     """Return the recipe of a described module; None unless every weight stands in the files as the module has it."""
     names: dict[int, str] = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
-    places = _places(directory)
+    checkpoint = _Checkpoint(directory)
     vectors: dict[str, torch.Tensor] = {"final_norm": description.final_norm}
     document: dict[str, Any] = {name: getattr(description, name) for name in _NUMBERS}
     document |= {"architecture": type(model).__name__, "num_parameters": sum(p.numel() for p in model.parameters())}
 
     def named(weight: torch.Tensor) -> str:
         name = names[weight.data_ptr()]
-        stored = _read(places, name)
+        stored = checkpoint[name]
         if stored.shape != weight.shape or not torch.equal(stored.to(weight.dtype), weight):
             raise KeyError(name)
         return name
@@ -85,7 +85,7 @@ def draft(directory: Directory, description: Description, model: Any) -> Draft |
     try:
         document["head"] = named(description.head) if description.embedding is not None else None
         tied = description.head if description.embedding is None else description.embedding
-        document["embedding"] = _first_stored(names, places, tied, model)
+        document["embedding"] = _first_stored(names, checkpoint, tied, model)
         document["layers"] = []
         for index, layer in enumerate(description.layers):
             kept: dict[str, Any] = {"window": layer.window, "rope": layer.rope}
@@ -110,15 +110,15 @@ def read(path: Path, directory: Directory) -> Recipe | None:
         with safe_open(path, "pt") as file:
             document = json.loads(file.metadata()["recipe"])
             vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        places = _places(directory)
-        embedding = _read(places, document["embedding"])
+        checkpoint = _Checkpoint(directory)
+        embedding = checkpoint[document["embedding"]]
         separate = document["head"] is not None
         description = Description(
             **{name: document[name] for name in _NUMBERS},
             ropes=tuple(Rope(vectors[f"rope.{i}"], scaling) for i, scaling in enumerate(document["ropes"])),
-            layers=tuple(_layer(i, kept, vectors, places) for i, kept in enumerate(document["layers"])),
+            layers=tuple(_layer(i, kept, vectors, checkpoint) for i, kept in enumerate(document["layers"])),
             final_norm=vectors["final_norm"],
-            head=_read(places, document["head"]) if separate else embedding,
+            head=checkpoint[document["head"]] if separate else embedding,
             embedding=embedding if separate else None,
         )
         return Recipe(description, document["architecture"], document["num_parameters"])
@@ -126,11 +126,11 @@ def read(path: Path, directory: Directory) -> Recipe | None:
         return None
 
 
-def _layer(index: int, kept: dict[str, Any], vectors: dict[str, torch.Tensor], places: dict[str, Path]) -> Layer:
+def _layer(index: int, kept: dict[str, Any], vectors: dict[str, torch.Tensor], checkpoint: _Checkpoint) -> Layer:
     def vectors_of(field: str) -> tuple[torch.Tensor | None, ...]:
         return tuple(vectors[f"{index}.{field}.{i}"] if there else None for i, there in enumerate(kept[field]))
 
-    weights = {field: tuple(_read(places, name) for name in kept[field]) for field in _WEIGHTS}
+    weights = {field: tuple(checkpoint[name] for name in kept[field]) for field in _WEIGHTS}
     values: dict[str, Any] = {
         **weights,
         "out": weights["out"][0],
@@ -142,28 +142,30 @@ def _layer(index: int, kept: dict[str, Any], vectors: dict[str, torch.Tensor], p
     return Layer(**{field.name: values[field.name] for field in fields(Layer)})
 
 
-def _places(directory: Directory) -> dict[str, Path]:
-    """Which file each tensor of the checkpoint is in."""
-    places: dict[str, Path] = {}
-    for path in directory.weight_files:
-        with safe_open(path, "pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    return places
+class _Checkpoint:
+    """Every tensor of a model's files by its name. Each is mapped; its pages are read when it is used."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._files: dict[str, Any] = {}
+        for path in directory.weight_files:
+            # Not closed: what is read from it stays mapped all the same, and goes with the last tensor.
+            file = safe_open(path, "pt")
+            self._files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
 
 
-def _read(places: dict[str, Path], name: str) -> torch.Tensor:
-    """Map one tensor; its pages are read when it is used."""
-    with safe_open(places[name], "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
-
-
-def _first_stored(names: dict[int, str], places: dict[str, Path], weight: torch.Tensor, model: Any) -> str:
+def _first_stored(names: dict[int, str], checkpoint: _Checkpoint, weight: torch.Tensor, model: Any) -> str:
     """The checkpoint's name of an embedding that the head may share."""
     candidates = [
         name for name, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() == weight.data_ptr()
     ]
     for name in candidates:
-        if name in places and torch.equal(_read(places, name).to(weight.dtype), weight):
+        if name in checkpoint and torch.equal(checkpoint[name].to(weight.dtype), weight):
             return str(name)
     raise KeyError(names[weight.data_ptr()])

@@ -7,6 +7,7 @@ version or a processor that miscompiles costs speed, never answers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,10 @@ class NativeRunner:
             **_pictures(packed),
         )
         return torch.from_numpy(logits)
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have a cache of so many blocks; see `workers.text.runner.Runner.resize`."""
+        self._decoder.resize(num_blocks, {old: new for old, new in kept.items() if old != new})
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds spent in linear layers, attention, the head and the rest since the last call."""

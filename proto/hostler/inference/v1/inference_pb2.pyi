@@ -394,7 +394,6 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 @_typing.final
 class Sampling(_message.Message):
     """---------------------------------------------------------------- generate
-
     Sampling: an absent field takes the model's own default (its generation_config), else the neutral value.
     """
 

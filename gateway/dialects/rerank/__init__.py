@@ -1,0 +1,1 @@
+"""The reranking dialect that Cohere and Jina share, both ways. Pure functions."""

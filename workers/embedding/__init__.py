@@ -1,0 +1,1 @@
+"""Embedding and reranking models over transformers' definitions, batched across requests."""
