@@ -5,6 +5,8 @@ Above it: the walk. Below it: the real scheduler, the effects.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from hostler.errors import HostlerError
@@ -12,6 +14,7 @@ from hostler.errors import HostlerError
 from orchestrator.scheduler import Scheduler
 
 from .effects import WorldEffects
+from .loop import VirtualLoop
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -64,3 +67,20 @@ class Life:
         )
         walk.truth.attach(self.scheduler)
         self.task = walk.loop.create_task(self.scheduler.run())
+
+
+async def ignoring_refusals(call: object) -> None:
+    """Wait for a call that may be refused."""
+    with contextlib.suppress(HostlerError):
+        await call  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def running(loop: VirtualLoop):  # type: ignore[no-untyped-def]
+    """Make the loop the running one, for what asks for it outside of its callbacks."""
+    before = asyncio._get_running_loop()
+    asyncio._set_running_loop(loop)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(before)

@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable
 
+from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
 
@@ -20,7 +21,7 @@ from orchestrator import events
 from orchestrator.state import Progress, WorkerState
 
 from . import invariants
-from .callers import Breach, Client, Life
+from .callers import Breach, Client, Life, ignoring_refusals, running
 from .loop import Livelock, VirtualLoop
 from .process import Phase, Process
 from .shapes import SHAPES
@@ -57,7 +58,7 @@ class Walk:
         self._complaints = Complaints(self.world)
         self._log.addHandler(self._complaints)
         # A process that was stopped and goes on is in the middle of something; the loop it ran in is this one.
-        with _running(self.loop):
+        with running(self.loop):
             self.life = Life(self)
 
     def close(self) -> None:
@@ -83,7 +84,7 @@ class Walk:
 
     def _do(self, action: Callable[[Walk], None]) -> None:
         try:
-            with _running(self.loop):
+            with running(self.loop):
                 action(self)
             self.loop.settle()
         except Livelock as error:
@@ -310,7 +311,7 @@ class Walk:
             "plan": lambda: scheduler.plan(model),
             "status": scheduler.status,
         }
-        self._calls.add(task := self.loop.create_task(_ignoring_refusals(calls[what]())))
+        self._calls.add(task := self.loop.create_task(ignoring_refusals(calls[what]())))
         task.add_done_callback(self._calls.discard)
 
     # ------------------------------------------------------------ the orchestrator's end
@@ -353,11 +354,11 @@ class Walk:
         """Let the world be quiet, and see that everybody was answered and nothing is left over."""
         self.world.tell("the world is quiet from now on")
         self.world.calm_down()
-        with _running(self.loop):
+        with running(self.loop):
             self._tell_devices("every device is there")
         quiet_s = waited_s = 0.0
         while quiet_s < 5.0 and waited_s < REST_S and not self.world.breaches:
-            with _running(self.loop):
+            with running(self.loop):
                 self.pass_time(LAZY_TICK_S, LAZY_TICK_S)
             waited_s += LAZY_TICK_S
             quiet_s = quiet_s + LAZY_TICK_S if self._is_quiet() else 0.0
@@ -377,22 +378,6 @@ class Walk:
             and not self.world.births
             and not any(p.doomed or p.requests for p in self.world.processes.values())
         )
-
-
-async def _ignoring_refusals(call: object) -> None:
-    with contextlib.suppress(HostlerError):
-        await call  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _running(loop: VirtualLoop):  # type: ignore[no-untyped-def]
-    """Make the loop the running one, for what asks for it outside of its callbacks."""
-    before = asyncio._get_running_loop()
-    asyncio._set_running_loop(loop)
-    try:
-        yield
-    finally:
-        asyncio._set_running_loop(before)
 
 
 _WEIGHTS: tuple[tuple[Callable[[Walk], None], float], ...] = (
