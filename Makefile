@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test check bench soak gpu proto format clean
+.PHONY: help setup setup-dev serve test check bench soak prove gpu proto format clean
 
 help: ## list the targets
 	@printf 'make TARGET\n\n'
@@ -31,6 +31,9 @@ bench: setup-dev ## measure against the peers on this machine; ARGS=--quick for 
 
 soak: setup-dev ## five models on devices for three, 2,000 requests, everything checked; ARGS='--minutes 20'
 	@exec $(BIN)/python -m tests.soak $(ARGS)
+
+prove: setup-dev ## the scheduler through a million random steps; ARGS='--steps 10000'
+	@exec $(BIN)/python -m tests.orchestrator.proof $(ARGS)
 
 gpu: setup-dev ## run the tests that need a CUDA device, if there is one
 	@exec $(BIN)/python -m tests.bench.gpu $(ARGS)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import logging
 
+from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
 
+from orchestrator import events
 from orchestrator.effects import FoundWorker, Placement
+from orchestrator.models import ModelSpec
 from orchestrator.pool import Pool
+from orchestrator.retiring import EVICTION_DRAIN_S
 from orchestrator.runtime import Runtime
 from orchestrator.starting import Starting
 from orchestrator.state import Model, Worker, WorkerState
@@ -20,6 +24,7 @@ from orchestrator.watching import Watching
 
 log = logging.getLogger(__name__)
 
+_SOUND = (life.WORKER_STATE_READY, life.WORKER_STATE_DRAINING)
 _ADOPTED = (life.WORKER_STATE_READY, life.WORKER_STATE_ASLEEP)
 
 
@@ -33,24 +38,33 @@ class Adopting:
         self._starting = starting
         self._pool = pool
 
-    def adopt(self, found: tuple[FoundWorker, ...]) -> None:
-        """Take over whom we can place, the newest of each model first; end the others."""
+    def adopt(self, found: tuple[FoundWorker, ...], *, stored: bool = True) -> None:
+        """Take over whom we can place, the newest of each model first; end the others.
+
+        Without knowing what is `stored`, a worker of a model that nobody knows is taken at its word: to end a model
+        that serves would be worse.
+        """
         ours = {worker.id for worker in self._cluster.workers.values()}
         newest_first = sorted((f for f in found if f.worker_id not in ours), key=_generation, reverse=True)
         for one in newest_first:
             self._cluster.generation = max(self._cluster.generation, _generation(one))
             report = one.report
+            if not stored and report is not None and report.info.model not in self._cluster.models:
+                self._make_known(report.info.model)
             if report is not None and report.state == life.WORKER_STATE_BLANK and not report.generation:
                 self._pool.adopt(one.worker_id, one.node, report.pid)
             elif report is not None and (model := self._adoptable(one, report)) is not None:
                 self._adopt(model, one, report)
             else:
-                log.warning("ending a worker that cannot be adopted", extra={"worker": one.worker_id})
-                self._runtime.run(self._runtime.effects.kill(one.worker_id))
+                self._end(one, report)
+
+    def _make_known(self, name: str) -> None:
+        if name:
+            self._cluster.models[name] = Model(ModelSpec(name, name, configured=False))
 
     def _adoptable(self, one: FoundWorker, report: life.WatchResponse) -> Model | None:
         model = self._cluster.models.get(report.info.model)
-        if model is None or report.state not in _ADOPTED:
+        if model is None or report.state not in _ADOPTED or (one.placement is not None and one.placement.fenced):
             return None
         if one.node and one.placement is None:
             return None  # On another machine, and nobody knows on which of its devices.
@@ -61,17 +75,48 @@ class Adopting:
         num_adopted = sum(1 for worker in self._cluster.workers.values() if worker.model == model.spec.name)
         return None if started or num_adopted >= model.spec.max_replicas else model
 
+    def _end(self, one: FoundWorker, report: life.WatchResponse | None) -> None:
+        """End a process; one that is sound may finish what runs in it."""
+        log.warning("ending a worker that cannot be adopted", extra={"worker": one.worker_id})
+        placement = one.placement or (self._guess(one, report) if report is not None else None)
+        if placement is not None:
+            self._cluster.ending[one.worker_id] = placement
+        sound = report is not None and report.state in _SOUND and not (placement is not None and placement.fenced)
+        self._runtime.run(self._end_effect(one.worker_id, report.generation if report and sound else 0))
+
+    async def _end_effect(self, worker_id: str, generation: int) -> None:
+        if generation:
+            try:
+                await self._runtime.effects.drain(worker_id, generation, EVICTION_DRAIN_S)
+            except HostlerError as error:
+                log.info("a worker did not drain", extra={"worker": worker_id, "error": error.message})
+            except Exception:
+                log.exception("draining a worker failed", extra={"worker": worker_id})
+        await self._runtime.kill(worker_id)
+        self._runtime.post(events.Ended(worker_id))
+
+    def on_ended(self, event: events.Ended) -> bool:
+        """Free what a process held that is gone now. Return whether it held anything."""
+        ended = self._cluster.ending.pop(event.worker_id, None)
+        if ended is not None:
+            self._runtime.remember()
+        return ended is not None
+
     def _adopt(self, model: Model, one: FoundWorker, report: life.WatchResponse) -> None:
         asleep = report.state == life.WORKER_STATE_ASLEEP
         placement = one.placement or self._guess(one, report)
         parts = () if asleep else tuple(Part(device, num_bytes) for device, num_bytes in placement.parts)
+        # It may have been told to grow, and the last orchestrator did not live to remember it.
+        grown_bytes = 0 if asleep else max(0, report.kv_reserved_bytes - placement.kv_cache_bytes)
+        if len(parts) == 1:
+            parts = (Part(parts[0].device, parts[0].num_bytes + grown_bytes),)
         device = self._cluster.devices.get(parts[0].device) if parts else None
         worker = Worker(
             id=one.worker_id,
             model=model.spec.name,
             generation=report.generation,
             parts=parts,
-            kv_cache_bytes=0 if asleep else placement.kv_cache_bytes,
+            kv_cache_bytes=0 if asleep else placement.kv_cache_bytes + grown_bytes,
             reason=placement.reason,
             kv_keep_bytes=placement.kv_keep_bytes,
             kind=device.kind if device else self._cluster.kind_for(model.spec),

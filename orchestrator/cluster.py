@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from hostler.errors import ModelNotFound
 
 from orchestrator.devices import Device
+from orchestrator.effects import Placement
 from orchestrator.experience import Experience
 from orchestrator.models import ModelSpec
 from orchestrator.state import Job, Model, Worker, WorkerState
@@ -31,7 +32,11 @@ _VIEW_STATES = {
 
 @dataclass(slots=True)
 class Cluster:
-    """All state. Keys: models by public name, workers by generation, host memory for sleepers by node."""
+    """All state. Keys: models by public name, workers by generation, host memory for sleepers by node.
+
+    `ending`: processes of an earlier orchestrator, by worker id, that nobody could take over; they hold their room
+    until their end.
+    """
 
     devices: dict[str, Device]
     models: dict[str, Model] = field(default_factory=dict)
@@ -41,6 +46,7 @@ class Cluster:
     experience: Experience = field(default_factory=Experience)
     apart: frozenset[str] = frozenset()
     generation: int = 0
+    ending: dict[str, Placement] = field(default_factory=dict)
 
     # ------------------------------------------------------------ look-ups
 
@@ -107,7 +113,9 @@ class Cluster:
 
     def occupied_bytes(self, device: str) -> int:
         """Return what worker processes may hold now, the ones on their way out or to sleep included."""
-        return sum(w.bytes_on(device) for w in self.workers.values())
+        ending = (part for placement in self.ending.values() for part in placement.parts)
+        held_bytes = sum(num_bytes for part, num_bytes in ending if part == device)
+        return held_bytes + sum(w.bytes_on(device) for w in self.workers.values())
 
     def committed_bytes(self, device: str) -> int:
         """Return what will be held when everybody who was told to give way has done so."""
@@ -126,6 +134,8 @@ class Cluster:
     def is_giving_way(self, device: str) -> bool:
         """Return whether somebody on the device is about to free memory there."""
         leaving = (WorkerState.RESTING, WorkerState.DRAINING, WorkerState.LOST)
+        if any(part == device for placement in self.ending.values() for part, _ in placement.parts):
+            return True
         return any(
             w.bytes_on(device) and (w.state in leaving or w.resizing_to is not None) for w in self.workers.values()
         )

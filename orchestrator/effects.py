@@ -24,7 +24,8 @@ Report = Callable[[Progress], None]
 class Placement:
     """What the run directory remembers of a worker, beyond what the worker itself can say.
 
-    `parts`: device and bytes of each part that it was given; none for one that sleeps.
+    `parts`: device and bytes of each part that it was given; none for one that sleeps. `fenced`: its end was begun; it
+    is remembered only because it may hold them still.
     """
 
     worker_id: str
@@ -36,6 +37,7 @@ class Placement:
     loaded_unix_ms: int
     kv_keep_bytes: int = 0
     node: str = ""
+    fenced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,9 +103,10 @@ class StoreListed:
 
 @dataclass(frozen=True, slots=True)
 class WorkersFound:
-    """Which workers outlived the last orchestrator."""
+    """Which workers outlived the last orchestrator; `stored`: it is known which models there are in the store."""
 
     workers: tuple[FoundWorker, ...]
+    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +204,13 @@ class SleepDone:
 
 @dataclass(frozen=True, slots=True)
 class ResizeDone:
-    """What a worker's KV cache may grow to now. `generation` is the worker's; `fixed`: it can never be resized."""
+    """What a worker's KV cache may grow to now; None: it did not say. `generation` is the worker's.
+
+    `fixed`: it can never be resized.
+    """
 
     generation: int
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
     why: str
     fixed: bool = False
 
@@ -232,6 +236,13 @@ class Retired:
     """A worker process is gone and its memory with it."""
 
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process that could not be taken over is gone, and its memory with it."""
+
+    worker_id: str
 
 
 Event = (
@@ -262,4 +273,5 @@ Event = (
     | Reported
     | WatchEnded
     | Retired
+    | Ended
 )

@@ -74,7 +74,7 @@ class Pool:
         if self._blanks.pop(event.worker_id, None) is not None:
             log.warning("a blank worker died", extra={"worker": event.worker_id})
             self._not_before_s = self._runtime.effects.now_s() + RETRY_S
-            self._runtime.run(self._runtime.effects.kill(event.worker_id))
+            self._runtime.run(self._runtime.kill(event.worker_id))
 
     def tick(self, now_s: float) -> None:
         """Start a blank where one is missing; end one that is not needed any more."""
@@ -109,19 +109,19 @@ class Pool:
         """Keep a blank that came up, if it is still wanted; try again later when it did not."""
         blank = self._blanks.get(event.worker_id)
         if blank is None:
-            self._runtime.run(self._runtime.effects.kill(event.worker_id))
+            self._runtime.run(self._runtime.kill(event.worker_id))
         elif event.error is not None:
             log.warning("a blank worker could not be started", extra={"error": event.error.message})
             del self._blanks[blank.id]
             self._not_before_s = self._runtime.effects.now_s() + RETRY_S
-            self._runtime.run(self._runtime.effects.kill(blank.id))
+            self._runtime.run(self._runtime.kill(blank.id))
         else:
             blank.pid = event.pid
             self._watch(blank)
 
     def _end(self, blank: Blank) -> None:
         del self._blanks[blank.id]
-        self._runtime.run(self._runtime.effects.kill(blank.id))
+        self._runtime.run(self._runtime.kill(blank.id))
 
     def close(self) -> None:
         """End every blank."""

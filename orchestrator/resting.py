@@ -114,10 +114,11 @@ class Resting:
         except HostlerError as error:
             log.warning("a resize failed", extra={"worker": worker.id, "error": error.message})
             fixed = isinstance(error, InvalidRequest)
-            self._runtime.post(events.ResizeDone(worker.generation, worker.kv_cache_bytes, why, fixed))
+            remains = worker.kv_cache_bytes if fixed else None
+            self._runtime.post(events.ResizeDone(worker.generation, remains, why, fixed))
         except Exception:
             log.exception("a resize failed", extra={"worker": worker.id})
-            self._runtime.post(events.ResizeDone(worker.generation, worker.kv_cache_bytes, why))
+            self._runtime.post(events.ResizeDone(worker.generation, None, why))
 
     def give_from_kv_cache(self, worker: Worker, num_bytes: int) -> None:
         """Have a worker pay with its KV cache for what it holds beyond its reservation, as far as it can.
@@ -134,18 +135,23 @@ class Resting:
             self._runtime.remember()
             return
         worker.kv_cache_bytes -= paid
-        worker.resizing_to = worker.kv_cache_bytes
+        worker.resizing_to, worker.owed_bytes = worker.kv_cache_bytes, paid
         why = "it holds more beside it than was expected"
         self._runtime.run(self._resize(worker, worker.kv_cache_bytes, why), worker.generation)
 
     def on_resize_done(self, event: events.ResizeDone) -> bool:
         """Take the worker's word for how large its KV cache may be now. Return whether room may have come free."""
         worker = self._cluster.workers.get(event.generation)
-        if worker is None or worker.resizing_to is None:
+        if worker is None or worker.resizing_to is None or worker.state is WorkerState.LOST:
             return False
         worker.resizing_to = None
+        owed, worker.owed_bytes = worker.owed_bytes, 0
         if not worker.parts:
             return False
+        if event.kv_cache_bytes is None:
+            if owed:  # It may hold all of it still; the next heartbeat asks it again.
+                worker.kv_cache_bytes, worker.own_bytes = worker.kv_cache_bytes + owed, 0
+            return True
         before = worker.kv_cache_bytes
         self._set_kv_cache(worker, event.kv_cache_bytes)
         if worker.kv_cache_bytes != before:

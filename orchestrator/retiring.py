@@ -81,8 +81,5 @@ class Retiring:
         await self._kill(worker)
 
     async def _kill(self, worker: Worker) -> None:
-        try:
-            await self._runtime.effects.kill(worker.id)
-        except Exception:  # Whatever it is: a worker that never counts as gone keeps its room, and its model away.
-            log.exception("killing a worker failed", extra={"worker": worker.id})
+        await self._runtime.kill(worker.id)
         self._runtime.post(Retired(worker.generation))

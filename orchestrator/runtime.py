@@ -120,6 +120,13 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def kill(self, worker_id: str) -> None:
+        """End a worker process. Never raises: whatever went wrong, whoever waits for its end must go on."""
+        try:
+            await self.effects.kill(worker_id)
+        except Exception:
+            log.exception("killing a worker failed", extra={"worker": worker_id})
+
     def next_generation(self) -> int:
         """Return a number that no placement had before, in this life or an earlier one."""
         self.cluster.generation += 1
@@ -128,8 +135,8 @@ class Runtime:
 
     def remember(self) -> None:
         """Store what the next orchestrator must know to take our workers over."""
-        placements = tuple(_placement(w) for w in self.cluster.workers.values() if w.state is not WorkerState.LOST)
-        self.effects.remember(Memory(self.cluster.generation, placements))
+        ours = (_placement(worker) for worker in self.cluster.workers.values())
+        self.effects.remember(Memory(self.cluster.generation, (*ours, *self.cluster.ending.values())))
 
     def learn(self, spec: ModelSpec, worker: Worker, **seen: float) -> None:
         """Take a measurement of a worker in, and store it when it says something new."""
@@ -148,9 +155,10 @@ def _placement(worker: Worker) -> Placement:
         generation=worker.generation,
         model=worker.model,
         parts=tuple((part.device, part.num_bytes) for part in worker.parts),
-        kv_cache_bytes=worker.kv_cache_bytes,
+        kv_cache_bytes=worker.kv_cache_bytes + worker.owed_bytes,
         reason=worker.reason,
         loaded_unix_ms=worker.loaded_unix_ms,
         kv_keep_bytes=worker.kv_keep_bytes,
         node=worker.node,
+        fenced=worker.state is WorkerState.LOST,
     )

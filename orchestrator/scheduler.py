@@ -103,6 +103,7 @@ class Scheduler:
             events.Reported: self._watching.on_reported,
             events.WatchEnded: self._watching.on_watch_ended,
             events.Retired: self._on_retired,
+            events.Ended: self._then_place(self._adopting.on_ended),
         }
 
     def _then_place(self, handle: Callable[[Any], bool]) -> Callable[[Any], None]:
@@ -211,7 +212,7 @@ class Scheduler:
         if isinstance(workers, BaseException):
             log.error("living workers could not be listed", exc_info=workers)
             workers = ()
-        self.post(events.WorkersFound(workers))
+        self.post(events.WorkersFound(workers, not isinstance(stored, BaseException)))
 
     def _preload(self) -> None:
         for model in self._cluster.models.values():
@@ -219,7 +220,7 @@ class Scheduler:
                 self._loading.start(model)
 
     def _on_workers_found(self, event: events.WorkersFound) -> None:
-        self._adopting.adopt(event.workers)
+        self._adopting.adopt(event.workers, stored=event.stored)
         self._runtime.may_publish = True
         self._preload()
         self._runtime.remember()

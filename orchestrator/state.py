@@ -140,6 +140,7 @@ class Worker:
         kind: of its devices, "cpu" or "cuda".
         kv_keep_bytes: a neighbour's need never shrinks the KV cache below this: one full context.
         resizing_to: the KV budget that it was just told; None when it is not being resized.
+        owed_bytes: of its KV cache, counted as its own already, until it has confirmed that it gave them up.
         sleep_bytes: host memory that it holds asleep, or is expected to.
         own_bytes: the most that it was seen to hold beside its KV cache.
         home: devices that its process sees; a GPU's process can wake on no other.
@@ -169,6 +170,7 @@ class Worker:
     max_running: int = 0
     home: frozenset[str] = frozenset()
     resizing_to: int | None = None
+    owed_bytes: int = 0
     sleep_bytes: int = 0
     own_bytes: int = 0
     tokens_per_s: float = 0.0
