@@ -1,8 +1,7 @@
 """Everything that can happen to a scheduler, as steps; each is drawn from a seed of its own and judged at once.
 
-Above it: the proof's tests and `make prove`. Below it: the world, the truth. A step's seed decides what happens and
-what becomes of every effect that begins in it, so any step of a run can be left out and the others still mean the same:
-that is what lets `shrink.py` find short ones.
+Above: the proof's tests and `make prove`. Below: the world, the truth. A step's seed decides what happens and what
+becomes of its effects, so any step can be left out of a run: that lets `shrink.py` find short ones.
 """
 
 from __future__ import annotations
