@@ -29,7 +29,7 @@ from .world import World
 
 TICK_S = 0.25
 LAZY_TICK_S = 1.0  # As far apart as ticks may be before they count as late; for long waits.
-REST_S = 3000.0  # Quiet for so long, everything has come to its end: a load that stands still, three times, and a drain.
+REST_S = 3000.0  # Quiet for so long, everything has come to its end: a load that hangs, three times, and a drain.
 
 
 class Walk:
