@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
-from hostler.errors import InvalidRequest
+from hostler.errors import InvalidRequest, UnsupportedParameter
+
+MAX_MODEL_CHARS = 256
 
 _KINDS: tuple[tuple[type, str], ...] = (
     (bool, "a boolean"),
@@ -184,6 +186,28 @@ class Fields:
                 raise wrong_type(f"{name}[{index}]", "an object", item)
             readers.append(Fields(item, f"{name}[{index}]"))
         return readers
+
+    def model(self) -> str:
+        """Return the name in `model`, which every request must have."""
+        name = self.string("model", MAX_MODEL_CHARS)
+        if not name:
+            raise InvalidRequest("You must provide a model parameter.", param="model")
+        return name
+
+    def refuse(self, refused: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse fields that would change the answer and that we cannot do.
+
+        Args:
+            refused: their names, each with the values that change nothing and may stand.
+
+        Raises:
+            UnsupportedParameter: one has another value.
+        """
+        for field, harmless in refused.items():
+            value = self._values.get(field)
+            if value is not None and value not in harmless:
+                name = self.name_of(field)
+                raise UnsupportedParameter(f"'{name}' is not supported. Remove it from the request.", param=name)
 
     def missing(self, field: str) -> InvalidRequest:
         """Return the error for a required field that is absent."""

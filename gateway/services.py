@@ -6,16 +6,18 @@ One per process, built by `app.create_app`, kept in `app.state.services`, opened
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request
 from hostler.config import HostlerConfig, ModelConfig
+from hostler.errors import HostlerError
 
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
+from gateway.doors import request_id_of
 from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
@@ -25,7 +27,7 @@ from gateway.responses.background import BackgroundRuns
 from gateway.responses.rows import Limits
 from gateway.responses.store import LOOK_AGAIN_S, ResponseStore
 from gateway.routing import RouteTable
-from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S
+from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S, EventStream, error_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +136,26 @@ def services_of(request: Request) -> Services:
     """Return the services of the application that serves `request`."""
     services: Services = request.app.state.services
     return services
+
+
+def event_stream(
+    request: Request,
+    frames: AsyncGenerator[bytes, None],
+    *,
+    is_spectator: bool = False,
+    error_frames: Callable[[HostlerError], bytes] = error_frame,
+) -> EventStream:
+    """Return the streamed reply to `request` under this application's deadlines; the rest as `EventStream` has it."""
+    services = services_of(request)
+    patience = services.patience
+    return EventStream(
+        frames,
+        services.lifetime,
+        request_id=request_id_of(request.scope),
+        is_spectator=is_spectator,
+        ping_s=patience.ping_s,
+        first_comment_s=patience.first_comment_s,
+        comment_gap_s=patience.comment_gap_s,
+        stalled_reader_s=patience.stalled_reader_s,
+        error_frames=error_frames,
+    )

@@ -60,7 +60,8 @@ def event_frame(value: dict[str, Any]) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + one_line_json(value) + b"\n\n"
 
 
-def _error_frame(error: HostlerError) -> bytes:
+def error_frame(error: HostlerError) -> bytes:
+    """Return OpenAI's error as an event."""
     return data_frame(error_body(error))
 
 
@@ -94,7 +95,7 @@ class EventStream(Response):
         first_comment_s: float = FIRST_COMMENT_S,
         comment_gap_s: float = COMMENT_GAP_S,
         stalled_reader_s: float = STALLED_READER_S,
-        error_frames: Callable[[HostlerError], bytes] = _error_frame,
+        error_frames: Callable[[HostlerError], bytes] = error_frame,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
@@ -106,7 +107,7 @@ class EventStream(Response):
         self._first_comment_s = first_comment_s
         self._comment_gap_s = comment_gap_s
         self._stalled_reader_s = stalled_reader_s
-        self._error_frames = error_frames
+        self.error_frames = error_frames
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +125,7 @@ class EventStream(Response):
             if not self._started:
                 raise error from exception
             log.warning("stream failed", extra={"request_id": self._request_id, "reason": error.reason})
-            await self._write(scope, send, self._error_frames(error), last=True)
+            await self._write(scope, send, self.error_frames(error), last=True)
 
     async def _pump(self, scope: Scope, send: Send) -> None:
         loop = asyncio.get_running_loop()

@@ -18,13 +18,12 @@ from hostler.placement_json import event_json, plan_json, progress_json, status_
 
 from gateway.admin_door import admin_door
 from gateway.body import read_json
-from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS
 from gateway.doors import request_id_of
-from gateway.fields import Fields, show
+from gateway.fields import MAX_MODEL_CHARS, Fields, show
 from gateway.json_response import json_response
 from gateway.routing import Target, find_model, ready_replicas
-from gateway.services import Services, services_of
-from gateway.sse import EventStream, comment_frame, data_frame
+from gateway.services import Services, event_stream, services_of
+from gateway.sse import comment_frame, data_frame
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(admin_door)])
 
@@ -63,7 +62,7 @@ async def load_model(request: Request) -> Response:
     target = await _target_of(services, fields.string("model", MAX_MODEL_CHARS))
     steps = _load(services, target, request_id_of(request.scope))
     if stream:
-        return _event_stream(request, _frames(steps))
+        return event_stream(request, _frames(steps))
     return json_response(await services.lifetime.until_gone(request.receive, _last(steps)))
 
 
@@ -107,7 +106,7 @@ async def get_events(request: Request) -> Response:
     follow = _flag("follow", request.query_params.get("follow"))
     request_id = request_id_of(request.scope)
     if follow:
-        return _event_stream(request, _followed(services, max_past, request_id), is_spectator=True)
+        return event_stream(request, _followed(services, max_past, request_id), is_spectator=True)
 
     async def collect() -> list[dict[str, Any]]:
         async with aclosing(services.placement.events(max_past, request_id=request_id, past_only=True)) as events:
@@ -177,19 +176,6 @@ async def _frames(steps: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
     async with aclosing(steps):
         async for step in steps:
             yield data_frame(step)
-
-
-def _event_stream(request: Request, frames: AsyncGenerator[bytes, None], *, is_spectator: bool = False) -> EventStream:
-    services = services_of(request)
-    return EventStream(
-        frames,
-        services.lifetime,
-        request_id=request_id_of(request.scope),
-        is_spectator=is_spectator,
-        ping_s=services.patience.ping_s,
-        first_comment_s=services.patience.first_comment_s,
-        stalled_reader_s=services.patience.stalled_reader_s,
-    )
 
 
 async def _followed(services: Services, max_past: int, request_id: str) -> AsyncGenerator[bytes, None]:

@@ -20,8 +20,8 @@ from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
 from gateway.progress import loading_comment
 from gateway.routing import Target, find_chat_model
-from gateway.services import Services, services_of
-from gateway.sse import DONE, EventStream
+from gateway.services import Services, event_stream, services_of
+from gateway.sse import DONE
 
 router = APIRouter()
 
@@ -67,16 +67,7 @@ async def create_chat_completion(request: Request) -> Response:
         created_unix_s=int(time.time()),
     )
     if chat.stream:
-        patience = services.patience
-        return EventStream(
-            _frames(job),
-            services.lifetime,
-            request_id=job.request_id,
-            ping_s=patience.ping_s,
-            first_comment_s=patience.first_comment_s,
-            comment_gap_s=patience.comment_gap_s,
-            stalled_reader_s=patience.stalled_reader_s,
-        )
+        return event_stream(request, _frames(job))
     return json_response(await services.lifetime.until_gone(request.receive, _whole(job)))
 
 

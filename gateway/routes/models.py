@@ -7,17 +7,16 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from hostler.errors import HostlerError, InvalidRequest
+from hostler.errors import HostlerError
 from hostler.placement.v1 import placement_pb2
 
 from gateway.body import read_json
-from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS
 from gateway.doors import request_id_of
 from gateway.fields import Fields
 from gateway.json_response import json_response
 from gateway.routing import Target, find_model, ready_replicas, targets_of
-from gateway.services import Services, services_of
-from gateway.sse import EventStream, data_frame
+from gateway.services import Services, event_stream, services_of
+from gateway.sse import data_frame
 
 router = APIRouter()
 
@@ -58,19 +57,10 @@ async def load_model(request: Request) -> Response:
     """Bring a model up and report progress, as `transformers chat` asks before its first message."""
     services = services_of(request)
     fields = Fields(await read_json(request.headers, request.receive, services.config.max_body))
-    name = fields.string("model", MAX_MODEL_CHARS)
-    if not name:
-        raise InvalidRequest("You must provide a model parameter.", param="model")
+    name = fields.model()
     routes = await services.table.first(services.patience.first_table_s)
     target = find_model(routes, name)
-    request_id = request_id_of(request.scope)
-    return EventStream(
-        _load_frames(services, target, request_id),
-        services.lifetime,
-        request_id=request_id,
-        ping_s=services.patience.ping_s,
-        stalled_reader_s=services.patience.stalled_reader_s,
-    )
+    return event_stream(request, _load_frames(services, target, request_id_of(request.scope)))
 
 
 async def _load_frames(services: Services, target: Target, request_id: str) -> AsyncGenerator[bytes, None]:

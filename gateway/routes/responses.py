@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -23,7 +23,7 @@ from gateway.responses.answer import Answer, Caller
 from gateway.responses.database import Database, Stored
 from gateway.responses.errors import NotStored
 from gateway.routes.pages import page_of, query_flag, query_integer
-from gateway.services import Services, services_of
+from gateway.services import Services, event_stream, services_of
 from gateway.sse import EventStream, event_frame
 
 router = APIRouter()
@@ -51,7 +51,7 @@ async def create_response(request: Request) -> Response:
             return _follow(services, request, answer.response_id, after=-1)
         return json_response(response)
     if wanted.stream:
-        return _event_stream(services, request, _frames(answer), lambda error: _failure(answer, error))
+        return event_stream(request, _frames(answer), error_frames=lambda error: _failure(answer, error))
     return json_response(await services.lifetime.until_gone(request.receive, _whole(answer)))
 
 
@@ -158,23 +158,4 @@ def _follow(services: Services, request: Request, response_id: str, after: int) 
         told = {"type": "error", "code": error.reason, "message": error.message, "param": error.param}
         return event_frame({**told, "sequence_number": last + 1})
 
-    return _event_stream(services, request, frames(), failure)
-
-
-def _event_stream(
-    services: Services,
-    request: Request,
-    frames: AsyncGenerator[bytes, None],
-    error_frames: Callable[[HostlerError], bytes],
-) -> EventStream:
-    patience = services.patience
-    return EventStream(
-        frames,
-        services.lifetime,
-        request_id=request_id_of(request.scope),
-        ping_s=patience.ping_s,
-        first_comment_s=patience.first_comment_s,
-        comment_gap_s=patience.comment_gap_s,
-        stalled_reader_s=patience.stalled_reader_s,
-        error_frames=error_frames,
-    )
+    return event_stream(request, frames(), error_frames=failure)

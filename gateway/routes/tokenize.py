@@ -9,10 +9,10 @@ from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.body import read_json
-from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS, check_capabilities, parse_chat_request
+from gateway.dialects.openai_chat.request import check_capabilities, parse_chat_request
 from gateway.dialects.texts import MAX_TOKEN_IDS, check_lengths
 from gateway.doors import request_id_of
-from gateway.fields import Fields
+from gateway.fields import MAX_MODEL_CHARS, Fields
 from gateway.json_response import json_response
 from gateway.routing import Routes, Target, find_model
 from gateway.services import services_of

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 
 import orjson
-from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.errors import InvalidRequest
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.fields import Fields, dump_json, wrong_type
@@ -75,10 +75,7 @@ def _guided(fields: Fields) -> list[pb.Constraint | None]:
     found = [_one(fields, f"guided_{name}", read) for name, read in _READERS.items()]
     if outputs is None:
         return found
-    for name in _REFUSED:
-        if outputs.raw(name) is not None:
-            full = outputs.name_of(name)
-            raise UnsupportedParameter(f"'{full}' is not supported. Remove it from the request.", param=full)
+    outputs.refuse(dict.fromkeys(_REFUSED, ()))
     return found + [_one(outputs, name, read) for name, read in _READERS.items()]
 
 

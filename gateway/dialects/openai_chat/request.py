@@ -25,7 +25,6 @@ from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
-MAX_MODEL_CHARS = 256
 _UINT64 = 2**64 - 1
 # No vocabulary has longer tokens, so a prompt of more bytes per context token cannot fit. It spares the
 # worker the tokenizing of megabytes; the exact check stays there.
@@ -94,9 +93,7 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
     """
     body = with_defaults(body, read_generation_config(body.get("generation_config")))
     fields = Fields(body)
-    model = fields.string("model", MAX_MODEL_CHARS)
-    if not model:
-        raise InvalidRequest("You must provide a model parameter.", param="model")
+    model = fields.model()
     _refuse(fields)
     links: list[Link] = []
     messages = parse_messages(fields, links)
@@ -162,10 +159,7 @@ def check_capabilities(request: ChatRequest, info: lifecycle_pb2.ModelInfo) -> N
 
 
 def _refuse(fields: Fields) -> None:
-    for name, harmless in _REFUSED.items():
-        value = fields.raw(name)
-        if value is not None and value not in harmless:
-            raise UnsupportedParameter(f"'{name}' is not supported. Remove it from the request.", param=name)
+    fields.refuse(_REFUSED)
     for modality in fields.array("modalities", 8) or []:
         if modality != "text":
             raise UnsupportedParameter(

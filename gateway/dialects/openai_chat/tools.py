@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
@@ -11,7 +13,7 @@ MAX_TOOLS = 512
 MAX_NAME_CHARS = 128
 MAX_DESCRIPTION_CHARS = 64 * 1024
 _NO_PARAMETERS = '{"type":"object","properties":{}}'
-_MODES = {
+MODES: Mapping[str, pb.ToolChoiceMode.ValueType] = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
     "none": pb.TOOL_CHOICE_MODE_NONE,
     "required": pb.TOOL_CHOICE_MODE_REQUIRED,
@@ -75,15 +77,24 @@ def parse_tool_choice(body: Fields, tools: list[pb.Tool]) -> pb.ToolChoice | Non
     return choice
 
 
+def choice_of_word(word: str) -> pb.ToolChoice:
+    """Return the choice that one word makes: auto, none or required.
+
+    Raises:
+        InvalidRequest: another word.
+    """
+    if word not in MODES:
+        names = ", ".join(f"'{name}'" for name in MODES)
+        raise InvalidRequest(f"Invalid value: {show(word)}. Supported values are: {names}.", param="tool_choice")
+    return pb.ToolChoice(mode=MODES[word])
+
+
 def _choice(body: Fields) -> pb.ToolChoice | None:
     value = body.raw("tool_choice")
     if value is None:
         return None
     if isinstance(value, str):
-        if value not in _MODES:
-            names = ", ".join(f"'{name}'" for name in _MODES)
-            raise InvalidRequest(f"Invalid value: {show(value)}. Supported values are: {names}.", param="tool_choice")
-        return pb.ToolChoice(mode=_MODES[value])
+        return choice_of_word(value)
     if not isinstance(value, dict):
         raise wrong_type("tool_choice", "a string or an object", value)
     choice = Fields(value, "tool_choice")
@@ -92,7 +103,7 @@ def _choice(body: Fields) -> pb.ToolChoice | None:
         allowed = choice.child("allowed_tools") or choice
         mode = allowed.choice("mode", ("auto", "required")) or "auto"
         chosen = [_function_name(tool) for tool in allowed.children("tools", MAX_TOOLS)]
-        return pb.ToolChoice(mode=_MODES[mode], allowed_names=chosen)
+        return pb.ToolChoice(mode=MODES[mode], allowed_names=chosen)
     # A named tool is called once, whatever parallel_tool_calls says.
     return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED, allowed_names=[_function_name(choice)], parallel=False)
 

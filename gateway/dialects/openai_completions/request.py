@@ -14,7 +14,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from gateway.dialects.openai_chat.constraint import parse_constraint
-from gateway.dialects.openai_chat.request import MAX_CHOICES, MAX_MODEL_CHARS, MAX_TOP_LOGPROBS
+from gateway.dialects.openai_chat.request import MAX_CHOICES, MAX_TOP_LOGPROBS
 from gateway.dialects.sampling import parse_sampling, parse_stop
 from gateway.dialects.texts import TextOrIds, check_lengths, parse_texts
 from gateway.fields import Fields, show
@@ -91,13 +91,8 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
         UnsupportedParameter: a field asks for something that would change the answer and that we cannot do.
     """
     fields = Fields(body)
-    model = fields.string("model", MAX_MODEL_CHARS)
-    if not model:
-        raise InvalidRequest("You must provide a model parameter.", param="model")
-    for name, harmless in _REFUSED.items():
-        value = fields.raw(name)
-        if value is not None and value not in harmless:
-            raise UnsupportedParameter(f"'{name}' is not supported. Remove it from the request.", param=name)
+    model = fields.model()
+    fields.refuse(_REFUSED)
     # OpenAI's default: a document from its beginning.
     prompts: list[TextOrIds] = [""]
     if fields.raw("prompt") is not None:

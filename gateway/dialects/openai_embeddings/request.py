@@ -11,7 +11,6 @@ from typing import Any
 from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
-from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS
 from gateway.dialects.texts import TextOrIds, parse_texts
 from gateway.fields import Fields
 
@@ -62,13 +61,8 @@ def parse_embeddings_request(body: dict[str, Any]) -> EmbeddingsRequest:
         UnsupportedParameter: a field asks for something that would change the answer and that we cannot do.
     """
     fields = Fields(body)
-    model = fields.string("model", MAX_MODEL_CHARS)
-    if not model:
-        raise InvalidRequest("You must provide a model parameter.", param="model")
-    for name, harmless in _REFUSED.items():
-        value = fields.raw(name)
-        if value is not None and value not in harmless:
-            raise UnsupportedParameter(f"'{name}' is not supported. Remove it from the request.", param=name)
+    model = fields.model()
+    fields.refuse(_REFUSED)
     _refuse_media(fields.raw("input"))
     inputs = parse_texts(fields, "input", MAX_INPUTS)
     if "" in inputs:

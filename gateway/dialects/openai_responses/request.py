@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.errors import InvalidRequest
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.openai_chat.constraint import only_one, schema_constraint
 from gateway.dialects.openai_chat.reasoning import parse_reasoning
-from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS, MAX_TOP_LOGPROBS, ChatRequest, media_of
+from gateway.dialects.openai_chat.request import MAX_TOP_LOGPROBS, ChatRequest, media_of
 from gateway.dialects.openai_responses.items import MAX_ID_CHARS, Item, parse_input
 from gateway.dialects.openai_responses.messages import build_messages
 from gateway.dialects.openai_responses.tools import ToolTable, parse_tool_choice, parse_tools
@@ -118,13 +118,8 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
         UnsupportedParameter: a field asks for something that would change the answer and that we cannot do.
     """
     fields = Fields(body)
-    model = fields.string("model", MAX_MODEL_CHARS)
-    if not model:
-        raise InvalidRequest("You must provide a model parameter.", param="model")
-    for name, harmless in _REFUSED.items():
-        value = fields.raw(name)
-        if value is not None and value not in harmless:
-            raise UnsupportedParameter(f"'{name}' is not supported. Remove it from the request.", param=name)
+    model = fields.model()
+    fields.refuse(_REFUSED)
     previous = fields.string("previous_response_id", MAX_ID_CHARS)
     conversation = _conversation(fields)
     if previous and conversation:

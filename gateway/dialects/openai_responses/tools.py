@@ -16,17 +16,19 @@ from typing import Any
 from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
-from gateway.dialects.openai_chat.tools import MAX_DESCRIPTION_CHARS, MAX_NAME_CHARS, MAX_TOOLS, read_function
+from gateway.dialects.openai_chat.tools import (
+    MAX_DESCRIPTION_CHARS,
+    MAX_NAME_CHARS,
+    MAX_TOOLS,
+    MODES,
+    choice_of_word,
+    read_function,
+)
 from gateway.fields import Fields, dump_json, show, wrong_type
 
 CUSTOM_INPUT = "input"
 """The one property of the object in which a model writes a custom tool's text."""
 MAX_GRAMMAR_CHARS = 256 * 1024
-_MODES = {
-    "auto": pb.TOOL_CHOICE_MODE_AUTO,
-    "none": pb.TOOL_CHOICE_MODE_NONE,
-    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
-}
 _OURS = ("function", "custom")
 
 
@@ -226,10 +228,7 @@ def _choice(body: Fields, table: ToolTable) -> pb.ToolChoice | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if value not in _MODES:
-            names = ", ".join(f"'{name}'" for name in _MODES)
-            raise InvalidRequest(f"Invalid value: {show(value)}. Supported values are: {names}.", param="tool_choice")
-        return pb.ToolChoice(mode=_MODES[value])
+        return choice_of_word(value)
     if not isinstance(value, dict):
         raise wrong_type("tool_choice", "a string or an object", value)
     choice = Fields(value, "tool_choice")
@@ -243,7 +242,7 @@ def _choice(body: Fields, table: ToolTable) -> pb.ToolChoice | None:
         allowed_names = [_named(tool, table) for tool in named]
         if not allowed_names:
             return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NONE)
-        return pb.ToolChoice(mode=_MODES[mode], allowed_names=allowed_names)
+        return pb.ToolChoice(mode=MODES[mode], allowed_names=allowed_names)
     if kind not in _OURS:
         raise UnsupportedParameter(
             f"'tool_choice' demands {show(kind)}, which is not served here.", param="tool_choice"

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.errors import InvalidRequest
 
-from gateway.dialects.openai_chat.request import MAX_MODEL_CHARS
 from gateway.fields import Fields, wrong_type
 
 MAX_DOCUMENTS = 2048
@@ -44,12 +43,8 @@ def parse_rank_request(body: dict[str, Any]) -> RankRequest:
         UnsupportedParameter: a field asks for something that would change the answer and that we cannot do.
     """
     fields = Fields(body)
-    model = fields.string("model", MAX_MODEL_CHARS)
-    if not model:
-        raise InvalidRequest("You must provide a model parameter.", param="model")
-    for name in _REFUSED:
-        if fields.raw(name) is not None:
-            raise UnsupportedParameter(f"'{name}' is not supported. Remove it from the request.", param=name)
+    model = fields.model()
+    fields.refuse(dict.fromkeys(_REFUSED, ()))
     if fields.raw("query") is None:
         raise fields.missing("query")
     if fields.raw("documents") is None:
