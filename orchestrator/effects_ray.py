@@ -1,7 +1,7 @@
 """The real effects: Ray for processes, gRPC for workers, the store for files.
 
 Above it: the scheduler's parts, through the `Effects` protocol. Below it: Ray (blocking calls, kept in threads),
-`ray_nodes.py` for other machines, `worker_client.py`, `store_client.py`, the run directory.
+`ray_nodes.py` for other machines, `worker_client.py`, `store_client.py`, `remembering.py`, the run directory.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import json
 import logging
 import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from hostler.channel import worker_key
@@ -34,6 +32,7 @@ from orchestrator.models import Located, ModelSpec
 from orchestrator.nodes import NodesSeen, RemoteWorker
 from orchestrator.process_id import ProcessId
 from orchestrator.ray_nodes import RayNodes
+from orchestrator.remembering import ExperienceFile, PlacementsFile
 from orchestrator.store_client import StoreClient
 from orchestrator.stores import Stores
 from orchestrator.worker_client import WorkerClient
@@ -56,7 +55,8 @@ class RayEffects:
 
     def __init__(self, config: HostlerConfig, run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> None:
         self._run_dir = run_dir
-        self._models_dir = config.models_dir
+        self._placements_file = PlacementsFile(run_dir.path)
+        self._experience_file = ExperienceFile(config.models_dir)
         self._devices: Sequence[Device] = ()
         self._actor_class = actor_class
         self._connected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -337,54 +337,24 @@ class RayEffects:
             found |= held
         return found
 
-    @property
-    def _experience_path(self) -> Path:
-        from orchestrator.store import resolve_models_dir
-
-        return resolve_models_dir(self._models_dir) / "experience.json"
-
-    @property
-    def _memory_path(self) -> Path:
-        return self._run_dir.path / "placements.json"
-
     def recall_experience(self) -> Experience:
-        """Return what earlier loads have taught; nothing if there is no such file, or not one of ours."""
-        try:
-            return Experience.from_json(json.loads(self._experience_path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return Experience()
-        except (OSError, ValueError, AttributeError):
-            log.exception("what earlier loads have taught cannot be read; it will be learned again")
-            return Experience()
+        """Return what earlier loads have taught."""
+        return self._experience_file.read()
 
     def remember_experience(self, experience: Experience) -> None:
-        """Replace the file; what cannot be written is learned again."""
-        try:
-            self._experience_path.parent.mkdir(parents=True, exist_ok=True)
-            ray_session.write_private(self._experience_path, json.dumps(experience.as_json(), indent=1))
-        except OSError as error:
-            log.warning("what loads have taught could not be stored", extra={"error": error.strerror})
+        """Store what loads have taught."""
+        self._experience_file.write(experience)
 
     def recall(self) -> Memory:
-        """Return what was remembered last; nothing if there is no such file, or not one of ours."""
-        try:
-            values = json.loads(self._memory_path.read_text(encoding="utf-8"))
-            for worker_id, (pid, start_ticks) in values["processes"].items():
-                self._processes.setdefault(worker_id, ProcessId(int(pid), int(start_ticks)))
-            self._remote |= {i: RemoteWorker(**there) for i, there in values.get("remote", {}).items()}
-            return Memory(int(values["generation"]), tuple(_placement(p) for p in values["placements"]))
-        except FileNotFoundError:
-            return Memory()
-        except (OSError, ValueError, KeyError, TypeError):
-            log.exception("placements.json cannot be read; workers will be adopted by their own word")
-            return Memory()
+        """Return what was remembered last, and know those processes again."""
+        recalled = self._placements_file.read()
+        self._processes = recalled.processes | self._processes
+        self._remote |= recalled.remote
+        return recalled.memory
 
     def remember(self, memory: Memory) -> None:
-        """Replace placements.json."""
-        processes = {worker_id: (p.pid, p.start_ticks) for worker_id, p in self._processes.items()}
-        remote = {worker_id: asdict(there) for worker_id, there in self._remote.items()}
-        values = asdict(memory) | {"processes": processes, "remote": remote}
-        ray_session.write_private(self._memory_path, json.dumps(values))
+        """Store what must survive this process."""
+        self._placements_file.write(memory, self._processes, self._remote)
 
     def now_s(self) -> float:
         """Return monotonic seconds."""
@@ -393,8 +363,3 @@ class RayEffects:
     def unix_ms(self) -> int:
         """Return wall-clock milliseconds."""
         return int(time.time() * 1000)
-
-
-def _placement(values: dict[str, Any]) -> Placement:
-    parts = tuple((str(device), int(num_bytes)) for device, num_bytes in values["parts"])
-    return Placement(**(values | {"parts": parts}))

@@ -42,7 +42,6 @@ class Placing:
         return replace(
             asked,
             waited_s=now_s - since_s,
-            num_waiting=len(model.waiters),
             batch=model.batch,
             replica=replica,
             max_parts=min(split.max_parts, spec.max_devices or split.max_parts),

@@ -120,7 +120,6 @@ class Demand:
         max_parts: over how many devices of one node it may be split; 1 for a model that cannot be.
         kv_copies: of a split into 2, 3 … parts, on how many parts each key and value is kept; 1 where it is not said.
         waited_s: how long the one who has waited longest has waited.
-        num_waiting: how many requests wait.
         batch: nobody but batch work waits.
         replica: one more beside a ready one; it takes free room only.
         load_s: expected time to load it.
@@ -140,7 +139,6 @@ class Demand:
     max_parts: int = 1
     kv_copies: tuple[int, ...] = ()
     waited_s: float = 0.0
-    num_waiting: int = 1
     batch: bool = False
     replica: bool = False
     group: str = ""

@@ -332,7 +332,9 @@ class SleepRequest(_message.Message):
 
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     deadline_ms: _builtins.int
-    """How long to wait for running requests; then it is not done (FAILED_PRECONDITION, reason `unavailable`)."""
+    """How long to wait for running requests; then it is not done (UNAVAILABLE, reason `unavailable`), and the worker
+    serves as before.
+    """
     def __init__(
         self,
         *,
