@@ -5,7 +5,8 @@ Above it: `scheduler.py`, `adopting.py`. Below it: `loading.py` for replacements
 
 A broken stream is a death, or a process that was stopped: its connection's keepalive fails within 2.5 s. A silent one
 whose connection still answers has something that holds the interpreter lock (building a grammar's tokenizer takes
-seconds), and gets time; a busy one whose step counter stands still is hung. All end alike: off the routes first, then killed, then replaced under a new generation.
+seconds), and gets time; a busy one whose step counter stands still is hung. All end alike: off the routes first, then
+killed, then replaced under a new generation.
 """
 
 from __future__ import annotations

@@ -288,6 +288,30 @@ async def test_workers_that_cannot_be_adopted_are_ended(start: Start, effects: F
     assert caller.ready.generation == 7
 
 
+async def test_a_worker_that_an_earlier_orchestrator_was_just_starting_is_kept_once_it_is_up(
+    start: Start, effects: FakeEffects
+) -> None:
+    """A past bug: nobody knew of it for ever, or it was ended while it started."""
+    effects.found = (FoundWorker("late", None, started=False),)
+    effects.memory = Memory(3)
+    rig = await start("a", warm_workers=1)
+    await rig.advance(1)
+    assert "kill:late" not in effects.calls
+    effects.by_id["late"] = FakeWorker("late")
+    effects.found = (FoundWorker("late", life.WatchResponse(state=life.WORKER_STATE_BLANK, pid=8)),)
+    await rig.advance(5)
+    assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 1
+
+
+async def test_what_never_answers_is_ended_in_the_end(start: Start, effects: FakeEffects) -> None:
+    effects.found = (FoundWorker("mute", None, started=False),)
+    rig = await start("a")
+    await rig.advance(60)
+    assert "kill:mute" not in effects.calls
+    await rig.advance(15)
+    assert effects.calls.count("kill:mute") == 1
+
+
 async def test_stop_drains_every_worker_and_refuses_newcomers(start: Start, effects: FakeEffects) -> None:
     rig = await start("a")
     await rig.ensure("a")
