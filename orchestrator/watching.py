@@ -22,7 +22,7 @@ from orchestrator.accounting import Accounting
 from orchestrator.loading import Loading
 from orchestrator.retiring import Retiring
 from orchestrator.runtime import Runtime
-from orchestrator.state import Model, Worker, WorkerState
+from orchestrator.state import Model, Stage, Worker, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,8 @@ class Watching:
             replica=worker.id,
             num_bytes=worker.reserved_bytes,
         )
-        self._retiring.at_once(worker, why)
+        if found is None or found[1].stage is not Stage.SPAWN:  # Else it has no process yet: the pool's serves others.
+            self._retiring.at_once(worker, why)
         if found is not None:
             what = "waking" if before is WorkerState.WAKING else "loading"
             self._loading.attempt_failed(*found, WorkerLost(f"its worker was lost while {what} ({why})"))
