@@ -181,9 +181,9 @@ def test_why_a_reply_ended_is_told_in_this_dialects_words(
     assert (whole["stop_reason"], whole["stop_sequence"]) == (expected, stop or None)
 
 
-def test_a_call_that_was_cut_off_is_closed_where_it_ended() -> None:
-    _, whole = build(start(0, "a", "1"), arguments(0, '{"x": [1, {"y": "ab'), finish(3, pb.FINISH_REASON_LENGTH))
-    assert whole["content"][0]["input"] == {"x": [1, {"y": "ab"}]}
+def test_of_a_call_that_was_cut_off_what_was_complete_stays() -> None:
+    _, whole = build(start(0, "a", "1"), arguments(0, '{"x": [1, 2], "y": "ab'), finish(3, pb.FINISH_REASON_LENGTH))
+    assert whole["content"][0]["input"] == {"x": [1, 2]}
     assert whole["stop_reason"] == "max_tokens"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from hostler.errors import InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
@@ -19,6 +20,19 @@ NO_CAP = 1 << 62  # the body's own cap bounds it
 # What only Anthropic's own servers make, kept by clients in their history: skipped.
 _FOREIGN = ("server_tool_use", "mcp_tool_use", "mcp_tool_listing", "fallback")
 _FOREIGN_ENDING = "_tool_result"
+
+
+@dataclass(slots=True)
+class Pictures:
+    """What is known of a request's images.
+
+    Attributes:
+        links: those given by address, in the order in which they were read.
+        first: the name of the block that holds the first one read; empty for none.
+    """
+
+    links: list[Link] = field(default_factory=list)
+    first: str = ""
 
 
 def is_foreign(kind: object) -> bool:
@@ -50,8 +64,8 @@ def text_of(block: Fields) -> str:
     return text
 
 
-def read_parts(blocks: Sequence[Fields], links: list[Link]) -> list[pb.Part]:
-    """Return what a user, or a tool, says; images given by address are added to `links`, and their parts have no data.
+def read_parts(blocks: Sequence[Fields], pictures: Pictures) -> list[pb.Part]:
+    """Return what a user, or a tool, says; images given by address have no data in their parts.
 
     A text after a text begins on a line of its own: they are joined as they are.
 
@@ -61,24 +75,24 @@ def read_parts(blocks: Sequence[Fields], links: list[Link]) -> list[pb.Part]:
     """
     parts: list[pb.Part] = []
     for block in blocks:
-        for part in _parts(block, links):
+        for part in _parts(block, pictures):
             if part.HasField("text") and parts and parts[-1].HasField("text"):
                 part.text = f"\n{part.text}"
             parts.append(part)
     return parts
 
 
-def _parts(block: Fields, links: list[Link]) -> list[pb.Part]:
+def _parts(block: Fields, pictures: Pictures) -> list[pb.Part]:
     kind = block.raw("type")
     if kind == "text":
         return [pb.Part(text=text_of(block))]
     if kind == "image":
-        return [_image(block, links)]
+        return [_image(block, pictures)]
     if kind == "document":
-        return _document(block, links)
+        return _document(block, pictures)
     if kind == "search_result":
         head = "\n".join(block.string(field, _MAX_TITLE_CHARS) or "" for field in ("title", "source"))
-        return [pb.Part(text=head.strip()), *read_parts(read_blocks(block), links)]
+        return [pb.Part(text=head.strip()), *read_parts(read_blocks(block), pictures)]
     if kind == "tool_reference":
         return [pb.Part(text=block.string("tool_name", _MAX_TITLE_CHARS) or "")]
     if kind == "compaction":
@@ -100,7 +114,8 @@ def unknown_block(block: Fields, known: Sequence[str]) -> InvalidRequest:
     return InvalidRequest(f"Invalid value: {show(kind)}. Supported values are: {words}.", param=name)
 
 
-def _image(block: Fields, links: list[Link]) -> pb.Part:
+def _image(block: Fields, pictures: Pictures) -> pb.Part:
+    pictures.first = pictures.first or block.name
     source = block.required_child("source")
     kind = source.choice("type", ("base64", "url", "file"))
     if kind == "base64":
@@ -111,13 +126,13 @@ def _image(block: Fields, links: list[Link]) -> pb.Part:
         url = source.string("url", NO_CAP)
         if url is None:
             raise source.missing("url")
-        return pb.Part(image=image_of_url(url, source.name_of("url"), links))
+        return pb.Part(image=image_of_url(url, source.name_of("url"), pictures.links))
     if kind is None:
         raise source.missing("type")
     raise _refused(source, "type", "files are not kept here. Send the image itself as 'base64'")
 
 
-def _document(block: Fields, links: list[Link]) -> list[pb.Part]:
+def _document(block: Fields, pictures: Pictures) -> list[pb.Part]:
     """Return a document's text under its title; one that is no text is refused."""
     source = block.required_child("source")
     kind = source.choice("type", ("text", "content", "base64", "url", "file"))
@@ -129,7 +144,7 @@ def _document(block: Fields, links: list[Link]) -> list[pb.Part]:
             raise source.missing("data")
         inner = [pb.Part(text=text)]
     elif kind == "content":
-        inner = read_parts(read_blocks(source), links)
+        inner = read_parts(read_blocks(source), pictures)
     else:
         raise _refused(source, "type", "only documents of text can be read. Send a 'text' or 'content' source")
     about = [block.string("title", _MAX_TITLE_CHARS), block.string("context", NO_CAP)]

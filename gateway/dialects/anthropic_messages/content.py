@@ -112,9 +112,9 @@ class CallBlock(Block):
         self._head = {"type": "tool_use", "id": call_id, "name": name}
 
     def content(self) -> dict[str, Any]:
-        """Return the whole block. Arguments that were cut off are closed where they ended."""
+        """Return the whole block. Of arguments that were cut off only what was complete stays, as in a stream's client."""
         try:
-            value = pydantic_core.from_json("".join(self._pieces) or "{}", allow_partial="trailing-strings")
+            value = pydantic_core.from_json("".join(self._pieces) or "{}", allow_partial=True)
         except ValueError:
             value = {}
         return {**self._head, "input": value if isinstance(value, dict) else {}}

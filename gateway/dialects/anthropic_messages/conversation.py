@@ -14,6 +14,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.anthropic_messages.blocks import (
     NO_CAP,
+    Pictures,
     is_foreign,
     read_blocks,
     read_parts,
@@ -23,7 +24,6 @@ from gateway.dialects.anthropic_messages.blocks import (
 from gateway.dialects.openai_chat.messages import MAX_IMAGES, MAX_TOOL_CALLS
 from gateway.dialects.openai_responses.reasoning_text import unsealed
 from gateway.fields import Fields, dump_json, wrong_type
-from gateway.links import Link
 
 MAX_MESSAGES = 16_384
 MAX_ID_CHARS = 256
@@ -37,14 +37,14 @@ class Conversation:
     """A conversation as the contract has it.
 
     Attributes:
-        links: images given by address, in the order of the image parts without data.
+        pictures: the images; links in the order of the image parts without data.
         tool_changes: tools that system messages offered (True) or withdrew (False), in order.
         effort: what the newest turn's system message asks for.
         continues: the last message is the beginning of the reply.
     """
 
     messages: list[pb.Message] = field(default_factory=list)
-    links: list[Link] = field(default_factory=list)
+    pictures: Pictures = field(default_factory=Pictures)
     tool_changes: list[tuple[bool, Fields]] = field(default_factory=list)
     effort: str | None = None
     continues: bool = False
@@ -143,7 +143,7 @@ def _user(item: Fields, made: Conversation, names: dict[str, str]) -> None:
     for block in blocks:
         if block.raw("type") == "tool_result":
             images += _tool_result(block, made, names)
-    rest = read_parts([block for block in blocks if block.raw("type") != "tool_result"], made.links)
+    rest = read_parts([block for block in blocks if block.raw("type") != "tool_result"], made.pictures)
     _say(made, pb.ROLE_USER, [*images, *rest])
 
 
@@ -152,7 +152,7 @@ def _tool_result(block: Fields, made: Conversation, names: dict[str, str]) -> li
     call_id = block.string("tool_use_id", MAX_ID_CHARS)
     if not call_id:
         raise block.missing("tool_use_id")
-    parts = read_parts(read_blocks(block), made.links)
+    parts = read_parts(read_blocks(block), made.pictures)
     pieces: list[str] = []
     for index, part in enumerate(parts):
         if part.HasField("text"):
@@ -188,7 +188,7 @@ def _assistant(item: Fields, made: Conversation, names: dict[str, str]) -> None:
             signature = block.string("signature", NO_CAP) or ""
             thoughts.append(block.string("thinking", NO_CAP) or unsealed(signature))
         elif kind == "compaction":
-            turn.parts.extend(read_parts([block], made.links))
+            turn.parts.extend(read_parts([block], made.pictures))
         elif kind != "redacted_thinking" and not is_foreign(kind):
             raise unknown_block(block, ("text", "tool_use", "thinking", "redacted_thinking"))
     if len(turn.tool_calls) > MAX_TOOL_CALLS:

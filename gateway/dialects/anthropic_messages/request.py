@@ -16,7 +16,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 from gateway.dialects.anthropic_messages.conversation import parse_conversation
 from gateway.dialects.anthropic_messages.tools import parse_tool_choice, parse_tools
 from gateway.dialects.openai_chat.constraint import only_one, schema_constraint
-from gateway.dialects.openai_chat.request import ChatRequest, media_of
+from gateway.dialects.openai_chat.request import ChatRequest
 from gateway.dialects.sampling import MAX_STOP_CHARS, MAX_STOPS, parse_sampling, parse_template_kwargs
 from gateway.fields import Fields, wrong_type
 from gateway.terms import read_batch, read_keep_alive_ms
@@ -106,8 +106,8 @@ def _parse(fields: Fields, model: str, max_tokens: int | None) -> MessagesReques
         include_usage=False,
         n=1,
         generate=generate,
-        links=tuple(conversation.links),
-        media=media_of(messages),
+        links=tuple(conversation.pictures.links),
+        media={"image": conversation.pictures.first} if conversation.pictures.first else {},
         forces_tools=choice is not None and choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED,
         num_text_bytes=sum(len(part.text) for message in messages for part in message.parts),
     )
