@@ -31,6 +31,7 @@ from workers.engine import (
     GenerationRequest,
     LoadSpec,
     ModelFacts,
+    Progress,
     Prompt,
     TextDelta,
     TextPrompt,
@@ -142,6 +143,8 @@ class ScriptedEngine:
         seed = request.sampling.seed or 0
         wanted = orders.get("tokens", 16 if request.max_tokens is None else request.max_tokens)
         limit = wanted if request.max_tokens is None else min(wanted, request.max_tokens)
+        if request.wants_progress:
+            yield Progress(prompt_tokens)
         await asyncio.sleep(orders.get("prefill_ms", 0) / 1000)
         sent, stop = "", ""
         count = 0

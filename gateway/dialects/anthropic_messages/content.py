@@ -112,7 +112,7 @@ class CallBlock(Block):
         self._head = {"type": "tool_use", "id": call_id, "name": name}
 
     def content(self) -> dict[str, Any]:
-        """Return the whole block. Of arguments that were cut off only what was complete stays, as in a stream's client."""
+        """Return the whole. Of arguments that were cut off, what was complete stays, as in clients of streams."""
         try:
             value = pydantic_core.from_json("".join(self._pieces) or "{}", allow_partial=True)
         except ValueError:

@@ -83,7 +83,7 @@ def _parse(fields: Fields, model: str, max_tokens: int | None) -> MessagesReques
     config = fields.child("output_config") or Fields({}, "output_config")
     effort = config.choice("effort", _EFFORTS)
     reasoning, thoughts = _thinking(fields, conversation.effort or effort)
-    messages = conversation.messages
+    messages, stream = conversation.messages, bool(fields.boolean("stream"))
     generate = pb.GenerateRequest(
         chat=pb.Chat(
             messages=messages,
@@ -99,10 +99,12 @@ def _parse(fields: Fields, model: str, max_tokens: int | None) -> MessagesReques
         constraint=_constraint(fields, config),
         keep_alive_ms=read_keep_alive_ms(fields),
         batch=read_batch(fields),
+        # A streamed message begins with the number of its prompt's tokens.
+        wants_progress=stream,
     )
     chat = ChatRequest(
         model=model,
-        stream=bool(fields.boolean("stream")),
+        stream=stream,
         include_usage=False,
         n=1,
         generate=generate,
