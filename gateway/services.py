@@ -27,7 +27,7 @@ from gateway.responses.background import BackgroundRuns
 from gateway.responses.rows import Limits
 from gateway.responses.store import LOOK_AGAIN_S, ResponseStore
 from gateway.routing import RouteTable
-from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S, EventStream, error_frame
+from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING, PING_S, STALLED_READER_S, EventStream, error_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,7 @@ def event_stream(
     *,
     is_spectator: bool = False,
     error_frames: Callable[[HostlerError], bytes] = error_frame,
+    ping: Callable[[], bytes] = lambda: PING,
 ) -> EventStream:
     """Return the streamed reply to `request` under this application's deadlines; the rest as `EventStream` has it."""
     services = services_of(request)
@@ -158,4 +159,5 @@ def event_stream(
         comment_gap_s=patience.comment_gap_s,
         stalled_reader_s=patience.stalled_reader_s,
         error_frames=error_frames,
+        ping=ping,
     )

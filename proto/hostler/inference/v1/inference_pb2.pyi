@@ -554,6 +554,7 @@ class GenerateRequest(_message.Message):
     ECHO_LOGPROBS_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    WANTS_PROGRESS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_tokens: _builtins.int
     """Absent: as many as the context leaves."""
@@ -571,6 +572,8 @@ class GenerateRequest(_message.Message):
     """How long the model is to stay up once idle after this; absent: as configured; negative: for ever."""
     batch: _builtins.bool
     """May wait behind requests that people wait for."""
+    wants_progress: _builtins.bool
+    """Send progress when the request's turn has come, before its first token."""
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
@@ -600,10 +603,11 @@ class GenerateRequest(_message.Message):
         echo_logprobs: _builtins.bool = ...,
         keep_alive_ms: _builtins.int | None = ...,
         batch: _builtins.bool = ...,
+        wants_progress: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "chat", b"chat", "constraint", b"constraint", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "adapter", b"adapter", "batch", b"batch", "cache_scope", b"cache_scope", "chat", b"chat", "constraint", b"constraint", "echo_logprobs", b"echo_logprobs", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "adapter", b"adapter", "batch", b"batch", "cache_scope", b"cache_scope", "chat", b"chat", "constraint", b"constraint", "echo_logprobs", b"echo_logprobs", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "wants_progress", b"wants_progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
     _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
@@ -766,7 +770,7 @@ Global___ToolCallEnd: _TypeAlias = ToolCallEnd  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Progress says that the request is alive before its first token."""
+    """Progress says that the request is alive before its first token. Only to those who want it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -775,6 +779,7 @@ class Progress(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     num_queued_ahead: _builtins.int
     num_prefilled_tokens: _builtins.int
+    """At first those that were found in the cache."""
     num_prompt_tokens: _builtins.int
     def __init__(
         self,
