@@ -28,6 +28,7 @@ from gateway.routes import (
     embeddings,
     health,
     messages,
+    metrics,
     models,
     rerank,
     responses,
@@ -79,7 +80,20 @@ def create_app(
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    rooms = (chat, responses, conversations, messages, completions, embeddings, rerank, tokenize, models, admin, health)
+    rooms = (
+        chat,
+        responses,
+        conversations,
+        messages,
+        completions,
+        embeddings,
+        rerank,
+        tokenize,
+        models,
+        admin,
+        health,
+        metrics,
+    )
     for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
@@ -99,7 +113,7 @@ def create_app(
             expose_headers=(REQUEST_ID_HEADER, ANTHROPIC_ID_HEADER, "retry-after"),
             allow_private_network=True,
         )
-    app.add_middleware(Envelope)
+    app.add_middleware(Envelope, meter=services.meter)
     return app
 
 

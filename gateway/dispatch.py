@@ -34,6 +34,7 @@ from hostler.placement.v1 import placement_pb2
 from gateway.affinity import Affinity, prefix_hashes
 from gateway.balance import Load, choose
 from gateway.channels import WorkerChannels
+from gateway.metrics import Meter
 from gateway.placement import PlacementClient
 from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
 from gateway.waiting import WaitingRoom
@@ -59,6 +60,7 @@ Event = Loading | pb.GenerateResponse
 Q = TypeVar("Q", bound=Message)
 T = TypeVar("T")
 Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
+_OPERATIONS: dict[type[Message], str] = {pb.EmbedRequest: "embeddings", pb.RerankRequest: "rerank"}
 
 
 class Dispatcher:
@@ -75,6 +77,7 @@ class Dispatcher:
         table: RouteTable,
         channels: WorkerChannels,
         placement: PlacementClient,
+        meter: Meter,
         *,
         max_waiting: Callable[[str], int],
         ensure_timeout_s: float,
@@ -83,6 +86,7 @@ class Dispatcher:
         self._table = table
         self._channels = channels
         self._placement = placement
+        self._meter = meter
         self._max_waiting = max_waiting
         self._room = WaitingRoom()
         self._affinity = Affinity()
@@ -109,7 +113,11 @@ class Dispatcher:
         model = target.route.name
         lost: set[ReplicaKey] = set()
         full: set[ReplicaKey] = set()
-        with self._room.enter(model, request.ByteSize(), self._places(model, request)) as place:
+        operation = "chat" if request.HasField("chat") else "text_completion"
+        with (
+            self._meter.request(operation, target.name) as seen,
+            self._room.enter(model, request.ByteSize(), self._places(model, request)) as place,
+        ):
             for attempt in range(1, MAX_TRIES + 1):
                 replica = self._pick(model, lost | full, request)
                 if replica is None:
@@ -130,6 +138,7 @@ class Dispatcher:
                             if not begun and event.WhichOneof("event") != "progress":
                                 begun = True
                                 place.begin()
+                            seen.event(event)
                             yield event
                     return
                 except HostlerError as error:
@@ -158,7 +167,10 @@ class Dispatcher:
         model = target.route.name
         avoided: set[ReplicaKey] = set()
         lost: set[ReplicaKey] = set()
-        with self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place:
+        with (
+            self._meter.request(_OPERATIONS.get(type(message), "tokenize"), target.name) as seen,
+            self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place,
+        ):
             for attempt in range(1, MAX_TRIES + 1):
                 replica = self._pick(model, avoided)
                 if replica is None:
@@ -174,6 +186,8 @@ class Dispatcher:
                         metadata = call_metadata(request_id=request_id, generation=replica.generation)
                         answer = await method(stub)(message, metadata=metadata)
                     place.begin()
+                    if isinstance(answer, pb.EmbedResponse | pb.RerankResponse):
+                        seen.finish = pb.Finish(usage=answer.usage)
                     return answer
                 except grpc.RpcError as problem:
                     error = _worker_error(problem)

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck
 from gateway.error_reply import error_response, speaks_anthropic
 from gateway.errors import ClientGone, as_hostler_error
+from gateway.metrics import Meter
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,9 @@ def canonical_path(path: str) -> str:
 class Envelope:
     """Gives every request an id and a canonical path, and every reply its id and a line in the log."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, meter: Meter) -> None:
         self._app = app
+        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; no exception leaves."""
@@ -103,6 +105,7 @@ class Envelope:
             if not status:
                 await error_response(error, scope)(scope, receive, send_with_id)
         finally:
+            self._meter.reply(scope["method"], status)
             log.info(
                 "request",
                 extra={

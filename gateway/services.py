@@ -21,6 +21,7 @@ from gateway.doors import request_id_of
 from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
+from gateway.metrics import Meter
 from gateway.placement import PlacementClient
 from gateway.responses.answer import Answering
 from gateway.responses.background import BackgroundRuns
@@ -63,6 +64,7 @@ class Services:
     channels: WorkerChannels = field(init=False)
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
+    meter: Meter = field(default_factory=Meter)
     linked_images: LinkedImages = field(init=False)
     responses: ResponseStore = field(init=False)
     answering: Answering = field(init=False)
@@ -83,6 +85,7 @@ class Services:
             self.table,
             self.channels,
             self.placement,
+            self.meter,
             max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,

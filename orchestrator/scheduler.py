@@ -257,7 +257,8 @@ class Scheduler:
 
     def _on_ask_status(self, event: events.AskStatus) -> None:
         num_blank = {node: self._pool.num_ready(node) for node in {d.node for d in self._cluster.devices.values()}}
-        answer(event.reply, wire.status(self._cluster, self._runtime.started_unix_ms, num_blank))
+        counts = self._runtime.journal.counts
+        answer(event.reply, wire.status(self._cluster, self._runtime.started_unix_ms, num_blank, counts))
 
     def _on_stop(self, event: events.Stop) -> None:
         self._requests.stop()
