@@ -7,10 +7,10 @@ caching with sizes (Berger, Beckmann and Harchol-Balter 2018), with three tiers 
 Between two requests for the same model something holds it, or nothing does: it stays on a device (costs nothing), it is
 in host memory (costs a wake), its file stays in the page cache (costs a load from there), or it is read from the disk.
 At each request the device memory is shared by those that stay and the one that is asked for, with its smallest KV cache;
-device and host memory together by those that stay, and those that sleep; the page cache by files.
+device and host memory together by those that stay and those that sleep; host memory by the page cache's files.
 
 It lies below the best that could really be done, for it lets a model be held in part, takes all devices for one, lets
-models move between devices and wake on any, and knows neither how long a request runs nor how long a model takes to go.
+models move between devices and wake on any, gives all host memory to the page cache and to sleepers both, and knows neither how long a request runs nor how long a model takes to go.
 It lies above what can be done by serving out of order: one load for callers of one model that came at different times
 is the one way to do with less.
 """
@@ -71,7 +71,7 @@ def least_reload_s(trace: Trace, hardware: Hardware | None = None) -> float:
     device_gb = np.array([least_bytes(models.demand(m.spec, m.located.footprint)) / GB for m in steps])
     total_gb = sum(trace.device_gb)
     room_gb = np.stack(
-        [total_gb - device_gb, total_gb + trace.sleep_gb - device_gb, np.full(num_steps, trace.cache_gb)]
+        [total_gb - device_gb, total_gb + trace.host_gb - device_gb, np.full(num_steps, trace.host_gb)]
     )
     num_gaps = len(gaps)
     # Columns: each gap's three ways to be held, then how full each of the three memories is at each step.

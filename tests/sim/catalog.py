@@ -24,7 +24,7 @@ def workstation(chance: random.Random) -> Trace:
     weights = zipf(12, 0.9)
     asked = sessions(chance, models, lambda s: weights, 1 / 60, 30 * HOUR_S)
     says = "12 models, Zipf 0.9, sessions"
-    return Trace("workstation", says, (24,), 32, 32, models, in_order(asked, NUM_ASKED))
+    return Trace("workstation", says, (24,), 64, models, in_order(asked, NUM_ASKED))
 
 
 def team(chance: random.Random) -> Trace:
@@ -33,7 +33,7 @@ def team(chance: random.Random) -> Trace:
     weights = zipf(40, 0.8)
     asked = sessions(chance, models, lambda s: weights, 1 / 30, 20 * HOUR_S)
     says = "40 models, Zipf 0.8, sessions"
-    return Trace("team", says, (48,) * 4, 128, 128, models, in_order(asked, NUM_ASKED))
+    return Trace("team", says, (48,) * 4, 256, models, in_order(asked, NUM_ASKED))
 
 
 def house(chance: random.Random) -> Trace:
@@ -42,7 +42,7 @@ def house(chance: random.Random) -> Trace:
     weights = zipf(100, 0.8)
     asked = sessions(chance, models, lambda s: weights, 1 / 20, 20 * HOUR_S)
     says = "100 models, Zipf 0.8, sessions"
-    return Trace("house", says, (80,) * 8, 256, 256, models, in_order(asked, NUM_ASKED))
+    return Trace("house", says, (80,) * 8, 512, models, in_order(asked, NUM_ASKED))
 
 
 def diurnal(chance: random.Random) -> Trace:
@@ -59,7 +59,7 @@ def diurnal(chance: random.Random) -> Trace:
 
     asked = sessions(chance, models, weights, 1 / 120, 72 * HOUR_S, lambda s: 0.15 + 0.85 * light(s))
     says = "30 models; other ones by day than by night, 3 days"
-    return Trace("diurnal", says, (80, 80), 96, 96, models, in_order(asked, NUM_ASKED))
+    return Trace("diurnal", says, (80, 80), 192, models, in_order(asked, NUM_ASKED))
 
 
 def bursty(chance: random.Random) -> Trace:
@@ -69,7 +69,7 @@ def bursty(chance: random.Random) -> Trace:
     for rank, model in enumerate(models):
         asked += on_off(chance, model.name, 0.1, 120.0, 600.0 * (1 + rank / 2), 20 * HOUR_S)
     says = "24 models, each in bursts (Markov-modulated)"
-    return Trace("bursty", says, (24,) * 4, 64, 64, models, in_order(asked, NUM_ASKED))
+    return Trace("bursty", says, (24,) * 4, 128, models, in_order(asked, NUM_ASKED))
 
 
 def thrash(chance: random.Random) -> Trace:
@@ -82,7 +82,7 @@ def thrash(chance: random.Random) -> Trace:
             at_s += chance.expovariate(1 / 6.0)
             yield Asked(at_s, "a" if turn % 2 == 0 else "bcde"[turn // 2 % 4], runs_s(chance, 1.5))
 
-    return Trace("thrash", "A-B-A-C-A-D…, only one fits, one every 6 s", (24,), 20, 40, models, in_order(turns(), NUM_ASKED))
+    return Trace("thrash", "A-B-A-C-A-D…, only one fits, one every 6 s", (24,), 64, models, in_order(turns(), NUM_ASKED))
 
 
 def scan(chance: random.Random) -> Trace:
@@ -93,7 +93,7 @@ def scan(chance: random.Random) -> Trace:
     for start in range(1, 24, 3):
         for index, model in enumerate(models):
             asked.append(Asked(start * HOUR_S + index * 12.0 + chance.random(), model.name, runs_s(chance, 2.0)))
-    return Trace("scan", "10 hot models; every 3 h one pass over all 50", (48, 48), 48, 96, models, in_order(asked, NUM_ASKED))
+    return Trace("scan", "10 hot models; every 3 h one pass over all 50", (48, 48), 128, models, in_order(asked, NUM_ASKED))
 
 
 def agents(chance: random.Random) -> Trace:
@@ -115,7 +115,7 @@ def agents(chance: random.Random) -> Trace:
             took_s = runs_s(chance, 6.0)
             asked.append(Asked(step_s, chat.name, took_s))
             step_s += took_s + chance.expovariate(1 / 3.0)
-    return Trace("agents", "embed, rerank, chat in turn; 10 chat models", (24, 24), 32, 64, (*small, *chats), in_order(asked, NUM_ASKED))
+    return Trace("agents", "embed, rerank, chat in turn; 10 chat models", (24, 24), 96, (*small, *chats), in_order(asked, NUM_ASKED))
 
 
 def shifting(chance: random.Random) -> Trace:
@@ -128,7 +128,7 @@ def shifting(chance: random.Random) -> Trace:
         return base[-moved:] + base[:-moved] if moved else base
 
     asked = sessions(chance, models, weights, 1 / 35, 20 * HOUR_S)
-    return Trace("shifting", "40 models, Zipf 1.1, ranks move on every hour", (80,) * 2, 96, 96, models, in_order(asked, NUM_ASKED))
+    return Trace("shifting", "40 models, Zipf 1.1, ranks move on every hour", (80, 80), 192, models, in_order(asked, NUM_ASKED))
 
 
 def giant(chance: random.Random) -> Trace:
@@ -136,7 +136,7 @@ def giant(chance: random.Random) -> Trace:
     models = (Served("giant", 70.0), *served(chance, 24, 15.2))
     weights = [1.2, *zipf(24, 0.8)]
     asked = sessions(chance, models, lambda s: weights, 1 / 60, 40 * HOUR_S)
-    return Trace("giant", "70 GB on one 80 GB card, among 24 small ones", (80,), 64, 128, models, in_order(asked, NUM_ASKED))
+    return Trace("giant", "70 GB on one 80 GB card, among 24 small ones", (80,), 128, models, in_order(asked, NUM_ASKED))
 
 
 CATALOG: tuple[Callable[[random.Random], Trace], ...] = (

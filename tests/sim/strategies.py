@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from orchestrator import policy
+from orchestrator.devices import SLEEP_SHARE_BESIDE_GPUS
 from orchestrator.policy.giving import can_wake_on
 from orchestrator.policy.room import Room, comfortable_bytes, kv_cache_bytes, least_bytes, may_leave, rooms_of
 from orchestrator.views import ClusterView, Demand, HolderState, HolderView, Obstacle, Part, Plan, Refusal, Rules
@@ -19,9 +20,10 @@ from .traces import Trace
 
 
 class Strategy(Protocol):
-    """Decides where a model goes and who gives way."""
+    """Decides where a model goes and who gives way; `sleep_share` of host memory is for sleepers, the rest caches files."""
 
     name: str
+    sleep_share: float
 
     def seen(self, model: str, now_s: float) -> None:
         """Take notice of a request."""
@@ -40,6 +42,7 @@ class Hostler:
     """The policy as it runs."""
 
     name = "hostler"
+    sleep_share = SLEEP_SHARE_BESIDE_GPUS
 
     def seen(self, model: str, now_s: float) -> None:
         """The world counts uses already."""
@@ -68,8 +71,11 @@ class Clairvoyant(Hostler):
 class _InOrder:
     """Victims one after the other in some order until it is enough, on the device where the last one matters least.
 
-    They sleep while host memory has room, and push sleepers out that come before them in the same order.
+    Where host memory is set aside for it they sleep, and push sleepers out that come before them in the same order.
     """
+
+    name = ""
+    sleep_share = 0.0
 
     def key(self, holder: HolderView) -> float:
         """Return what the order is by; the least goes first."""
@@ -161,7 +167,7 @@ class _InOrder:
 
 
 class LeastRecentlyUsed(_InOrder):
-    """LRU, with the same tiers."""
+    """LRU as it is usually built: what is evicted is gone, and all of host memory caches files."""
 
     name = "LRU"
 
@@ -169,8 +175,15 @@ class LeastRecentlyUsed(_InOrder):
         return holder.last_used_s
 
 
+class LeastRecentlyUsedAsleep(LeastRecentlyUsed):
+    """LRU with hostler's tiers: only the choice of who gives way differs."""
+
+    name = "LRU, sleeping"
+    sleep_share = SLEEP_SHARE_BESIDE_GPUS
+
+
 class LeastFrequentlyUsed(_InOrder):
-    """LFU, with the same tiers: by all requests since the beginning."""
+    """LFU, by all requests since the beginning; as LRU else."""
 
     name = "LFU"
 

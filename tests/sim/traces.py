@@ -55,15 +55,13 @@ class Trace:
 
     Attributes:
         device_gb: one entry for each device of the one machine.
-        sleep_gb: host memory for sleeping models.
-        cache_gb: host memory that the page cache has.
+        host_gb: host memory for sleeping models and the page cache together.
     """
 
     name: str
     says: str
     device_gb: tuple[float, ...]
-    sleep_gb: float
-    cache_gb: float
+    host_gb: float
     models: tuple[Served, ...]
     asked: tuple[Asked, ...]
     seed: int = 0

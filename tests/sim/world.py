@@ -119,8 +119,8 @@ class World:
         self.workers: list[Worker] = []
         self.jobs: dict[str, Job] = {}
         self.usable = {f"gpu{i}": int(gb * GB) for i, gb in enumerate(trace.device_gb)}
-        self.sleep_bytes = int(trace.sleep_gb * GB)
-        self.cache = PageCache(int(trace.cache_gb * GB))
+        self.sleep_bytes = int(trace.host_gb * GB * strategy.sleep_share)
+        self.cache = PageCache(int(trace.host_gb * GB) - self.sleep_bytes)
         self.experience = Experience()
         self.reuse = {model.name: Reuse() for model in trace.models}
         self._coming: list[tuple[float, int, Callable[[], None]]] = []
@@ -204,7 +204,7 @@ class World:
         if worker.state is State.RESTING:
             self.at(self.now_s + self.hardware.sleep_s(worker.model.weight_bytes), lambda: self._asleep(worker))
         elif worker.state is State.DRAINING:
-            self.at(self.now_s + self.hardware.evict_s, lambda: self._gone(worker))
+            self.at(self.now_s + self.hardware.evict_s, lambda: self.gone(worker))
         self.place_waiting()
 
     def of(self, model: str, *states: State) -> Worker | None:
@@ -277,13 +277,14 @@ class World:
         if was is State.ASLEEP:
             self.workers.remove(worker)
         elif not worker.num_running:
-            self.at(self.now_s + self.hardware.evict_s, lambda: self._gone(worker))
+            self.at(self.now_s + self.hardware.evict_s, lambda: self.gone(worker))
 
     def _asleep(self, worker: Worker) -> None:
         worker.state, worker.num_bytes = State.ASLEEP, 0
         self.place_waiting()
 
-    def _gone(self, worker: Worker) -> None:
+    def gone(self, worker: Worker) -> None:
+        """Take a worker out that has ended."""
         self.workers.remove(worker)
         self.place_waiting()
 
