@@ -8,6 +8,7 @@
     strategies.py  who gives way: hostler's policy, LRU, LFU, the clairvoyant
     ollama.py      Ollama's scheduler, whose rules of waiting differ, too
     bound.py       what no one that serves in order of arrival can do with less of: a linear programme
+    real.py        the same trace through the real scheduler, to see that the world here is like it
     figures.py     what is measured, and the goal
     deciding.py    how long a decision takes
     report.py      table, JSON, Markdown

@@ -33,7 +33,9 @@ def runs_s(chance: random.Random, median_s: float = 4.0) -> float:
     return min(60.0, chance.lognormvariate(math.log(median_s), 0.8))
 
 
-def session(chance: random.Random, at_s: float, model: str, turns: float = 4.0, think_s: float = 25.0) -> Iterator[Asked]:
+def session(
+    chance: random.Random, at_s: float, model: str, turns: float = 4.0, think_s: float = 25.0
+) -> Iterator[Asked]:
     """Yield one conversation: some turns, with time to read and think between them."""
     while True:
         took_s = runs_s(chance)
@@ -43,7 +45,9 @@ def session(chance: random.Random, at_s: float, model: str, turns: float = 4.0, 
         at_s += took_s + chance.lognormvariate(math.log(think_s), 0.7)
 
 
-def poisson(chance: random.Random, per_s: Callable[[float], float], most_per_s: float, until_s: float) -> Iterator[float]:
+def poisson(
+    chance: random.Random, per_s: Callable[[float], float], most_per_s: float, until_s: float
+) -> Iterator[float]:
     """Yield the moments of an inhomogeneous Poisson process, by thinning (Lewis and Shedler 1979)."""
     at_s = 0.0
     while (at_s := at_s + chance.expovariate(most_per_s)) < until_s:

@@ -70,9 +70,7 @@ def least_reload_s(trace: Trace, hardware: Hardware | None = None) -> float:
     gaps, num_steps = gaps_of(steps), len(steps)
     device_gb = np.array([least_bytes(models.demand(m.spec, m.located.footprint)) / GB for m in steps])
     total_gb = sum(trace.device_gb)
-    room_gb = np.stack(
-        [total_gb - device_gb, total_gb + trace.host_gb - device_gb, np.full(num_steps, trace.host_gb)]
-    )
+    room_gb = np.stack([total_gb - device_gb, total_gb + trace.host_gb - device_gb, np.full(num_steps, trace.host_gb)])
     num_gaps = len(gaps)
     # Columns: each gap's three ways to be held, then how full each of the three memories is at each step.
     fills = 3 * num_gaps + np.arange(3 * num_steps).reshape(3, num_steps)

@@ -78,11 +78,13 @@ def thrash(chance: random.Random) -> Trace:
 
     def turns() -> Iterator[Asked]:
         at_s = 0.0
-        for turn in range(NUM_ASKED):
+        for turn in range(NUM_ASKED // 2):
             at_s += chance.expovariate(1 / 6.0)
             yield Asked(at_s, "a" if turn % 2 == 0 else "bcde"[turn // 2 % 4], runs_s(chance, 1.5))
 
-    return Trace("thrash", "A-B-A-C-A-D…, only one fits, one every 6 s", (24,), 64, models, in_order(turns(), NUM_ASKED))
+    return Trace(
+        "thrash", "A-B-A-C-A-D…, only one fits, one every 6 s", (24,), 64, models, in_order(turns(), NUM_ASKED)
+    )
 
 
 def scan(chance: random.Random) -> Trace:
@@ -93,7 +95,9 @@ def scan(chance: random.Random) -> Trace:
     for start in range(1, 24, 3):
         for index, model in enumerate(models):
             asked.append(Asked(start * HOUR_S + index * 12.0 + chance.random(), model.name, runs_s(chance, 2.0)))
-    return Trace("scan", "10 hot models; every 3 h one pass over all 50", (48, 48), 128, models, in_order(asked, NUM_ASKED))
+    return Trace(
+        "scan", "10 hot models; every 3 h one pass over all 50", (48, 48), 128, models, in_order(asked, NUM_ASKED)
+    )
 
 
 def agents(chance: random.Random) -> Trace:
@@ -115,7 +119,14 @@ def agents(chance: random.Random) -> Trace:
             took_s = runs_s(chance, 6.0)
             asked.append(Asked(step_s, chat.name, took_s))
             step_s += took_s + chance.expovariate(1 / 3.0)
-    return Trace("agents", "embed, rerank, chat in turn; 10 chat models", (24, 24), 96, (*small, *chats), in_order(asked, NUM_ASKED))
+    return Trace(
+        "agents",
+        "embed, rerank, chat in turn; 10 chat models",
+        (24, 24),
+        96,
+        (*small, *chats),
+        in_order(asked, NUM_ASKED),
+    )
 
 
 def shifting(chance: random.Random) -> Trace:
@@ -128,7 +139,9 @@ def shifting(chance: random.Random) -> Trace:
         return base[-moved:] + base[:-moved] if moved else base
 
     asked = sessions(chance, models, weights, 1 / 35, 20 * HOUR_S)
-    return Trace("shifting", "40 models, Zipf 1.1, ranks move on every hour", (80, 80), 192, models, in_order(asked, NUM_ASKED))
+    return Trace(
+        "shifting", "40 models, Zipf 1.1, ranks move on every hour", (80, 80), 192, models, in_order(asked, NUM_ASKED)
+    )
 
 
 def giant(chance: random.Random) -> Trace:
@@ -136,7 +149,9 @@ def giant(chance: random.Random) -> Trace:
     models = (Served("giant", 70.0), *served(chance, 24, 15.2))
     weights = [1.2, *zipf(24, 0.8)]
     asked = sessions(chance, models, lambda s: weights, 1 / 60, 40 * HOUR_S)
-    return Trace("giant", "70 GB on one 80 GB card, among 24 small ones", (80,), 128, models, in_order(asked, NUM_ASKED))
+    return Trace(
+        "giant", "70 GB on one 80 GB card, among 24 small ones", (80,), 128, models, in_order(asked, NUM_ASKED)
+    )
 
 
 CATALOG: tuple[Callable[[random.Random], Trace], ...] = (
