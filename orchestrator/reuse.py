@@ -22,7 +22,7 @@ _RATES = tuple(math.log(2) * 4**i / LONGEST_S / NUM_SCALES for i in range(NUM_SC
 
 @dataclass(slots=True)
 class Reuse:
-    """Uses a second. `weights`: past uses as they have faded on each scale, longest first; none before the first use."""
+    """Uses a second. `weights`: past uses as they have faded on each scale, longest first; empty before the first."""
 
     weights: tuple[float, ...] = ()
     at_s: float = 0.0

@@ -1,4 +1,4 @@
-"""`make sim`: the real placement policy beside LRU, LFU, Ollama's rule and a clairvoyant, over traces in virtual time."""
+"""`make sim`: the real placement policy beside LRU, LFU, Ollama and a clairvoyant, over traces in virtual time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main() -> int:
         chosen.json.write_text(as_json(results, decided, seeds))
     if chosen.write:
         (ROOM / "simulator.svg").write_text(picture(results))
-        write_into(ROOM / "README.md", as_markdown(results, seeds))
+        write_into(ROOM / "README.md", as_markdown(results, decided, seeds))
     good = all(result.reloads_little and result.waits_no_longer for result in results)
     return 0 if good and all(one.median_ms <= one.limit_ms for one in decided) else 1
 

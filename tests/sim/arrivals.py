@@ -73,7 +73,7 @@ def sessions(
 def on_off(
     chance: random.Random, model: str, per_s: float, on_s: float, off_s: float, until_s: float
 ) -> Iterator[Asked]:
-    """Yield a Markov-modulated Poisson process: bursts of mean length `on_s`, silence of mean length `off_s` between."""
+    """Yield a Markov-modulated Poisson process: bursts of mean length `on_s`, silences of mean length `off_s`."""
     at_s = chance.expovariate(1.0 / off_s)
     while at_s < until_s:
         end_s = min(until_s, at_s + chance.expovariate(1.0 / on_s))

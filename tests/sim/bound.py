@@ -4,15 +4,16 @@ begins to serve requests in the order in which they came.
 Above it: `figures.py`. Below it: traces, hardware, scipy's HiGHS. The line is that of flow-based offline bounds on
 caching with sizes (Berger, Beckmann and Harchol-Balter 2018), with three tiers instead of one.
 
-Between two requests for the same model something holds it, or nothing does: it stays on a device (costs nothing), it is
-in host memory (costs a wake), its file stays in the page cache (costs a load from there), or it is read from the disk.
-At each request the device memory is shared by those that stay and the one that is asked for, with its smallest KV cache;
-device and host memory together by those that stay and those that sleep; host memory by the page cache's files.
+Between two requests for the same model something holds it, or nothing does: it stays on a device (costs nothing), it
+is in host memory (costs a wake), its file stays in the page cache (costs a load from there), or it is read from disk.
+At each request the device memory is shared by those that stay and the one that is asked for, with its smallest KV
+cache; device and host memory together by those that stay and those that sleep; host memory by the page cache's files.
 
-It lies below the best that could really be done, for it lets a model be held in part, takes all devices for one, lets
-models move between devices and wake on any, gives all host memory to the page cache and to sleepers both, and knows neither how long a request runs nor how long a model takes to go.
-It lies above what can be done by serving out of order: one load for callers of one model that came at different times
-is the one way to do with less.
+It lies below the best that could really be done: it lets a model be held in part, takes all devices for one, lets
+models move between them and wake on any, gives all host memory to the page cache and to sleepers both, and knows
+neither how long a request runs nor how long a model takes to go. The fewer and larger the models, the further below.
+It lies above what can be done by serving out of order: one load for callers who came at different times, with others
+between them, is the one way to do with less.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Above it: `__main__.py`. Below it: the world, whose loads and requests it shares
 One request after the other is looked at, and none behind it is, not even for a model that is up, until it has its model
 or the one to be unloaded for it has ended what it ran. Without a limit set, three models a GPU. Each goes where most is
 free. A model goes when it has not been used for five minutes; to make room, the idle one with the shortest keep-alive
-does (all have the same here, so by name), else the first of all as soon as it is idle. While a model loads, who finds no
-room asks again a quarter of a second later, at the end of the queue. Models that do not fit are not split with the CPU
-here, and its idea of their memory is ours.
+does (all have the same here, so by name), else the first of all as soon as it is idle. While a model loads, whoever
+finds no room asks again a quarter of a second later, at the end of the queue. Models that do not fit are not split with
+the CPU here, and its idea of their memory is ours.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def as_json(results: Sequence[Result], decided: Sequence[Decided], seeds: Sequen
     return json.dumps(values, indent=1)
 
 
-def as_markdown(results: Sequence[Result], seeds: Sequence[int]) -> str:
-    """Return the table for the README: reload seconds, and what the goal looks at."""
+def as_markdown(results: Sequence[Result], decided: Sequence[Decided], seeds: Sequence[int]) -> str:
+    """Return the table for the README: reload seconds, what the goal looks at, and what a decision takes."""
     lines = [
         "| trace | at least | clairvoyant | **hostler** | LRU, sleeping | LRU | LFU | Ollama | × clairvoyant | × LRU "
         "| p99 wait s: hostler, LRU | |",
@@ -75,6 +75,9 @@ def as_markdown(results: Sequence[Result], seeds: Sequence[int]) -> str:
         lines.append(f"| {r.trace} | {r.bound_s:,.0f} | {' | '.join(seconds)} | {ratios} | {waits} | {goal} |")
     lines += ["", f"Seconds of loads and wakes, means over seeds {', '.join(map(str, seeds))}. The traces:", ""]
     lines += [f"- *{r.trace}*: {r.says}; {r.memory}; {r.num_asked:,} requests." for r in results]
+    if decided:
+        taken = ", ".join(f"{d.median_ms:.2g} ms for {d.num_models:,} on {d.num_devices:,} devices" for d in decided)
+        lines += ["", f"A decision for which somebody has to give way takes {taken} (median, processor time)."]
     return "\n".join(lines)
 
 

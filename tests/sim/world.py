@@ -1,8 +1,9 @@
 """One machine in virtual time: requests come, models are loaded, give way, sleep and wake, as a strategy decides.
 
-Above it: `__main__.py`, the tests. Below it: the strategies, `traces.py`, `hardware.py`, the orchestrator's views, rates,
-experience and rules. The rules of waiting are the scheduler's: callers of one model share one load, the oldest load is
-placed first, a plan's room is promised at once, whoever gives way ends what it runs, a shut model takes no more.
+Above it: `figures.py`, the tests. Below it: the strategies, `traces.py`, `hardware.py`, the orchestrator's views,
+rates, experience and rules. The rules of waiting are the scheduler's: callers of one model share one load, the oldest
+load is placed first, a plan's room is promised at once, whoever gives way ends what it runs, a shut model takes no
+more.
 
 Left out: KV caches do not grow back, calls to workers take no time, nothing fails.
 """
