@@ -20,7 +20,7 @@ from .traces import Trace
 
 
 class Strategy(Protocol):
-    """Decides where a model goes and who gives way. `sleep_share` of host memory is for sleepers, the rest for files."""
+    """Decides where a model goes and who gives way. `sleep_share` of host memory is not page cache but for sleepers."""
 
     name: str
     sleep_share: float
