@@ -42,6 +42,8 @@ def show(console: Console, results: Sequence[Result], decided: Sequence[Decided]
             f"  {verdict(result.reloads_little)} reloads: {result.to('clairvoyant'):.2f} × the clairvoyant's, "
             f"{result.to('LRU'):.2f} × LRU's    {verdict(result.waits_no_longer)} p99 no worse than LRU's\n"
         )
+    num_met = sum(result.reloads_little and result.waits_no_longer for result in results)
+    console.print(f"{num_met} of {len(results)} traces: little reloading, and waits no longer than under LRU")
     for one in decided:
         console.print(
             f"{verdict(one.median_ms <= one.limit_ms)} a decision for {one.num_models} models on {one.num_devices} "
@@ -62,6 +64,8 @@ def as_json(results: Sequence[Result], decided: Sequence[Decided], seeds: Sequen
 def as_markdown(results: Sequence[Result], decided: Sequence[Decided], seeds: Sequence[int]) -> str:
     """Return the table for the README: reload seconds, what the goal looks at, and what a decision takes."""
     lines = [
+        f"In seconds of loads and wakes, means over seeds {', '.join(map(str, seeds))}:",
+        "",
         "| trace | at least | clairvoyant | **hostler** | LRU, sleeping | LRU | LFU | Ollama | × clairvoyant | × LRU "
         "| p99 wait s: hostler, LRU | |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
@@ -73,7 +77,7 @@ def as_markdown(results: Sequence[Result], decided: Sequence[Decided], seeds: Se
         goal = f"{verdict(r.reloads_little)} {verdict(r.waits_no_longer)}"
         ratios = f"{r.to('clairvoyant'):.2f} | {r.to('LRU'):.2f}"
         lines.append(f"| {r.trace} | {r.bound_s:,.0f} | {' | '.join(seconds)} | {ratios} | {waits} | {goal} |")
-    lines += ["", f"Seconds of loads and wakes, means over seeds {', '.join(map(str, seeds))}. The traces:", ""]
+    lines.append("")
     lines += [f"- *{r.trace}*: {r.says}; {r.memory}; {r.num_asked:,} requests." for r in results]
     if decided:
         taken = ", ".join(f"{d.median_ms:.2g} ms for {d.num_models:,} on {d.num_devices:,} devices" for d in decided)
