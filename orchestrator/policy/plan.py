@@ -3,9 +3,9 @@
 Above it: the package. Below it: `room.py`, `hosts.py`, `victims.py`, `split.py`, `refusal.py`, `telling.py`, the views.
 
 In this order: room that is free (the device with the fewest busy models, then the tightest fit, which keeps large holes
-for large models), unless the model sleeps where others can give way for less than a cold load would cost; else, over all
-devices, the least expected loss among shrinking neighbours' KV caches, putting models to sleep and sending them away;
-else split over several devices; else the reason why not.
+for large models), unless the model sleeps where others can give way for less than a cold load would cost; else, over
+all devices, the least expected loss among shrinking neighbours' KV caches, putting models to sleep and sending them
+away; else split over several devices; else the reason why not.
 """
 
 from __future__ import annotations
