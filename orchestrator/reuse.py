@@ -37,7 +37,7 @@ class Reuse:
         return sum(weight * rate for weight, rate in zip(self._faded(now_s), _RATES, strict=False))
 
     def _faded(self, now_s: float) -> list[float]:
-        share = 0.5 ** (max(0.0, now_s - self.at_s) / LONGEST_S)
+        share: float = 0.5 ** (max(0.0, now_s - self.at_s) / LONGEST_S)
         faded = []
         for weight in self.weights:
             faded.append(weight * share)

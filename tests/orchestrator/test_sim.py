@@ -131,7 +131,7 @@ def test_every_trace_has_some_thousand_requests_and_no_model_that_fits_nowhere()
         trace = make(which, 5)
         assert 1000 <= len(trace.asked) <= 10_000
         for model in trace.models:
-            assert least_bytes(demand(model.spec, model.located.footprint)) <= max(trace.device_gb) * GB
+            assert least_bytes(demand(model.spec, model.located)) <= max(trace.device_gb) * GB
 
 
 # ------------------------------------------------------------ what is shown

@@ -69,7 +69,7 @@ def least_reload_s(trace: Trace, hardware: Hardware | None = None) -> float:
     hardware = hardware or Hardware()
     steps = steps_of(trace)
     gaps, num_steps = gaps_of(steps), len(steps)
-    device_gb = np.array([least_bytes(models.demand(m.spec, m.located.footprint)) / GB for m in steps])
+    device_gb = np.array([least_bytes(models.demand(m.spec, m.located)) / GB for m in steps])
     total_gb = sum(trace.device_gb)
     room_gb = np.stack([total_gb - device_gb, total_gb + trace.host_gb - device_gb, np.full(num_steps, trace.host_gb)])
     num_gaps = len(gaps)
@@ -92,7 +92,7 @@ def least_reload_s(trace: Trace, hardware: Hardware | None = None) -> float:
     for index, gap in enumerate(gaps):
         weight_bytes = gap.model.weight_bytes
         footprint = gap.model.located.footprint
-        held_gb = least_bytes(models.demand(gap.model.spec, footprint)) / GB
+        held_gb = least_bytes(models.demand(gap.model.spec, gap.model.located)) / GB
         asleep_gb, file_gb = models.sleep_bytes(footprint, "cuda") / GB, weight_bytes / GB
         disk_s = hardware.load_s(weight_bytes, cached=False)
         least_s += disk_s

@@ -329,7 +329,7 @@ class World:
         resident = {worker.model.name for worker in self.workers if worker.state is not State.DRAINING}
         num_others = len(self.trace.models) - len(resident | {spec.name})
         return replace(
-            models.demand(spec, located.footprint, num_others=num_others),
+            models.demand(spec, located, num_others=num_others),
             waited_s=self.now_s - self._since_s(job),
             load_s=self.experience.expect(spec, located, KIND).load_s,
             uses_per_s=self.strategy.uses_per_s(spec.name, self.now_s, self.reuse[spec.name].per_s(self.now_s)),
