@@ -17,7 +17,7 @@ SHORTEST_S = 15.0
 NUM_SCALES = 7
 LONGEST_S = SHORTEST_S * 4 ** (NUM_SCALES - 1)
 """Half-lives rise by four: 15 s, 1 min, 4 min, 16 min, about 1, 4 and 17 h."""
-_RATES = tuple(math.log(2) * 4**i / LONGEST_S / NUM_SCALES for i in range(NUM_SCALES))
+_RATES: tuple[float, ...] = tuple(math.log(2) * 4**i / LONGEST_S / NUM_SCALES for i in range(NUM_SCALES))
 
 
 @dataclass(slots=True)

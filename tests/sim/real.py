@@ -96,7 +96,7 @@ class RealRun:
 
     def __init__(self, trace: Trace) -> None:
         mb = shapes.MB
-        self._trace, self._loop = trace, VirtualLoop()
+        self._trace, self._loop = trace, VirtualLoop()  # type: ignore[abstract]
         shape = shapes.Shape(
             trace.name,
             tuple((int(gb * GB) // mb,) * 2 for gb in trace.device_gb),
