@@ -14,8 +14,6 @@ from .traces import Asked, Served, Trace
 
 HOUR_S = 3600.0
 NUM_ASKED = 3000
-DEVELOPED_ON = 1
-"""The policy was looked at with this seed; others are what it is judged by."""
 
 
 def workstation(chance: random.Random) -> Trace:
