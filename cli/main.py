@@ -280,6 +280,37 @@ def rm(
 
 @app.command(
     epilog=_examples(
+        "hostler connect                       which clients there are",
+        "hostler connect codex                 what to put where",
+        "hostler connect codex --write         put it there: a diff, a backup, nothing of yours replaced",
+        "hostler connect cursor --url https://box.example.org --api-key $KEY",
+    )
+)
+@friendly
+def connect(
+    client: Annotated[str | None, typer.Argument(help="Name of a client; none lists them.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Default: the server's first that chats.", autocompletion=_complete_model)
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Change the client's files instead of showing how.")] = False,
+    with_key: Annotated[bool, typer.Option("--with-key", help="Show or write the server's key itself.")] = False,
+    url: Annotated[str | None, typer.Option(help="A server elsewhere instead of the one that runs here.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Its key; default $HOSTLER_API_KEY.")] = None,
+    as_json: Json = False,
+    port: Port = None,
+) -> None:
+    """Show or write the configuration with which a client (Jan, Cursor, Codex, an SDK …) talks to your server."""
+    from cli import connect as connecting
+
+    if client is None:
+        connecting.listing(as_json)
+        return
+    wish = connecting.Wish(model=model, url=url, api_key=api_key, port=port, with_key=with_key)
+    connecting.connect(client, wish, write=write, as_json=as_json)
+
+
+@app.command(
+    epilog=_examples(
         "hostler config                                   check the file, show every value",
         "hostler config --schema > hostler.schema.json    for your editor",
     )
