@@ -311,6 +311,39 @@ def connect(
 
 @app.command(
     epilog=_examples(
+        "hostler doctor                    is this machine fit to serve",
+        "hostler doctor --client codex     would Codex work with the server that runs",
+        "hostler doctor --json | jq '.findings[] | select(.state == \"bad\")'",
+    )
+)
+@friendly
+def doctor(
+    client: Annotated[
+        str | None, typer.Option(help="Send what this client sends, and say what it would stumble over.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For --client; default the first that chats.", autocompletion=_complete_model)
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="For --client: a server elsewhere.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Its key; default $HOSTLER_API_KEY.")] = None,
+    file: Annotated[Path | None, typer.Option("--config", "-c", help="File to check instead of the usual one.")] = None,
+    as_json: Json = False,
+    port: Port = None,
+) -> None:
+    """Check this machine and its servers, or whether a client would work. Exit code 1 if something must be mended."""
+    if client is None:
+        from cli.doctor import report
+
+        report.run(file, as_json=as_json)
+        return
+    from cli.connect import Wish
+    from cli.doctor import client as checking
+
+    checking.check(client, Wish(model=model, url=url, api_key=api_key, port=port), as_json=as_json)
+
+
+@app.command(
+    epilog=_examples(
         "hostler config                                   check the file, show every value",
         "hostler config --schema > hostler.schema.json    for your editor",
     )

@@ -1,4 +1,4 @@
-"""Coding agents and command-line clients; checked in 2026-11 with Codex 0.171, opencode 1.18, Cline 3.0 and llm 0.36."""
+"""Coding agents and command-line clients; checked in 2026-11: Codex 0.171, opencode 1.18, Cline 3.0, llm 0.36."""
 
 from __future__ import annotations
 
