@@ -15,19 +15,11 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
+from cli import client_commands  # noqa: E402
 from cli.exits import friendly  # noqa: E402
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    from cli.servers import complete_model
-
-    return complete_model(incomplete)
-
-
-def _examples(*lines: str) -> str:
-    """Return an epilog; \b keeps its line breaks."""
-    return "\b\n" + "\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
-
+from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
+from cli.flags import complete_model as _complete_model  # noqa: E402
+from cli.flags import examples as _examples  # noqa: E402
 
 app = typer.Typer(
     name="hostler",
@@ -45,11 +37,6 @@ app = typer.Typer(
         "hostler --install-completion                completion for your shell",
     ),
 )
-
-Port = Annotated[int | None, typer.Option("--port", "-p", min=1, max=65535, help="The server's port, if several run.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
-Model = Annotated[str, typer.Argument(help="Name of a model that the server knows.", autocompletion=_complete_model)]
-ModelsDir = Annotated[Path | None, typer.Option(help="Where pulled models live.", file_okay=False)]
 
 
 @app.command(
@@ -280,70 +267,6 @@ def rm(
 
 @app.command(
     epilog=_examples(
-        "hostler connect                       which clients there are",
-        "hostler connect codex                 what to put where",
-        "hostler connect codex --write         put it there: a diff, a backup, nothing of yours replaced",
-        "hostler connect cursor --url https://box.example.org --api-key $KEY",
-    )
-)
-@friendly
-def connect(
-    client: Annotated[str | None, typer.Argument(help="Name of a client; none lists them.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Default: the server's first that chats.", autocompletion=_complete_model)
-    ] = None,
-    write: Annotated[bool, typer.Option("--write", help="Change the client's files instead of showing how.")] = False,
-    with_key: Annotated[bool, typer.Option("--with-key", help="Show or write the server's key itself.")] = False,
-    url: Annotated[str | None, typer.Option(help="A server elsewhere instead of the one that runs here.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Its key; default $HOSTLER_API_KEY.")] = None,
-    as_json: Json = False,
-    port: Port = None,
-) -> None:
-    """Show or write the configuration with which a client (Jan, Cursor, Codex, an SDK …) talks to your server."""
-    from cli import connect as connecting
-
-    if client is None:
-        connecting.listing(as_json)
-        return
-    wish = connecting.Wish(model=model, url=url, api_key=api_key, port=port, with_key=with_key)
-    connecting.connect(client, wish, write=write, as_json=as_json)
-
-
-@app.command(
-    epilog=_examples(
-        "hostler doctor                    is this machine fit to serve",
-        "hostler doctor --client codex     would Codex work with the server that runs",
-        "hostler doctor --json | jq '.findings[] | select(.state == \"bad\")'",
-    )
-)
-@friendly
-def doctor(
-    client: Annotated[
-        str | None, typer.Option(help="Send what this client sends, and say what it would stumble over.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="For --client; default the first that chats.", autocompletion=_complete_model)
-    ] = None,
-    url: Annotated[str | None, typer.Option(help="For --client: a server elsewhere.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Its key; default $HOSTLER_API_KEY.")] = None,
-    file: Annotated[Path | None, typer.Option("--config", "-c", help="File to check instead of the usual one.")] = None,
-    as_json: Json = False,
-    port: Port = None,
-) -> None:
-    """Check this machine and its servers, or whether a client would work. Exit code 1 if something must be mended."""
-    if client is None:
-        from cli.doctor import report
-
-        report.run(file, as_json=as_json)
-        return
-    from cli.connect import Wish
-    from cli.doctor import client as checking
-
-    checking.check(client, Wish(model=model, url=url, api_key=api_key, port=port), as_json=as_json)
-
-
-@app.command(
-    epilog=_examples(
         "hostler config                                   check the file, show every value",
         "hostler config --schema > hostler.schema.json    for your editor",
     )
@@ -379,6 +302,8 @@ def version(as_json: Json = False) -> None:
 
     control.version(as_json)
 
+
+client_commands.add_to(app)
 
 if __name__ == "__main__":
     app()

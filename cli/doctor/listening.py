@@ -1,4 +1,4 @@
-"""Which TCP sockets a set of processes listens on, read from /proc. Above: `servers_here`; below: the kernel's files."""
+"""Which TCP sockets processes listen on, read from /proc. Above: `servers_here`; below: the kernel's files."""
 
 from __future__ import annotations
 

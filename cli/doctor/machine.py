@@ -84,9 +84,7 @@ def gpu(gpus: int, cuda: str | None) -> Finding:
     if gpus:
         return ok("GPU", f"{gpus} NVIDIA GPU(s), torch for CUDA {cuda}")
     if cuda:
-        return note(
-            "GPU", f"none, and torch for CUDA {cuda}", "Fine, if a driver is missing here it must be installed."
-        )
+        return note("GPU", f"none, and torch for CUDA {cuda}", "If there is one, its driver is missing.")
     return ok("GPU", "none; models run on the CPU")
 
 
@@ -95,9 +93,7 @@ def compiler() -> Finding:
     for name in _COMPILERS:
         if path := shutil.which(name):
             return ok("compiler", path)
-    return note(
-        "compiler", "no C++ compiler", "CPU models are served without compiled kernels, more slowly: install g++."
-    )
+    return note("compiler", "no C++ compiler", "Models on the CPU are slower without compiled kernels: install g++.")
 
 
 def disk(directory: Path) -> Finding:
