@@ -27,7 +27,10 @@ _REASONS = {
     503: "Not now: the model, its worker or the orchestrator is away; Retry-After says when to come again.",
 }
 _RETRY = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds."}}
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+# Path of what makes an object → the parameter that its id is elsewhere.
+_MAKES = {"/responses": "response_id", "/conversations": "conversation_id"}
+_EVENT = {"type": "object", "properties": {"event": string(), "data": string()}}
+_EVENTS = {"text/event-stream": {"schema": _EVENT}}
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def document() -> dict[str, Any]:
 
 
 def _operation(operation: Operation) -> dict[str, Any]:
-    name = f"{operation.method.lower()}{re.sub(r'[^a-zA-Z0-9]+', '_', operation.public_path)}".rstrip("_")
+    name = _name(operation)
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": string(minLength=1, maxLength=256)}
         for name in _PARAMETER.findall(operation.public_path)
@@ -72,12 +75,24 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "parameters": parameters,
         "responses": {str(status): reply for status, reply in sorted(_replies(operation).items())},
     }
+    if operation.method == "POST" and (made := _MAKES.get(operation.path)):
+        described["responses"]["200"]["links"] = _links(made)
     if operation.takes is not None:
         content = {"application/json": {"schema": ref(operation.takes)}}
         described["requestBody"] = {"required": True, "content": content}
     if not operation.needs_key:
         described["security"] = []
     return described
+
+
+def _name(operation: Operation) -> str:
+    return f"{operation.method.lower()}{re.sub(r'[^a-zA-Z0-9]+', '_', operation.public_path)}".rstrip("_")
+
+
+def _links(parameter: str) -> dict[str, Any]:
+    """Return what can be done with the object that an operation made: its `id` is a path's parameter."""
+    uses = [operation for operation in OPERATIONS if f"{{{parameter}}}" in operation.path]
+    return {_name(use): {"operationId": _name(use), "parameters": {parameter: "$response.body#/id"}} for use in uses}
 
 
 def _replies(operation: Operation) -> dict[int, Any]:

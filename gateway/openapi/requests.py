@@ -22,7 +22,7 @@ from gateway.openapi.shapes import (
 )
 
 _INT32 = 2**31 - 1
-_MODEL = string(minLength=1, maxLength=MAX_MODEL_CHARS, description="A name or alias that /v1/models lists.")
+_MODEL = ref("ModelName")
 _SAMPLING: dict[str, Schema] = {
     "temperature": number(0, 2),
     "top_p": number(0, 1),
@@ -84,6 +84,7 @@ _METADATA = {
 _TEXTS = any_of(string(minLength=1), array(string(minLength=1), 1, 2048), array(integer(0, _INT32), 1, 8192))
 
 REQUESTS: dict[str, Schema] = {
+    "ModelName": string(minLength=1, maxLength=MAX_MODEL_CHARS, description="A name or alias that /v1/models lists."),
     "ChatRequest": obj(
         {"model": _MODEL, "messages": array(ref("ChatMessage"), 1, MAX_MESSAGES)},
         {
