@@ -34,8 +34,8 @@ def responses_stream_problems(text: str) -> list[str]:
     if not kinds or kinds[-1] not in _ENDS:
         return [*problems, "it does not end with response.completed, incomplete or failed"]
     problems += response_problems(events[-1].get("response"))
-    numbers = [event.get("sequence_number") for event in events]
-    if not all(isinstance(n, int) for n in numbers) or numbers != sorted(set(numbers)):
+    numbers = [number for event in events if isinstance(number := event.get("sequence_number"), int)]
+    if len(numbers) != len(events) or numbers != sorted(set(numbers)):
         problems.append("sequence_number does not rise with each event")
     unnamed = [frame for frame in frames if isinstance(frame.data, dict) and frame.name != frame.data.get("type")]
     problems += ["an event's `event:` line does not repeat its type"] * bool(unnamed)

@@ -67,10 +67,26 @@ def _generates(path: str, tag: str, summary: str, reply: str, takes: str, stream
     return Operation("POST", path, tag, summary, reply, takes=takes, streams=streams, errors=errors)
 
 
-def _admin(method: str, path: str, summary: str, reply: str, takes: str | None = None, **more: object) -> Operation:
-    errors = (*(_BODY_ERRORS if takes else (400,)), *_MODEL_ERRORS)
-    return Operation(  # type: ignore[arg-type]
-        method, f"/admin{path}", "Administration", summary, reply, takes=takes, errors=errors, is_under_v1=False, **more
+def _admin(
+    method: str,
+    path: str,
+    summary: str,
+    reply: str,
+    takes: str | None = None,
+    streams: str = "",
+    query: tuple[Query, ...] = (),
+) -> Operation:
+    return Operation(
+        method,
+        f"/admin{path}",
+        "Administration",
+        summary,
+        reply,
+        takes=takes,
+        streams=streams,
+        query=query,
+        errors=(*(_BODY_ERRORS if takes else (400,)), *_MODEL_ERRORS),
+        is_under_v1=False,
     )
 
 

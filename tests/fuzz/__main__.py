@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.fuzz.run import fuzz
+from tests.fuzz.run import Bound, fuzz
 from tests.journeys.server import SCRIPTED_CONFIG, Servers
 
 
@@ -20,7 +20,7 @@ def main() -> int:
     servers = Servers()
     try:
         url = options.url or servers(config=SCRIPTED_CONFIG).url
-        status, output = fuzz(url, model=options.model, seconds=options.seconds, seed=options.seed)
+        status, output = fuzz(url, model=options.model, bound=Bound(seconds=options.seconds), seed=options.seed)
         print(output)
         for title, tail in servers.log_sections() if status else ():
             print(f"--- {title}\n{tail}")

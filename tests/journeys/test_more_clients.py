@@ -189,7 +189,7 @@ def test_the_doctor_finds_the_server_that_runs_with_nothing_open_to_others(scrip
 def test_coding_agents_read_what_connect_writes_and_reach_the_server(
     scripted_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scripted model takes no tools, which all of them send: that they show its refusal proves that they got there."""
+    """The scripted model takes no tools, which all of them send: they got there if they show its refusal."""
     bin_directory = npm_install("coding-clients", CODING_PACKAGES) / "node_modules/.bin"
     home = tmp_path / "home"
     home.mkdir()
