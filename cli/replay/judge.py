@@ -71,15 +71,16 @@ def _refusal(exchange: Exchange, reply: Reply) -> str:
     error = _error(reply.text)
     message, code = str(error.get("message") or reply.text[:120]), error.get("code")
     path = exchange.path.partition("?")[0]
-    if reply.status == 404 and code not in ("model_not_found",):
+    is_about_a_model = code == "model_not_found" or (code is None and "model" in message.lower())
+    if reply.status == 404 and not (error and is_about_a_model):
         return f"{path} is not served here (404)"
     if reply.status == 401:
         advice = "send the server's key" if exchange.sends_key != "no" else "this client sends no key here"
         return f"the key is missing or wrong (401): {advice}"
-    if code == "context_length_exceeded":
+    if code == "context_length_exceeded" or message.startswith("prompt is too long"):
         size = len(json.dumps(exchange.body))
         return f"its prompt, {size // 1000} KB, is too long for this model: {message}"
-    if error.get("param") in ("tools", "tool_choice"):
+    if error.get("param") in ("tools", "tool_choice") or "does not call tools" in message:
         return f"it sends tools, and the model takes none: choose a model that calls tools ({message})"
     return f"refused with {reply.status}: {message}"
 

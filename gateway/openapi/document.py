@@ -96,12 +96,12 @@ def _links(parameter: str) -> dict[str, Any]:
 
 
 def _replies(operation: Operation) -> dict[int, Any]:
-    good: dict[str, Any] = {} if operation.streams == "only" else {"application/json": {"schema": ref(operation.reply)}}
+    good: dict[str, Any] = {} if operation.streams == "only" else {operation.media: {"schema": ref(operation.reply)}}
     good |= _EVENTS if operation.streams else {}
     headers = {"x-request-id": {"schema": {"type": "string"}}}
     replies: dict[int, Any] = {200: {"description": operation.summary, "content": good, "headers": headers}}
     for status in (*ALWAYS, *operation.errors):
-        content = {"application/json": {"schema": ref("Error")}}
+        content = {"application/json": {"schema": ref(operation.error)}}
         replies[status] = {"description": _REASONS[status], "content": content}
         if status in (429, 503):
             replies[status]["headers"] = _RETRY

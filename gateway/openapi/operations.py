@@ -31,6 +31,8 @@ class Operation:
         streams: answers with an event stream when it is asked to, or always ("only").
         errors: statuses beyond `ALWAYS`.
         also: further statuses that answer with `reply`.
+        error: schema of its errors.
+        media: type of the 200 reply.
         is_under_v1: whether the public path begins with /v1.
     """
 
@@ -46,6 +48,8 @@ class Operation:
     also: tuple[int, ...] = ()
     is_under_v1: bool = True
     needs_key: bool = True
+    error: str = "Error"
+    media: str = "application/json"
 
     @property
     def public_path(self) -> str:
@@ -100,6 +104,14 @@ OPERATIONS: tuple[Operation, ...] = (
     _generates("/responses", "Responses", "Answer, and keep what was said", "Response", "ResponsesRequest"),
     _generates("/responses/input_tokens", "Responses", "Count a prompt's tokens", "TokenCount", "ResponsesRequest", ""),
     Operation(
+        "POST", "/messages", "Messages", "Answer a conversation, in Anthropic's dialect", "Message",
+        takes="MessagesRequest", streams="or", errors=(*_BODY_ERRORS, *_MODEL_ERRORS), error="AnthropicError",
+    ),
+    Operation(
+        "POST", "/messages/count_tokens", "Messages", "Count a prompt's tokens", "MessageTokens",
+        takes="CountRequest", errors=(*_BODY_ERRORS, *_MODEL_ERRORS), error="AnthropicError",
+    ),
+    Operation(
         "GET", _RESPONSE, "Responses", "Return a stored response, or its events", "Response", streams="or",
         errors=_STORED, query=(Query("stream", boolean()), Query("starting_after", integer(0, 2**53))),
     ),
@@ -146,6 +158,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "GET", "/ready", "Health", "Can requests be served?", "Readiness", query=(Query("model", string()),),
         also=(503,), errors=(404,), is_under_v1=False,
+    ),
+    Operation(
+        "GET", "/metrics", "Health", "Numbers for Prometheus", "Metrics", is_under_v1=False, media="text/plain"
     ),
     Operation("GET", "/openapi.json", "Health", "Return this document", "OpenApi", is_under_v1=False),
     _admin("GET", "/status", "Show devices, models and replicas", "Status"),

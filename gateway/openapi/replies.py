@@ -150,6 +150,27 @@ REPLIES: dict[str, Schema] = {
         {"id": _NAME, "object": one_of("conversation"), "created_at": _COUNT, "metadata": map_of(string())}
     ),
     "DeletedConversation": obj({"id": _NAME, "object": one_of("conversation.deleted"), "deleted": one_of(True)}),
+    "Message": obj(
+        {
+            "id": _NAME,
+            "type": one_of("message"),
+            "role": one_of("assistant"),
+            "model": _NAME,
+            "content": array(obj({"type": one_of("text", "thinking", "redacted_thinking", "tool_use")})),
+            "stop_reason": one_of("end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"),
+            "stop_sequence": _MAYBE_NAME,
+            "usage": obj({"input_tokens": _COUNT, "output_tokens": _COUNT}),
+        }
+    ),
+    "MessageTokens": obj({"input_tokens": _COUNT}),
+    "AnthropicError": obj(
+        {
+            "type": one_of("error"),
+            "error": obj({"type": _NAME, "message": _NAME}),
+            "request_id": _NAME,
+        }
+    ),
+    "Metrics": string(description="Prometheus' text format."),
     "Embeddings": obj(
         {
             "object": one_of("list"),

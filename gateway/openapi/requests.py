@@ -83,7 +83,46 @@ _METADATA = {
 }
 _TEXTS = any_of(string(minLength=1), array(string(minLength=1), 1, 2048), array(integer(0, _INT32), 1, 8192))
 
+_ANTHROPIC_TEXT = obj({"type": one_of("text"), "text": string(minLength=1)})
+_TOOL_USE = obj({"type": one_of("tool_use"), "id": _CALL_ID, "name": _FUNCTION_NAME, "input": _OBJECT})
+_TOOL_RESULT = obj({"type": one_of("tool_result"), "tool_use_id": _CALL_ID}, {"content": any_of(string())})
+_COUNTED: dict[str, Schema] = {
+    "model": _MODEL,
+    "messages": array(ref("AnthropicMessage"), 1, MAX_MESSAGES),
+}
+_COUNTED_IF_GIVEN: dict[str, Schema] = {
+    "system": any_of(string(), array(_ANTHROPIC_TEXT)),
+    "tools": array(obj({"name": _FUNCTION_NAME, "input_schema": _OBJECT}, {"description": string()}), high=MAX_TOOLS),
+    "tool_choice": any_of(
+        obj({"type": one_of("auto", "any", "none")}), obj({"type": one_of("tool"), "name": _FUNCTION_NAME})
+    ),
+    "thinking": any_of(
+        obj({"type": one_of("disabled", "adaptive")}),
+        obj({"type": one_of("enabled"), "budget_tokens": integer(1, _INT32)}),
+    ),
+}
+
 REQUESTS: dict[str, Schema] = {
+    "AnthropicMessage": obj(
+        {
+            "role": one_of("user", "assistant", "system"),
+            "content": any_of(string(minLength=1), array(any_of(_ANTHROPIC_TEXT, _TOOL_USE, _TOOL_RESULT), 1)),
+        }
+    ),
+    "MessagesRequest": obj(
+        {**_COUNTED, "max_tokens": integer(0, _INT32)},
+        {
+            **_COUNTED_IF_GIVEN,
+            "stream": boolean(),
+            "stop_sequences": array(string(minLength=1, maxLength=MAX_STOP_CHARS), high=MAX_STOPS),
+            "temperature": number(0, 2),
+            "top_p": number(0, 1),
+            "top_k": integer(-1, _INT32),
+            "output_config": obj({}, {"effort": one_of("low", "medium", "high")}),
+            "metadata": _OBJECT,
+        },
+    ),
+    "CountRequest": obj(_COUNTED, _COUNTED_IF_GIVEN),
     "ModelName": string(minLength=1, maxLength=MAX_MODEL_CHARS, description="A name or alias that /v1/models lists."),
     "ChatRequest": obj(
         {"model": _MODEL, "messages": array(ref("ChatMessage"), 1, MAX_MESSAGES)},

@@ -18,12 +18,12 @@ from cli.replay import corpus
 from cli.replay.exchange import Exchange, Reply, Verdict
 from cli.replay.judge import problems_of
 from cli.replay.send import headers_of, replay, send
-from tests.gateway.fakes import MODEL, World, finish, route, text, world
+from tests.gateway.fakes import MODEL, World, counting, finish, route, text, world
 from tests.gateway.responses_schema import check_response, check_stream
 
 KEY = "correct-horse-battery"
 # Built elsewhere; until then the doctor says so by the 404.
-NOT_SERVED_YET = ("/v1/messages", "/v1/messages/count_tokens", "/v1/audio/voices", "/v1/audio/models")
+NOT_SERVED_YET = ("/v1/audio/voices", "/v1/audio/models")
 
 
 async def talk(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
@@ -42,6 +42,7 @@ async def talk(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse
 
 async def replayed(here: World, client: str, key: str | None = None) -> list[Verdict]:
     here.worker.script = talk
+    here.worker.answer = counting()
     await here.publish(route(here.worker, supports_tools=True))
 
     def run() -> list[Verdict]:
