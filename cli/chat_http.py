@@ -85,6 +85,7 @@ class Client:
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self.url = base_url.rstrip("/").removesuffix("/v1")
+        self.api_key = api_key
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # Not through a proxy: the server is ours, mostly on this machine.
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False)
@@ -94,7 +95,11 @@ class Client:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Return the names of the models that can be asked for.
+        """Return the names of the models that can be asked for; raises as `model_objects`."""
+        return [str(item["id"]) for item in self.model_objects()]
+
+    def model_objects(self) -> list[dict[str, Any]]:
+        """Return what /v1/models lists; each has at least an `id`.
 
         Raises:
             ChatError: no answer, or not the expected one.
@@ -109,7 +114,7 @@ class Client:
         if response.status_code != 200:
             raise ChatError(_message(body, f"{self.url} answered {response.status_code}"))
         data = body.get("data") if isinstance(body, dict) else None
-        return [str(item["id"]) for item in data or [] if isinstance(item, dict) and "id" in item]
+        return [item for item in data or [] if isinstance(item, dict) and "id" in item]
 
     def stream(self, settings: Settings, messages: list[dict[str, str]], reply: Reply) -> Generator[Delta, None, None]:
         """Yield the reply's pieces and fill `reply`. Closing the iterator closes the stream: the server stops.

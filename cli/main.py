@@ -15,19 +15,11 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
+from cli import client_commands  # noqa: E402
 from cli.exits import friendly  # noqa: E402
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    from cli.servers import complete_model
-
-    return complete_model(incomplete)
-
-
-def _examples(*lines: str) -> str:
-    """Return an epilog; \b keeps its line breaks."""
-    return "\b\n" + "\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
-
+from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
+from cli.flags import complete_model as _complete_model  # noqa: E402
+from cli.flags import examples as _examples  # noqa: E402
 
 app = typer.Typer(
     name="hostler",
@@ -45,11 +37,6 @@ app = typer.Typer(
         "hostler --install-completion                completion for your shell",
     ),
 )
-
-Port = Annotated[int | None, typer.Option("--port", "-p", min=1, max=65535, help="The server's port, if several run.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
-Model = Annotated[str, typer.Argument(help="Name of a model that the server knows.", autocompletion=_complete_model)]
-ModelsDir = Annotated[Path | None, typer.Option(help="Where pulled models live.", file_okay=False)]
 
 
 @app.command(
@@ -315,6 +302,8 @@ def version(as_json: Json = False) -> None:
 
     control.version(as_json)
 
+
+client_commands.add_to(app)
 
 if __name__ == "__main__":
     app()

@@ -30,6 +30,7 @@ from gateway.routes import (
     messages,
     metrics,
     models,
+    openapi,
     rerank,
     responses,
     tokenize,
@@ -93,6 +94,7 @@ def create_app(
         admin,
         health,
         metrics,
+        openapi,
     )
     for room in rooms:
         app.router.routes.extend(room.router.routes)

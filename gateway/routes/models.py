@@ -54,7 +54,10 @@ async def get_model(request: Request, model: str) -> Response:
 
 
 def model_object(target: Target) -> dict[str, Any]:
-    """Return OpenAI's `model` object; an adapter also tells its base model as `parent`, the field that vLLM gives."""
+    """Return OpenAI's `model` object, and two fields of vLLM's that clients read.
+
+    `parent` is an adapter's base model; `max_model_len` the context in tokens, known once the model was loaded.
+    """
     route = target.route
     described = {
         "id": target.name,
@@ -62,7 +65,8 @@ def model_object(target: Target) -> dict[str, Any]:
         "created": route.created_unix_s,
         "owned_by": route.owned_by or "hostler",
     }
-    return described | ({"parent": route.name} if target.adapter else {})
+    context = {"max_model_len": route.info.max_context_tokens} if route.info.max_context_tokens else {}
+    return described | context | ({"parent": route.name} if target.adapter else {})
 
 
 @router.post("/load_model", response_model=None)
