@@ -16,6 +16,7 @@ from typing import Annotated  # noqa: E402
 import typer  # noqa: E402
 
 from cli.exits import friendly  # noqa: E402
+from cli.mcp_commands import app as mcp_app  # noqa: E402
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -45,6 +46,8 @@ app = typer.Typer(
         "hostler --install-completion                completion for your shell",
     ),
 )
+
+app.add_typer(mcp_app, name="mcp")
 
 Port = Annotated[int | None, typer.Option("--port", "-p", min=1, max=65535, help="The server's port, if several run.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
@@ -300,9 +303,7 @@ def config(
         typer.echo(json.dumps(HostlerConfig.model_json_schema(), indent=2))
         return
     resolved, path = settings.resolve(settings.Flags(config=file))
-    values = resolved.model_dump(mode="json")
-    if values["api_key"]:
-        values["api_key"] = "(set)"
+    values = settings.without_secrets(resolved.model_dump(mode="json"))
     typer.echo(f"# from {path or 'defaults and the environment'}")
     typer.echo(settings.as_yaml(values), nl=False)
 

@@ -27,6 +27,7 @@ from gateway.routes import (
     conversations,
     embeddings,
     health,
+    mcp,
     messages,
     metrics,
     models,
@@ -91,6 +92,7 @@ def create_app(
         tokenize,
         models,
         admin,
+        mcp,
         health,
         metrics,
     )
