@@ -94,6 +94,23 @@ class Client:
         """Close the connection."""
         self._http.close()
 
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object that the server answers with.
+
+        Raises:
+            ChatError: no answer, a refusal, or something else than JSON.
+        """
+        try:
+            response = self._http.request(method, path, json=body)
+            answer = response.json()
+        except httpx.HTTPError as error:
+            raise ChatError(f"{self.url} does not answer ({error})") from None
+        except ValueError:
+            raise ChatError(f"{self.url}{path} does not answer in JSON") from None
+        if not response.is_success or not isinstance(answer, dict):
+            raise ChatError(_message(answer, f"{self.url} answered {response.status_code}"))
+        return answer
+
     def models(self) -> list[str]:
         """Return the names of the models that can be asked for; raises as `model_objects`."""
         return [str(item["id"]) for item in self.model_objects()]

@@ -20,6 +20,7 @@ from cli.exits import friendly  # noqa: E402
 from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
 from cli.flags import complete_model as _complete_model  # noqa: E402
 from cli.flags import examples as _examples  # noqa: E402
+from cli.mcp_commands import app as mcp_app  # noqa: E402
 
 app = typer.Typer(
     name="hostler",
@@ -37,6 +38,8 @@ app = typer.Typer(
         "hostler --install-completion                completion for your shell",
     ),
 )
+
+app.add_typer(mcp_app, name="mcp")
 
 
 @app.command(
@@ -287,9 +290,7 @@ def config(
         typer.echo(json.dumps(HostlerConfig.model_json_schema(), indent=2))
         return
     resolved, path = settings.resolve(settings.Flags(config=file))
-    values = resolved.model_dump(mode="json")
-    if values["api_key"]:
-        values["api_key"] = "(set)"
+    values = settings.without_secrets(resolved.model_dump(mode="json"))
     typer.echo(f"# from {path or 'defaults and the environment'}")
     typer.echo(settings.as_yaml(values), nl=False)
 

@@ -194,12 +194,29 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     if not models:
         models.append({"name": DEFAULT_MODEL, "preload": True})
     values["models"] = models
+    for server in values["mcp_servers"].values():
+        if server["cwd"] is not None:
+            server["cwd"] = ((path.parent if path else Path.cwd()) / server["cwd"].expanduser()).resolve()
     values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
     if config.models_dir is not None:
         values["models_dir"] = config.models_dir.expanduser().resolve()
     config = configuration.build(values)
     refuse_open_door(config)
     return config, path
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration's plain values fit to be shown: keys, and what goes to MCP servers, are not."""
+    hidden = {**values, "api_key": "(set)" if values["api_key"] else values["api_key"]}
+    hidden["mcp_servers"] = {
+        name: {
+            **server,
+            "env": dict.fromkeys(server["env"], "(set)"),
+            "headers": dict.fromkeys(server["headers"], "(set)"),
+        }
+        for name, server in values["mcp_servers"].items()
+    }
+    return hidden
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
