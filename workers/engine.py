@@ -230,7 +230,10 @@ Event = PromptLogprobs | TextDelta | ReasoningDelta | ToolCallStart | ToolCallAr
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a loaded model is and can do; bytes and tokens. `adapters` are the names served beside it, `voices` those it speaks with."""
+    """What a loaded model is and can do; bytes and tokens.
+
+    `adapters` are the names served beside it, `voices` those it speaks with.
+    """
 
     model: str
     engine: str
