@@ -41,7 +41,9 @@ def fetch(
     trust_remote_code: bool = False,
     pause: Callable[[float], None] = time.sleep,
 ) -> Snapshot:
-    """Bring every needed file of a repository, or of a folder of it, into `partial`, verified, going on from an earlier attempt.
+    """Bring every needed file of a repository into `partial`, verified, going on from an earlier attempt.
+
+    With a `folder` the repository is that folder.
 
     Raises:
         ModelNotFound, PermissionDenied, InvalidRequest: this can never work as asked.

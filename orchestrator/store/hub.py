@@ -14,7 +14,7 @@ from typing import Protocol
 import httpx
 from hostler.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unavailable
 
-from orchestrator.store.piper import CONFIG_SUFFIX, MAX_VOICE_BYTES, SUFFIX
+from orchestrator.store.piper import MAX_VOICE_BYTES, SUFFIX
 
 _CONNECT_TIMEOUT_S = 3.0
 _READ_TIMEOUT_S = 30.0
@@ -178,9 +178,7 @@ def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[Remo
 def _voice_files(hub_id: str, top: list[RemoteFile]) -> tuple[list[RemoteFile], list[RemoteFile]] | None:
     """Return the files of a Piper voice, or None where there is another kind of model."""
     by_path = {file.path: file for file in top}
-    voices = [
-        path for path in by_path if path.endswith(SUFFIX) and path.removesuffix(SUFFIX) + CONFIG_SUFFIX in by_path
-    ]
+    voices = [path for path in by_path if path.endswith(SUFFIX) and f"{path}.json" in by_path]
     if "config.json" in by_path or not voices:
         return None
     if len(voices) > 1:
@@ -188,4 +186,4 @@ def _voice_files(hub_id: str, top: list[RemoteFile]) -> tuple[list[RemoteFile], 
     voice = by_path[voices[0]]
     if voice.num_bytes > MAX_VOICE_BYTES:
         raise InvalidRequest(f"{voice.path} of {hub_id} is larger than any Piper voice.", param="model")
-    return [by_path[voice.path.removesuffix(SUFFIX) + CONFIG_SUFFIX]], [voice]
+    return [by_path[f"{voice.path}.json"]], [voice]

@@ -29,8 +29,9 @@ _HEADLESS = ("Model", "EncoderModel", "ForMaskedLM")
 def kind_of(path: Path) -> Kind:
     """Return what the model in directory `path` is for.
 
-    A Piper voice speaks, and so does what transformers made for that. A classifier with one label ranks documents. Whatever sentence-transformers lists modules for, and an encoder
-    without a head that writes, makes embeddings. Everything else writes text.
+    A Piper voice speaks, and so does what transformers made for nothing else. A classifier with one label ranks
+    documents. Whatever sentence-transformers lists modules for, and an encoder without a head that writes, makes
+    embeddings. Everything else writes text.
 
     Raises:
         ModelLoadFailed: config.json is missing or damaged.

@@ -15,7 +15,6 @@ from typing import BinaryIO
 from hostler.errors import ModelLoadFailed
 
 SUFFIX = ".onnx"
-CONFIG_SUFFIX = ".onnx.json"
 MAX_VOICE_BYTES = 2**30
 MAX_CONFIG_BYTES = 2**20
 
@@ -34,7 +33,7 @@ def voice_file(directory: Path) -> Path | None:
 
 def config_of(voice: Path) -> Path:
     """Return where a voice's configuration is."""
-    return voice.with_name(voice.name.removesuffix(SUFFIX) + CONFIG_SUFFIX)
+    return voice.with_name(f"{voice.name}.json")
 
 
 def check_voice(voice: Path) -> int:

@@ -111,7 +111,8 @@ def parse(text: str, revision: str | None = None) -> Source:
         return HubSource(parts[1], revision, parts[2] or "")
     known = ", ".join(entry.name for entry in CATALOG)
     raise ModelNotFound(
-        f"No model is called {text[:120]!r}. Use a Hub id (org/name, org/name/folder), a directory, a .gguf file, or one of: {known}.",
+        f"No model is called {text[:120]!r}. Use a Hub id (org/name, org/name/folder), a directory, a .gguf file, "
+        f"or one of: {known}.",
         param="model",
     )
 
