@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from hostler.config import HostlerConfig, ModelConfig
+from hostler.lifecycle.v1 import lifecycle_pb2
 
 from cli import janitor, serve
 from cli.placement import Progress
@@ -184,8 +185,7 @@ def test_the_listening_socket_bounds_what_a_stalled_reader_holds() -> None:
 
 
 def test_the_processes_are_those_of_the_design(place: Path) -> None:
-    from hostler.lifecycle.v1 import lifecycle_pb2
-from hostler.rundir import RunDir
+    from hostler.rundir import RunDir
 
     config = HostlerConfig(gateways=3, drain_s=7)
     children = serve.children(config, RunDir(place), 5, {})
