@@ -171,10 +171,10 @@ class Dispatcher:
                             if not begun and (generation is None or event.WhichOneof("event") != "progress"):
                                 begun = True
                                 place.begin()
-                            if generation is None:
-                                seen.answer(event)
-                            else:
+                            if isinstance(event, pb.GenerateResponse):
                                 seen.event(event)
+                            else:
+                                seen.answer(event)
                             yield event
                     return
                 except HostlerError as error:

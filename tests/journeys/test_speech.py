@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from orchestrator.store.catalog import entry_of
 from tests.journeys.server import Server, Servers, wait_until
+from tests.journeys.test_clients import NODE_CACHE, OPENAI_NODE
 from tests.workers.sounds import decoded
 
 pytestmark = [pytest.mark.journey, pytest.mark.real_model, pytest.mark.timeout(300)]
@@ -180,6 +183,29 @@ def test_a_worker_that_is_killed_ends_replies_as_errors_and_is_replaced(server: 
     reply = client.audio.speech.create(model=MODEL, voice="joe", input="Back again.", response_format="pcm")
     assert seconds(reply.content, "pcm") > 0.3
     assert int(replica(server)["pid"]) != pid
+
+
+@pytest.mark.skipif(shutil.which("node") is None or shutil.which("npm") is None, reason="node is not installed")
+def test_openai_node_gets_speech(server: Server) -> None:
+    NODE_CACHE.mkdir(parents=True, exist_ok=True)
+    if not (NODE_CACHE / "node_modules" / "openai").is_dir():
+        command = ["npm", "install", "--no-audit", "--no-fund", "--silent", OPENAI_NODE]
+        subprocess.run(command, cwd=NODE_CACHE, check=True, timeout=200)
+    script = NODE_CACHE / "speak.mjs"
+    script.write_text(
+        """
+import OpenAI from "openai";
+const [, , url, model, input] = process.argv;
+const client = new OpenAI({ baseURL: url + "/v1", apiKey: "none" });
+const reply = await client.audio.speech.create({ model, input, voice: "alloy", response_format: "flac" });
+process.stdout.write(Buffer.from(await reply.arrayBuffer()));
+""",
+        encoding="utf-8",
+    )
+    command = ["node", str(script), server.url, MODEL, TEXT]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 2.0 < seconds(done.stdout, "flac") < 6.0
 
 
 def test_what_is_said_is_understood(client: OpenAI, server: Server) -> None:

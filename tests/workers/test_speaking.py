@@ -123,6 +123,7 @@ async def test_more_than_a_model_is_given_at_once_is_said_in_parts(
     [
         ({"phoneme_type": "pinyin"}, "pinyin"),
         ({"espeak": {"voice": "ar"}}, "Arabic"),
+        ({"phoneme_type": "espeak", "espeak": {"voice": "no-such"}}, "cannot speak"),
         ({"audio": {"sample_rate": 0}}, "sample rate"),
         ({"audio": {}}, "not the configuration"),
         ({"phoneme_id_map": {"a": [1]}}, "symbols"),
