@@ -87,7 +87,8 @@ class ModelConfig(_Strict):
 
     name: ModelName = Field(description="Name that clients ask for.")
     source: str = Field(
-        default="", description="Catalog name, Hub id (org/name), local directory or .gguf file; default: the name."
+        default="",
+        description="Catalog name, Hub id (org/name), local directory, .gguf or .onnx file; default: the name.",
     )
     revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); pinned once pulled.")
     aliases: tuple[ModelName, ...] = Field(default=(), description="Other names that mean this model.")

@@ -26,7 +26,7 @@ from tests.workers.sounds import decoded
 
 pytestmark = [pytest.mark.journey, pytest.mark.real_model, pytest.mark.timeout(300)]
 
-MODEL, LISTENER = "piper-joe", "whisper-tiny.en"
+MODEL, LISTENER = "piper-joe", "whisper-base"
 TEXT = "The train leaves at noon. Please have your tickets ready."
 LONG = "The engine moves slowly over the turntable, and then it rests in its stall. " * 10
 CONFIG = """\
