@@ -84,8 +84,8 @@ def _adapter(name: str, text: str, base: Path) -> str:
 def read_model(text: str) -> dict[str, Any]:
     """Return the model entry that a positional argument means.
 
-    A path (or an existing directory) is named after its last part; a Hub id after its last part (a folder after its last
-    two), with the whole id as an alias; `id@revision` pins a revision; anything else is a catalog name.
+    A path (or an existing directory) is named after its last part; a Hub id after its last part (a folder after its
+    last two), with the whole id as an alias; `id@revision` pins a revision; anything else is a catalog name.
 
     Raises:
         UsageError: a path that does not exist, or a name with spaces.
