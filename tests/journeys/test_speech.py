@@ -170,6 +170,14 @@ def test_a_client_that_leaves_frees_the_worker(server: Server) -> None:
     wait_until(lambda: is_idle(server), 10, "the worker is idle")
 
 
+def test_a_voice_that_sleeps_wakes_to_speak(server: Server, client: OpenAI) -> None:
+    done = server.hostler("sleep", MODEL, "--port", str(server.port))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert replica(server)["state"] == "asleep"
+    reply = client.audio.speech.create(model=MODEL, voice="joe", input="Good morning.", response_format="pcm")
+    assert seconds(reply.content, "pcm") > 0.3
+
+
 def test_a_worker_that_is_killed_ends_replies_as_errors_and_is_replaced(server: Server, client: OpenAI) -> None:
     pid = int(replica(server)["pid"])
     audio, events = chunks(server, LONG), chunks(server, LONG, stream_format="sse")
