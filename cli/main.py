@@ -58,7 +58,7 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Loaded at start: catalog name, Hub id (org/name, org/name@revision), directory or .gguf file.",
+            help="Loaded at start: catalog name, Hub id (org/name, org/name@revision), directory, .gguf or .onnx file.",
             show_default=False,
         ),
     ] = None,
@@ -166,7 +166,7 @@ def models(as_json: Json = False, models_dir: ModelsDir = None, port: Port = Non
 )
 @friendly
 def pull(
-    name: Annotated[str, typer.Argument(help="Catalog name, Hub id or .gguf file.")],
+    name: Annotated[str, typer.Argument(help="Catalog name, Hub id, .gguf or .onnx file.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     models_dir: ModelsDir = None,
     as_json: Json = False,

@@ -34,7 +34,9 @@ from gateway.routes import (
     openapi,
     rerank,
     responses,
+    speech,
     tokenize,
+    voices,
 )
 from gateway.services import Patience, Services
 
@@ -90,6 +92,8 @@ def create_app(
         completions,
         embeddings,
         rerank,
+        speech,
+        voices,
         tokenize,
         models,
         admin,

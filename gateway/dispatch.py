@@ -29,6 +29,7 @@ from hostler.errors import (
     from_rpc_error,
 )
 from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2
 from hostler.placement.v1 import placement_pb2
 
 from gateway.affinity import Affinity, prefix_hashes
@@ -59,8 +60,14 @@ class Loading:
 Event = Loading | pb.GenerateResponse
 Q = TypeVar("Q", bound=Message)
 T = TypeVar("T")
+R = TypeVar("R", bound=Message)
 Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
-_OPERATIONS: dict[type[Message], str] = {pb.EmbedRequest: "embeddings", pb.RerankRequest: "rerank"}
+StreamMethod = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryStreamMultiCallable[Q, R]]
+_OPERATIONS: dict[type[Message], str] = {
+    pb.EmbedRequest: "embeddings",
+    pb.RerankRequest: "rerank",
+    speaking_pb2.SpeakRequest: "speech",
+}
 
 
 class Dispatcher:
@@ -110,20 +117,46 @@ class Dispatcher:
         """
         request.cache_scope = cache_scope
         request.adapter = target.adapter
+        carried = self._carry(target, lambda stub: stub.Generate, request, request_id, request)
+        async with aclosing(carried) as events:
+            async for event in events:
+                yield event
+
+    async def stream(
+        self, target: Target, method: StreamMethod[Q, R], message: Q, request_id: str
+    ) -> AsyncGenerator[Loading | R, None]:
+        """Stream a worker's answers to a call that generates no text; the last has a `finish`. Otherwise as `generate`.
+
+        Args:
+            method: the stub's method to call with `message`.
+        """
+        async with aclosing(self._carry(target, method, message, request_id)) as events:
+            async for event in events:
+                yield event
+
+    async def _carry(
+        self,
+        target: Target,
+        method: StreamMethod[Q, R],
+        message: Q,
+        request_id: str,
+        generation: pb.GenerateRequest | None = None,
+    ) -> AsyncGenerator[Loading | R, None]:
+        """Do what `generate` and `stream` promise; `generation` is the message where it is one."""
         model = target.route.name
         lost: set[ReplicaKey] = set()
         full: set[ReplicaKey] = set()
-        operation = "chat" if request.HasField("chat") else "text_completion"
+        batch = generation is not None and generation.batch
         with (
-            self._meter.request(operation, target.name) as seen,
-            self._room.enter(model, request.ByteSize(), self._places(model, request)) as place,
+            self._meter.request(_operation_of(message), target.name) as seen,
+            self._room.enter(model, message.ByteSize(), self._places(model, batch=batch)) as place,
         ):
             for attempt in range(1, MAX_TRIES + 1):
-                replica = self._pick(model, lost | full, request)
+                replica = self._pick(model, lost | full, generation)
                 if replica is None:
                     for key in lost:
                         await self._table.gone(key, self._gone_timeout_s)
-                    async with aclosing(self._ensure(model, request_id, batch=request.batch)) as steps:
+                    async with aclosing(self._ensure(model, request_id, batch=batch)) as steps:
                         async for step in steps:
                             if isinstance(step, Loading):
                                 yield step
@@ -133,12 +166,15 @@ class Dispatcher:
                     raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
                 begun = False
                 try:
-                    async with aclosing(self._attempt(replica, request, request_id)) as events:
+                    async with aclosing(self._attempt(replica, method, message, request_id)) as events:
                         async for event in events:
-                            if not begun and event.WhichOneof("event") != "progress":
+                            if not begun and (generation is None or event.WhichOneof("event") != "progress"):
                                 begun = True
                                 place.begin()
-                            seen.event(event)
+                            if isinstance(event, pb.GenerateResponse):
+                                seen.event(event)
+                            else:
+                                seen.answer(event)
                             yield event
                     return
                 except HostlerError as error:
@@ -168,7 +204,7 @@ class Dispatcher:
         avoided: set[ReplicaKey] = set()
         lost: set[ReplicaKey] = set()
         with (
-            self._meter.request(_OPERATIONS.get(type(message), "tokenize"), target.name) as seen,
+            self._meter.request(_operation_of(message), target.name) as seen,
             self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place,
         ):
             for attempt in range(1, MAX_TRIES + 1):
@@ -204,10 +240,10 @@ class Dispatcher:
                     )
         raise AssertionError("the last try returns or raises")
 
-    def _places(self, model: str, request: pb.GenerateRequest) -> int:
+    def _places(self, model: str, *, batch: bool) -> int:
         max_waiting = self._max_waiting(model)
         # The last quarter of the places is kept for those whom people wait for.
-        return max(1, max_waiting * 3 // 4) if request.batch else max_waiting
+        return max(1, max_waiting * 3 // 4) if batch else max_waiting
 
     def _pick(
         self, model: str, avoided: set[ReplicaKey], request: pb.GenerateRequest | None = None
@@ -247,11 +283,11 @@ class Dispatcher:
         return type(error) in (WorkerLost, StaleGeneration, Unavailable)
 
     async def _attempt(
-        self, replica: placement_pb2.Replica, request: pb.GenerateRequest, request_id: str
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        self, replica: placement_pb2.Replica, method: StreamMethod[Q, R], message: Q, request_id: str
+    ) -> AsyncGenerator[R, None]:
         metadata = call_metadata(request_id=request_id, generation=replica.generation)
         with self._channels.lease(replica) as stub:
-            call = stub.Generate(request, metadata=metadata)
+            call = method(stub)(message, metadata=metadata)
             try:
                 async for event in call:
                     yield event
@@ -262,6 +298,13 @@ class Dispatcher:
             finally:
                 call.cancel()
         raise WorkerLost("The worker ended the reply before it was finished. Try again.")
+
+
+def _operation_of(message: Message) -> str:
+    """Return what the metrics call a request."""
+    if isinstance(message, pb.GenerateRequest):
+        return "chat" if message.HasField("chat") else "text_completion"
+    return _OPERATIONS.get(type(message), "tokenize")
 
 
 def _worker_error(error: grpc.RpcError) -> HostlerError:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
 from hostler.errors import HostlerError
 from hostler.inference.v1 import inference_pb2 as pb
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
@@ -38,6 +39,13 @@ class Seen:
     first_s: float = 0.0
     last_s: float = 0.0
     finish: pb.Finish | None = None
+
+    def answer(self, answer: Message) -> None:
+        """Take in one answer of a stream that is no text; it has times, and ends with a `finish`, but no tokens."""
+        self.last_s = time.perf_counter()
+        self.first_s = self.first_s or self.last_s
+        if answer.HasField("finish"):
+            self.finish = pb.Finish()
 
     def event(self, event: pb.GenerateResponse) -> None:
         """Take one of a worker's events in."""

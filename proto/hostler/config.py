@@ -87,7 +87,8 @@ class ModelConfig(_Strict):
 
     name: ModelName = Field(description="Name that clients ask for.")
     source: str = Field(
-        default="", description="Catalog name, Hub id (org/name), local directory or .gguf file; default: the name."
+        default="",
+        description="Catalog name, Hub id (org/name), local directory, .gguf or .onnx file; default: the name.",
     )
     revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); pinned once pulled.")
     aliases: tuple[ModelName, ...] = Field(default=(), description="Other names that mean this model.")
@@ -95,7 +96,7 @@ class ModelConfig(_Strict):
         default_factory=dict,
         description="LoRA adapters served beside the model: name that clients ask for, directory that peft wrote.",
     )
-    engine: Literal["auto", "text", "embedding", "rerank", "scripted"] = Field(
+    engine: Literal["auto", "text", "embedding", "rerank", "speech", "scripted"] = Field(
         default="auto", description="Which engine runs it; auto: what its files are for."
     )
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")

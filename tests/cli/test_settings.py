@@ -44,10 +44,18 @@ def test_a_directory_is_named_after_itself_and_made_absolute(place: Path) -> Non
     assert (model.name, model.source) == ("my-model", str(place / "my model"))
 
 
-def test_a_gguf_file_is_named_without_its_suffix(place: Path) -> None:
-    (place / "tiny-q4.gguf").touch()
-    (model,) = resolve(models=("tiny-q4.gguf",)).models
-    assert (model.name, model.source) == ("tiny-q4", str(place / "tiny-q4.gguf"))
+@pytest.mark.parametrize("suffix", [".gguf", ".onnx"])
+def test_a_file_is_named_without_its_suffix(place: Path, suffix: str) -> None:
+    (place / f"tiny-q4{suffix}").touch()
+    (model,) = resolve(models=(f"tiny-q4{suffix}",)).models
+    assert (model.name, model.source) == ("tiny-q4", str(place / f"tiny-q4{suffix}"))
+
+
+def test_a_folder_of_a_repository_is_named_after_its_last_two_parts() -> None:
+    source = "rhasspy/piper-voices/en/en_US/lessac/medium"
+    (model,) = resolve(models=(f"{source}@v1",)).models
+    assert (model.name, model.source, model.aliases) == ("lessac-medium", source, (source,))
+    assert model.revision == "v1"
 
 
 def test_a_directory_with_a_model_beats_a_hub_id_of_that_name(place: Path) -> None:
@@ -56,7 +64,7 @@ def test_a_directory_with_a_model_beats_a_hub_id_of_that_name(place: Path) -> No
     assert resolve(models=("org/model",)).models[0].source == str(place / "org" / "model")
 
 
-@pytest.mark.parametrize("text", ["./missing", "missing.gguf", "two words", "a/b/c", ""])
+@pytest.mark.parametrize("text", ["./missing", "missing.gguf", "two words", "a//c", "a/b/../c", ""])
 def test_a_model_that_cannot_be_meant_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         resolve(models=(text,))

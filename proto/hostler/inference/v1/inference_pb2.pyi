@@ -105,7 +105,7 @@ class _TranscribeTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transc
     TRANSCRIBE_TASK_TRANSLATE: _TranscribeTask.ValueType  # 2
 
 class TranscribeTask(_TranscribeTask, metaclass=_TranscribeTaskEnumTypeWrapper):
-    """---------------------------------------------------------------- speech"""
+    """---------------------------------------------------------------- transcribe"""
 
 TRANSCRIBE_TASK_UNSPECIFIED: TranscribeTask.ValueType  # 0
 TRANSCRIBE_TASK_TRANSCRIBE: TranscribeTask.ValueType  # 1
@@ -1276,63 +1276,6 @@ class TranscribeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___TranscribeResponse: _TypeAlias = TranscribeResponse  # noqa: Y015
-
-@_typing.final
-class SpeakRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    VOICE_FIELD_NUMBER: _builtins.int
-    FORMAT_FIELD_NUMBER: _builtins.int
-    SPEED_FIELD_NUMBER: _builtins.int
-    INSTRUCTIONS_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    voice: _builtins.str
-    format: _builtins.str
-    """"wav", "mp3", "opus", "flac", "pcm" (16-bit little endian)."""
-    speed: _builtins.float
-    instructions: _builtins.str
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        voice: _builtins.str = ...,
-        format: _builtins.str = ...,
-        speed: _builtins.float | None = ...,
-        instructions: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_speed", b"_speed", "speed", b"speed"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speed", b"_speed", "format", b"format", "instructions", b"instructions", "speed", b"speed", "text", b"text", "voice", b"voice"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__speed: _TypeAlias = _typing.Literal["speed"]  # noqa: Y015
-    _WhichOneofArgType__speed: _TypeAlias = _typing.Literal["_speed", b"_speed"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__speed) -> _WhichOneofReturnType__speed | None: ...
-
-Global___SpeakRequest: _TypeAlias = SpeakRequest  # noqa: Y015
-
-@_typing.final
-class SpeakResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    AUDIO_FIELD_NUMBER: _builtins.int
-    SAMPLE_RATE_HZ_FIELD_NUMBER: _builtins.int
-    audio: _builtins.bytes
-    sample_rate_hz: _builtins.int
-    """On the first message."""
-    def __init__(
-        self,
-        *,
-        audio: _builtins.bytes = ...,
-        sample_rate_hz: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "sample_rate_hz", b"sample_rate_hz"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SpeakResponse: _TypeAlias = SpeakResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
