@@ -146,6 +146,14 @@ OPERATIONS: tuple[Operation, ...] = (
         "POST", "/v2/rerank", "Vectors", "Rank documents, for Cohere's client", "Ranking", takes="RankRequest",
         errors=(*_BODY_ERRORS, *_MODEL_ERRORS), is_under_v1=False,
     ),
+    Operation(
+        "POST", "/audio/speech", "Audio", "Say a text", "Sound", takes="SpeechRequest", streams="or", media="audio/*",
+        errors=(*_BODY_ERRORS, *_MODEL_ERRORS),
+    ),
+    Operation(
+        "GET", "/audio/voices", "Audio", "List voices", "Voices", query=(Query("model", string()),),
+        errors=(400, 404, 503),
+    ),
     _generates("/tokenize", "Tokens", "Return a prompt's token ids", "Tokens", "TokenizeRequest", ""),
     _generates("/detokenize", "Tokens", "Return the text of token ids", "Prompt", "DetokenizeRequest", ""),
     Operation("GET", "/models", "Models", "List what can be asked for", "ModelList", errors=(503,)),
@@ -174,4 +182,6 @@ OPERATIONS: tuple[Operation, ...] = (
         "GET", "/events", "List what happened, or follow it", "Events", streams="or",
         query=(Query("max", integer(1, 10_000)), Query("follow", boolean())),
     ),
+    _admin("GET", "/mcp", "List the MCP servers", "McpServers"),
+    _admin("POST", "/mcp/test", "Connect to an MCP server and list its tools", "McpTried", "McpTry"),
 )  # fmt: skip

@@ -197,6 +197,20 @@ REPLIES: dict[str, Schema] = {
             "usage": obj({"prompt_tokens": _COUNT, "total_tokens": _COUNT}),
         }
     ),
+    "Sound": string(description="Audio in the format that was asked for, as it is made."),
+    "Voices": obj({"object": one_of("list"), "voices": array(obj({"id": _NAME, "name": _NAME, "model": _NAME}))}),
+    "McpServers": obj({"object": one_of("list"), "data": array({"type": "object"})}),
+    "McpTried": obj(
+        {
+            "server": _NAME,
+            "ok": boolean(),
+            "took_ms": _COUNT,
+            "error": _MAYBE_NAME,
+            "tools": array(obj({"name": _NAME, "description": string(), "read_only": boolean()})),
+            "notes": array(string()),
+            "stderr": string(),
+        }
+    ),
     "Tokens": obj({"count": _COUNT, "max_model_len": _COUNT, "tokens": array(_COUNT)}),
     "Prompt": obj({"prompt": string()}),
     "Model": obj(

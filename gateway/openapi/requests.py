@@ -206,6 +206,17 @@ REQUESTS: dict[str, Schema] = {
     ),
     "DetokenizeRequest": obj({"tokens": array(integer(0, _INT32), high=8192)}, {"model": _MODEL}),
     "ModelRequest": obj({"model": _MODEL}),
+    "McpTry": obj({"server": string(minLength=1, maxLength=64)}),
+    "SpeechRequest": obj(
+        {"model": _MODEL, "input": string(minLength=1, maxLength=4096, pattern=r"\S")},
+        {
+            "voice": any_of(string(maxLength=256), obj({"id": string(minLength=1, maxLength=256)})),
+            "response_format": one_of("mp3", "opus", "aac", "flac", "wav", "pcm"),
+            "speed": number(0.25, 4),
+            "instructions": string(maxLength=4096),
+            "stream_format": one_of("audio", "sse"),
+        },
+    ),
     "LoadRequest": obj({"model": _MODEL}, {"stream": boolean()}),
     "NewConversation": obj({}, {"metadata": _METADATA, "items": array(ref("InputItem"), high=20)}),
     "ConversationChange": obj({}, {"metadata": _METADATA}),
