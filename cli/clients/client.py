@@ -1,6 +1,6 @@
 """The shape of a client's entry in the catalog. Above: the catalog's files, `render`, `merge`; below: nothing.
 
-Texts hold marks that `render` fills: @ROOT@ (the server), @BASE@ (its /v1), @MODEL@, @KEY@, @CONTEXT@ (tokens).
+Texts hold marks that `render` fills: @ROOT@ (the server), @BASE@ (its /v1), @MODEL@, @KEY@, @CONTEXT@, @OUTPUT@ (tokens).
 """
 
 from __future__ import annotations
