@@ -84,7 +84,7 @@ AGENTS = (
                     Entry(("provider", "hostler", "options", "apiKey"), "{env:HOSTLER_API_KEY}", when="key"),
                     Entry(
                         ("provider", "hostler", "models", "@MODEL@"),
-                        {"name": "@MODEL@", "limit": {"context": "@CONTEXT@", "output": "@CONTEXT@"}},
+                        {"name": "@MODEL@", "limit": {"context": "@CONTEXT@", "output": "@OUTPUT@"}},
                     ),
                 ),
             ),

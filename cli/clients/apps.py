@@ -70,6 +70,7 @@ APPS = (
                             "name": "@MODEL@",
                             "display_name": "@MODEL@",
                             "max_tokens": "@CONTEXT@",
+                            "max_output_tokens": "@OUTPUT@",
                             "capabilities": {
                                 "tools": True,
                                 "images": False,

@@ -1,6 +1,7 @@
 """The shape of a client's entry in the catalog. Above: the catalog's files, `render`, `merge`; below: nothing.
 
-Texts hold marks that `render` fills: @ROOT@ (the server), @BASE@ (its /v1), @MODEL@, @KEY@, @CONTEXT@ (tokens).
+Texts hold marks that `render` fills: @ROOT@ (the server), @BASE@ (its /v1), @MODEL@, @KEY@, and in tokens @CONTEXT@
+and @OUTPUT@.
 """
 
 from __future__ import annotations

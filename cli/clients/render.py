@@ -13,6 +13,7 @@ NO_KEY = "unused"
 """What stands for the key where a client wants one and the server does not."""
 KEY_TO_FILL_IN = "YOUR_KEY"
 _CONTEXT = "@CONTEXT@"
+_OUTPUT = "@OUTPUT@"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class Target:
         """The address that OpenAI's clients call their base URL."""
         return f"{self.root}/v1"
 
+    @property
+    def output_tokens(self) -> int:
+        """How long a reply may be: clients ask for all of it each time, so it must leave room for the prompt."""
+        return max(256, min(8192, self.context_tokens // 4))
+
     def marks(self) -> dict[str, str]:
         """Return what each mark in a text stands for."""
         return {
@@ -45,6 +51,7 @@ class Target:
             "@MODEL@": self.model,
             "@KEY@": self.key,
             _CONTEXT: str(self.context_tokens),
+            _OUTPUT: str(self.output_tokens),
         }
 
 
@@ -54,9 +61,9 @@ def applies(when: When, target: Target) -> bool:
 
 
 def fill(value: Any, target: Target) -> Any:
-    """Return plain data with every mark filled; a lone @CONTEXT@ becomes a number."""
-    if value == _CONTEXT:
-        return target.context_tokens
+    """Return plain data with every mark filled; a lone @CONTEXT@ or @OUTPUT@ becomes a number."""
+    if value in (_CONTEXT, _OUTPUT):
+        return target.context_tokens if value == _CONTEXT else target.output_tokens
     if isinstance(value, str):
         for mark, text in target.marks().items():
             value = value.replace(mark, text)

@@ -99,6 +99,12 @@ def test_the_server_that_runs_here_is_found_and_models_that_do_not_chat_are_pass
     assert json.loads(told)["environment"] == {"HOSTLER_API_KEY": KEY}
 
 
+def test_a_reply_that_may_be_long_leaves_room_for_the_prompt(run: Run) -> None:
+    entry = json.loads(json.loads(run("opencode", "--json").stdout)["files"][0]["text"])
+    limit = entry["provider"]["hostler"]["models"]["tiny"]["limit"]
+    assert limit == {"context": 8192, "output": 2048}
+
+
 def test_an_unknown_client_is_told_which_name_is_near(run: Run) -> None:
     result = run("claude")
     assert result.exit_code == 2
