@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import agents
 import httpx
+import openai
 import pytest
 from hostler.inference.v1 import inference_pb2 as pb
 
@@ -264,6 +266,26 @@ async def test_the_clients_own_tools_go_back_to_it_beside_the_servers(shop: Worl
     output = {"type": "function_call_output", "call_id": response["output"][1]["call_id"], "output": "ours"}
     after = await answered(shop, own, FREE, input=[output], previous_response_id=response["id"])
     assert said(after) == "theirs | ours"
+
+
+async def test_the_sdk_and_the_agents_library_follow_the_calls(shop: World) -> None:
+    shop.worker.script = turns(call("sums", {"text": "40+2"}), tell, call("sums", {"text": "1+1"}), tell)
+    tool: Any = {**FREE, "allowed_tools": ["sums"]}
+    async with openai.AsyncOpenAI(base_url=f"{shop.url}/v1", api_key="unused") as client:
+        async with client.responses.stream(model=MODEL, input="go", tools=[tool]) as stream:
+            seen = [event.type async for event in stream]
+            final = await stream.get_final_response()
+        assert final.output_text == "42"
+        assert {"response.mcp_list_tools.completed", "response.mcp_call.completed"} <= set(seen)
+        agents.set_tracing_disabled(True)
+        agent = agents.Agent(
+            name="adder",
+            model=agents.OpenAIResponsesModel(model=MODEL, openai_client=client),
+            tools=[agents.HostedMCPTool(tool_config=tool)],
+        )
+        run = await agents.Runner.run(agent, "go")
+        assert run.final_output == "2"
+        assert [item.raw_item.type for item in run.new_items] == ["mcp_list_tools", "mcp_call", "message"]
 
 
 async def test_filters_say_which_tools_are_seen(shop: World) -> None:
