@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import httpcore2
 
     from gateway.fetch import Resolve
-    from gateway.mcp.connection import Connection, Open
+    from gateway.mcp.connection import Connection
+    from gateway.mcp.live import Open
     from gateway.mcp.stdio import Tail
 
 MAX_BY_ADDRESS = 64
@@ -184,7 +185,8 @@ class McpServers:
     def _connection(
         self, name: str, config: McpServerConfig, headers: Mapping[str, str], *, is_trusted: bool
     ) -> Connection:
-        from gateway.mcp.connection import Connection, Limits
+        from gateway.mcp.connection import Connection
+        from gateway.mcp.live import Limits
 
         limits = Limits(config.start_timeout, config.timeout, config.max_result)
         allowed = config.tools

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.dialects.openai_chat.messages import MAX_MESSAGES
-from gateway.dialects.openai_chat.request import MAX_CHOICES, MAX_TOP_LOGPROBS
+from gateway.dialects.openai_chat.request import MAX_CHOICES, MAX_MCP_SERVERS, MAX_TOP_LOGPROBS
 from gateway.dialects.openai_chat.tools import MAX_TOOLS
 from gateway.dialects.sampling import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS
 from gateway.fields import MAX_MODEL_CHARS
@@ -76,6 +76,17 @@ _CALL_ITEM = {"type": one_of("function_call"), "call_id": _CALL_ID, "name": _FUN
 _OUTPUT_ITEM = {"type": one_of("function_call_output"), "call_id": _CALL_ID, "output": string()}
 _ITEM = any_of(obj(_TURN), obj(_CALL_ITEM), obj(_OUTPUT_ITEM))
 _FLAT_TOOL = obj({"type": one_of("function"), "name": _FUNCTION_NAME}, _FUNCTION_DETAILS)
+_TOOL_NAMES = array(string(), high=512)
+_TOOL_FILTER = obj({}, {"tool_names": _TOOL_NAMES, "read_only": boolean()})
+_MCP_TOOL = obj(
+    {"type": one_of("mcp"), "server_label": string(pattern="^[A-Za-z0-9_.-]{1,64}$")},
+    {
+        "server_url": string(maxLength=4096),
+        "authorization": string(),
+        "allowed_tools": any_of(_TOOL_NAMES, _TOOL_FILTER),
+        "require_approval": any_of(one_of("always", "never"), obj({}, {"always": _TOOL_FILTER, "never": _TOOL_FILTER})),
+    },
+)
 _METADATA = {
     **map_of(string(maxLength=512)),
     "propertyNames": {"minLength": 1, "maxLength": 64},
@@ -140,6 +151,7 @@ REQUESTS: dict[str, Schema] = {
                 obj({"type": one_of("function"), "function": obj({"name": _FUNCTION_NAME})}),
             ),
             "parallel_tool_calls": boolean(),
+            "mcp_servers": array(string(), high=MAX_MCP_SERVERS),
             "response_format": _FORMAT,
             "reasoning_effort": one_of("none", "minimal", "low", "medium", "high"),
             "chat_template_kwargs": _OBJECT,
@@ -160,7 +172,8 @@ REQUESTS: dict[str, Schema] = {
             "stream": boolean(),
             "max_output_tokens": integer(1, _INT32),
             "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
-            "tools": array(_FLAT_TOOL, high=MAX_TOOLS),
+            "tools": array(any_of(_FLAT_TOOL, _MCP_TOOL), high=MAX_TOOLS),
+            "max_tool_calls": integer(1, _INT32),
             "tool_choice": any_of(
                 one_of("none", "auto", "required"), obj({"type": one_of("function"), "name": _FUNCTION_NAME})
             ),

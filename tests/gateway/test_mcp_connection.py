@@ -155,7 +155,7 @@ async def test_a_server_that_changes_a_tool_loses_that_tool_only() -> None:
         echo = (await villain.list_tools()).find("echo")
         assert echo is not None
         assert await say(villain, "change") == ""
-        await until(lambda: villain._live.listing is None)  # type: ignore[union-attr]
+        await until(lambda: villain._live.has_news)  # type: ignore[union-attr]
         with pytest.raises(McpFault, match="'echo' has changed"):
             await villain.call(echo, {"text": "x"})
         assert "off until hostler is restarted" in (await villain.list_tools()).notes[0]

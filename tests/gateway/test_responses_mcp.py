@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import agents
 import httpx
+import openai
 import pytest
 from hostler.inference.v1 import inference_pb2 as pb
 
@@ -26,7 +28,8 @@ ASKED = {"type": "mcp", "server_label": "villain"}
 
 @asynccontextmanager
 async def serving(**config: Any) -> AsyncIterator[World]:
-    servers = {"villain": VILLAIN, "shop": SHOP, "gone": {"command": ["/no/such/program"]}}
+    patient = {**VILLAIN, "timeout": "60s"}
+    servers = {"villain": VILLAIN, "patient": patient, "shop": SHOP, "gone": {"command": ["/no/such/program"]}}
     async with world(config={"mcp_servers": servers, **config}) as here:
         here.worker.answer = counting()
         await here.publish(route(here.worker, supports_tools=True))
@@ -265,6 +268,26 @@ async def test_the_clients_own_tools_go_back_to_it_beside_the_servers(shop: Worl
     assert said(after) == "theirs | ours"
 
 
+async def test_the_sdk_and_the_agents_library_follow_the_calls(shop: World) -> None:
+    shop.worker.script = turns(call("sums", {"text": "40+2"}), tell, call("sums", {"text": "1+1"}), tell)
+    tool: Any = {**FREE, "allowed_tools": ["sums"]}
+    async with openai.AsyncOpenAI(base_url=f"{shop.url}/v1", api_key="unused") as client:
+        async with client.responses.stream(model=MODEL, input="go", tools=[tool]) as stream:
+            seen = [event.type async for event in stream]
+            final = await stream.get_final_response()
+        assert final.output_text == "42"
+        assert {"response.mcp_list_tools.completed", "response.mcp_call.completed"} <= set(seen)
+        agents.set_tracing_disabled(True)
+        agent = agents.Agent(
+            name="adder",
+            model=agents.OpenAIResponsesModel(model=MODEL, openai_client=client),
+            tools=[agents.HostedMCPTool(tool_config=tool)],
+        )
+        run = await agents.Runner.run(agent, "go")
+        assert run.final_output == "2"
+        assert [item.raw_item.type for item in run.new_items] == ["mcp_list_tools", "mcp_call", "message"]
+
+
 async def test_filters_say_which_tools_are_seen(shop: World) -> None:
     shop.worker.script = turns([text("ok")])
     for allowed, seen in (
@@ -290,8 +313,8 @@ async def test_a_long_result_is_cut_to_what_the_model_has_room_for(shop: World) 
     assert 100 < len(output.split()) < 400
 
 
-async def test_in_the_background_it_runs_on_and_a_cancel_ends_the_call(shop: World) -> None:
-    shop.worker.script = turns(call("sums", {"text": "20+22"}), tell, call("hang", {}))
+async def test_in_the_background_it_runs_on(shop: World) -> None:
+    shop.worker.script = turns(call("sums", {"text": "20+22"}), tell)
     started = (await ask(shop, FREE, background=True)).json()
     async with asyncio.timeout(10):
         while (response := (await shop.client.get(f"/v1/responses/{started['id']}")).json())["status"] != "completed":
@@ -299,6 +322,33 @@ async def test_in_the_background_it_runs_on_and_a_cancel_ends_the_call(shop: Wor
     assert said(check_response(response)) == "42"
     events = await shop.client.get(f"/v1/responses/{started['id']}?stream=true")
     assert kinds(check_stream(events.text)[-1]["response"]) == ["mcp_list_tools", "mcp_call", "message"]
+
+
+async def until_running(here: World, number: int) -> None:
+    """Wait until so many calls of the patient server run."""
+    async with asyncio.timeout(10):
+        while True:
+            connection = here.app.state.services.mcp._configured.get("patient")
+            if connection is not None and connection.state["state"] == "connected" and connection.num_running == number:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_cancel_or_a_client_that_leaves_ends_the_call(shop: World) -> None:
+    patient = {**FREE, "server_label": "patient"}
+    shop.worker.script = turns(call("hang", {}))
+    started = (await ask(shop, patient, background=True)).json()
+    await until_running(shop, 1)
+    cancelled = await shop.client.post(f"/v1/responses/{started['id']}/cancel", json={})
+    assert cancelled.json()["status"] == "cancelled"
+    await until_running(shop, 0)
+    body = {"model": MODEL, "input": "go", "tools": [patient], "stream": True}
+    async with shop.client.stream("POST", "/v1/responses", json=body) as reply:
+        async for line in reply.aiter_lines():
+            if "response.mcp_call_arguments.done" in line:
+                break
+        await until_running(shop, 1)
+    await until_running(shop, 0)
 
 
 async def test_what_a_request_may_not_ask_for_is_refused_by_name(shop: World) -> None:
