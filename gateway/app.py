@@ -29,7 +29,9 @@ from gateway.routes import (
     models,
     rerank,
     responses,
+    speech,
     tokenize,
+    voices,
 )
 from gateway.services import Patience, Services
 
@@ -77,8 +79,8 @@ def create_app(
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    rooms = (chat, responses, conversations, completions, embeddings, rerank, tokenize, models, admin, health)
-    for room in rooms:
+    writing, other = (chat, responses, conversations, completions), (embeddings, rerank, speech, voices, tokenize)
+    for room in (*writing, *other, models, admin, health):
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)

@@ -58,7 +58,9 @@ class Loading:
 Event = Loading | pb.GenerateResponse
 Q = TypeVar("Q", bound=Message)
 T = TypeVar("T")
+R = TypeVar("R", bound=Message)
 Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
+StreamMethod = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryStreamMultiCallable[Q, R]]
 
 
 class Dispatcher:
@@ -106,16 +108,43 @@ class Dispatcher:
         """
         request.cache_scope = cache_scope
         request.adapter = target.adapter
+        carried = self._carry(target, lambda stub: stub.Generate, request, request_id, request)
+        async with aclosing(carried) as events:
+            async for event in events:
+                yield event
+
+    async def stream(
+        self, target: Target, method: StreamMethod[Q, R], message: Q, request_id: str
+    ) -> AsyncGenerator[Loading | R, None]:
+        """Stream a worker's answers to a call that generates no text; the last has a `finish`. Otherwise as `generate`.
+
+        Args:
+            method: the stub's method to call with `message`.
+        """
+        async with aclosing(self._carry(target, method, message, request_id)) as events:
+            async for event in events:
+                yield event
+
+    async def _carry(
+        self,
+        target: Target,
+        method: StreamMethod[Q, R],
+        message: Q,
+        request_id: str,
+        generation: pb.GenerateRequest | None = None,
+    ) -> AsyncGenerator[Loading | R, None]:
+        """Do what `generate` and `stream` promise; `generation` is the message where it is one."""
         model = target.route.name
         lost: set[ReplicaKey] = set()
         full: set[ReplicaKey] = set()
-        with self._room.enter(model, request.ByteSize(), self._places(model, request)) as place:
+        batch = generation is not None and generation.batch
+        with self._room.enter(model, message.ByteSize(), self._places(model, batch=batch)) as place:
             for attempt in range(1, MAX_TRIES + 1):
-                replica = self._pick(model, lost | full, request)
+                replica = self._pick(model, lost | full, generation)
                 if replica is None:
                     for key in lost:
                         await self._table.gone(key, self._gone_timeout_s)
-                    async with aclosing(self._ensure(model, request_id, batch=request.batch)) as steps:
+                    async with aclosing(self._ensure(model, request_id, batch=batch)) as steps:
                         async for step in steps:
                             if isinstance(step, Loading):
                                 yield step
@@ -125,9 +154,9 @@ class Dispatcher:
                     raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
                 begun = False
                 try:
-                    async with aclosing(self._attempt(replica, request, request_id)) as events:
+                    async with aclosing(self._attempt(replica, method, message, request_id)) as events:
                         async for event in events:
-                            if not begun and event.WhichOneof("event") != "progress":
+                            if not begun and (generation is None or event.WhichOneof("event") != "progress"):
                                 begun = True
                                 place.begin()
                             yield event
@@ -190,10 +219,10 @@ class Dispatcher:
                     )
         raise AssertionError("the last try returns or raises")
 
-    def _places(self, model: str, request: pb.GenerateRequest) -> int:
+    def _places(self, model: str, *, batch: bool) -> int:
         max_waiting = self._max_waiting(model)
         # The last quarter of the places is kept for those whom people wait for.
-        return max(1, max_waiting * 3 // 4) if request.batch else max_waiting
+        return max(1, max_waiting * 3 // 4) if batch else max_waiting
 
     def _pick(
         self, model: str, avoided: set[ReplicaKey], request: pb.GenerateRequest | None = None
@@ -233,11 +262,11 @@ class Dispatcher:
         return type(error) in (WorkerLost, StaleGeneration, Unavailable)
 
     async def _attempt(
-        self, replica: placement_pb2.Replica, request: pb.GenerateRequest, request_id: str
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        self, replica: placement_pb2.Replica, method: StreamMethod[Q, R], message: Q, request_id: str
+    ) -> AsyncGenerator[R, None]:
         metadata = call_metadata(request_id=request_id, generation=replica.generation)
         with self._channels.lease(replica) as stub:
-            call = stub.Generate(request, metadata=metadata)
+            call = method(stub)(message, metadata=metadata)
             try:
                 async for event in call:
                     yield event

@@ -230,7 +230,7 @@ Event = PromptLogprobs | TextDelta | ReasoningDelta | ToolCallStart | ToolCallAr
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a loaded model is and can do; bytes and tokens. `adapters` are the names served beside it."""
+    """What a loaded model is and can do; bytes and tokens. `adapters` are the names served beside it, `voices` those it speaks with."""
 
     model: str
     engine: str
@@ -248,6 +248,7 @@ class ModelFacts:
     adapters: tuple[str, ...] = ()
     supports_fill_in_middle: bool = False
     embedding_dimensions: int = 0
+    voices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,9 +374,16 @@ def _import_rerank_engine() -> Opener:
     return open_rerank_engine
 
 
+def _import_speaking_engine() -> Opener:
+    from workers.speaking.opening import open_speaking_engine
+
+    return open_speaking_engine
+
+
 _IMPORTS: dict[life.EngineKind.ValueType, Callable[[], Opener]] = {
     life.ENGINE_KIND_UNSPECIFIED: _import_text_engine,
     life.ENGINE_KIND_TEXT: _import_text_engine,
     life.ENGINE_KIND_EMBEDDING: _import_embedding_engine,
     life.ENGINE_KIND_RERANK: _import_rerank_engine,
+    life.ENGINE_KIND_SPEECH: _import_speaking_engine,
 }

@@ -13,9 +13,10 @@ from hostler.errors import HostlerError, Internal, InvalidRequest, UnsupportedPa
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc as rpc
 
-from workers import translate, translate_texts
+from workers import translate, translate_texts, translate_utterances
 from workers.engine import Engine
 from workers.host import WorkerHost
+from workers.utterances import Speaker
 from workers.vectors import Embedder, Ranker
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,25 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         yield pb.TranscribeResponse()
 
     async def Speak(self, request: pb.SpeakRequest, context: Context) -> AsyncIterator[pb.SpeakResponse]:  # noqa: N802
-        """Refuse: a text engine does not speak."""
-        await abort(context, UnsupportedParameter("This model does not speak.", param="model"))
-        yield pb.SpeakResponse()
+        """Stream encoded speech. A call that the client cancels ends at its next event and frees the engine of it."""
+        request_id = metadata_value(context, REQUEST_ID_KEY) or ""
+        try:
+            self._host.check_generation(metadata_value(context, GENERATION_KEY))
+            with self._host.serving() as engine:
+                if not isinstance(engine, Speaker):
+                    raise InvalidRequest("This model does not speak.", param="model")
+                self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
+                wanted = translate_utterances.speech_request(request, request_id)
+                is_first = True
+                async with contextlib.aclosing(engine.speak(wanted)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield translate_utterances.speak_response(event, is_first=is_first)
+                        is_first = False
+        except HostlerError as error:
+            await abort(context, error)
+        except Exception:
+            log.exception("speaking failed", extra={"request_id": request_id})
+            await abort(context, Internal("The worker failed on this request; its log has the details."))
 
     async def _answer(self, context: Context, work: Callable[[Engine, str], Awaitable[T]]) -> T:
         """Check the generation and run a unary call's `work` with its request id; errors end the call by name."""

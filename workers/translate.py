@@ -50,6 +50,7 @@ _ENGINES = {
     "scripted": life.ENGINE_KIND_SCRIPTED,
     "embedding": life.ENGINE_KIND_EMBEDDING,
     "rerank": life.ENGINE_KIND_RERANK,
+    "speech": life.ENGINE_KIND_SPEECH,
 }
 
 
@@ -342,6 +343,7 @@ def model_info(facts: ModelFacts) -> life.ModelInfo:
         supports_audio=facts.supports_audio,
         supports_fill_in_middle=facts.supports_fill_in_middle,
         embedding_dimensions=facts.embedding_dimensions,
+        voices=facts.voices,
     )
 
 

@@ -78,6 +78,15 @@ def fail_once(error: HostlerError) -> Script:
     return script
 
 
+async def two_sounds(request: pb.SpeakRequest) -> AsyncIterator[pb.SpeakResponse]:
+    """Say the text in two halves, as bytes that spell it."""
+    half = len(request.text) // 2
+    for part in (request.text[:half], request.text[half:]):
+        yield pb.SpeakResponse(audio=part.encode())
+    usage = pb.Usage(num_prompt_tokens=3, num_completion_tokens=40)
+    yield pb.SpeakResponse(finish=pb.SpeakFinish(usage=usage, duration_s=0.5))
+
+
 async def no_answer(request: Any) -> Any:
     raise AssertionError(f"nobody said what to answer to a {type(request).__name__}")
 
@@ -101,6 +110,7 @@ class FakeWorker(InferenceServiceServicer):
         self.script: Script = echo
         self.requests: list[pb.GenerateRequest] = []
         self.answer: Callable[[Any], Awaitable[Any]] = no_answer
+        self.speech: Callable[[pb.SpeakRequest], AsyncIterator[pb.SpeakResponse]] = two_sounds
         self.asked: list[Any] = []
         self.request_ids: list[str | None] = []
         self.num_running = 0
@@ -156,7 +166,19 @@ class FakeWorker(InferenceServiceServicer):
             await asyncio.shield(self._count(-1))
 
     Embed = Rerank = Tokenize = Detokenize = _answer
-    Transcribe = Speak = None
+    Transcribe = None
+
+    async def Speak(self, request: pb.SpeakRequest, context: Any) -> AsyncIterator[pb.SpeakResponse]:  # noqa: N802
+        self.asked.append(request)
+        assert metadata_value(context, GENERATION_KEY) == str(self.generation)
+        await self._count(1)
+        try:
+            async for event in self.speech(request):
+                yield event
+        except HostlerError as error:
+            await abort(context, error)
+        finally:
+            await asyncio.shield(self._count(-1))
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]

@@ -1283,12 +1283,16 @@ class SpeakRequest(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     SPEED_FIELD_NUMBER: _builtins.int
     INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     voice: _builtins.str
+    """One of ModelInfo.voices; empty: the model's own choice."""
     format: _builtins.str
-    """"wav", "mp3", "opus", "flac", "pcm" (16-bit little endian)."""
+    """"mp3", "opus" (in Ogg), "aac", "flac", "wav", "pcm" (16-bit little endian). One channel, 24,000 Hz."""
     speed: _builtins.float
     instructions: _builtins.str
+    keep_alive_ms: _builtins.int
+    """As in GenerateRequest."""
     def __init__(
         self,
         *,
@@ -1297,35 +1301,72 @@ class SpeakRequest(_message.Message):
         format: _builtins.str = ...,
         speed: _builtins.float | None = ...,
         instructions: _builtins.str = ...,
+        keep_alive_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_speed", b"_speed", "speed", b"speed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_speed", b"_speed", "keep_alive_ms", b"keep_alive_ms", "speed", b"speed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speed", b"_speed", "format", b"format", "instructions", b"instructions", "speed", b"speed", "text", b"text", "voice", b"voice"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_speed", b"_speed", "format", b"format", "instructions", b"instructions", "keep_alive_ms", b"keep_alive_ms", "speed", b"speed", "text", b"text", "voice", b"voice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
+    _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
     _WhichOneofReturnType__speed: _TypeAlias = _typing.Literal["speed"]  # noqa: Y015
     _WhichOneofArgType__speed: _TypeAlias = _typing.Literal["_speed", b"_speed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_ms) -> _WhichOneofReturnType__keep_alive_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__speed) -> _WhichOneofReturnType__speed | None: ...
 
 Global___SpeakRequest: _TypeAlias = SpeakRequest  # noqa: Y015
 
 @_typing.final
+class SpeakFinish(_message.Message):
+    """SpeakFinish counts what the model read and made: symbols of text (phonemes, letters), and frames of sound."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    duration_s: _builtins.float
+    @_builtins.property
+    def usage(self) -> Global___Usage: ...
+    def __init__(
+        self,
+        *,
+        usage: Global___Usage | None = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpeakFinish: _TypeAlias = SpeakFinish  # noqa: Y015
+
+@_typing.final
 class SpeakResponse(_message.Message):
+    """The messages' bytes joined are one stream or file of the format. The last one carries `finish`."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     AUDIO_FIELD_NUMBER: _builtins.int
     SAMPLE_RATE_HZ_FIELD_NUMBER: _builtins.int
+    FINISH_FIELD_NUMBER: _builtins.int
     audio: _builtins.bytes
     sample_rate_hz: _builtins.int
     """On the first message."""
+    @_builtins.property
+    def finish(self) -> Global___SpeakFinish: ...
     def __init__(
         self,
         *,
         audio: _builtins.bytes = ...,
         sample_rate_hz: _builtins.int = ...,
+        finish: Global___SpeakFinish | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "sample_rate_hz", b"sample_rate_hz"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "finish", b"finish", "sample_rate_hz", b"sample_rate_hz"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""The OpenAI speech dialect, both ways. Pure functions."""

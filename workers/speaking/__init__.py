@@ -1,0 +1,1 @@
+"""Text to speech. Its README is the design note."""
