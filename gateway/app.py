@@ -21,6 +21,7 @@ from gateway.doors import REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.errors import ClientGone, as_hostler_error, error_response
 from gateway.routes import (
     admin,
+    audio_models,
     chat,
     completions,
     conversations,
@@ -31,6 +32,7 @@ from gateway.routes import (
     responses,
     speech,
     tokenize,
+    transcriptions,
     voices,
 )
 from gateway.services import Patience, Services
@@ -79,8 +81,9 @@ def create_app(
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    writing, other = (chat, responses, conversations, completions), (embeddings, rerank, speech, voices, tokenize)
-    for room in (*writing, *other, models, admin, health):
+    writing, other = (chat, responses, conversations, completions), (embeddings, rerank, tokenize)
+    audio = (transcriptions, audio_models, speech, voices)
+    for room in (*writing, *other, *audio, models, admin, health):
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)

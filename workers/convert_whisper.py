@@ -202,7 +202,9 @@ def write_tokenizer(tokenizer: dict[str, Any], ids: dict[str, int], destination:
     have = set(ids.values())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     times = [
-        {"id": first + step, "content": f"<|{step * 0.02:.2f}|>", **plain} for step in range(1501) if first + step not in have
+        {"id": first + step, "content": f"<|{step * 0.02:.2f}|>", **plain}
+        for step in range(1501)
+        if first + step not in have
     ]
     tokenizer = {**tokenizer, "added_tokens": [*tokenizer["added_tokens"], *times]}
     _write_json(destination / "tokenizer.json", tokenizer)

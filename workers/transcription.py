@@ -66,7 +66,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TranscriptionFinish:
-    """The last event. `language` is a code, empty if the model knows none; `duration_s` what the recording lasts."""
+    """The last event.
+
+    Attributes:
+        language: a code.
+        language_name: in English, lower case.
+        duration_s: what the recording lasts.
+        num_prompt_tokens: of the prompt, and positions of the encoder, 50 for each second of sound.
+    """
 
     language: str
     language_name: str

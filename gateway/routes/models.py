@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from hostler.errors import HostlerError
+from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
 
 from gateway.body import read_json
@@ -22,6 +23,12 @@ router = APIRouter()
 
 # The words that `transformers chat` has labels for; it shows any other stage by its own name.
 _STAGES = {"read": "weights", "warm-up": "weights", "import": "config", "spawn": "config", "queue": "config"}
+_TASKS: dict[int, str] = {
+    lifecycle_pb2.ENGINE_KIND_EMBEDDING: "feature-extraction",
+    lifecycle_pb2.ENGINE_KIND_RERANK: "text-ranking",
+    lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION: "automatic-speech-recognition",
+    lifecycle_pb2.ENGINE_KIND_SPEECH: "text-to-speech",
+}
 
 
 @router.get("/models", response_model=None)
@@ -41,7 +48,11 @@ async def get_model(request: Request, model: str) -> Response:
 
 
 def model_object(target: Target) -> dict[str, Any]:
-    """Return OpenAI's `model` object; an adapter also tells its base model as `parent`, the field that vLLM gives."""
+    """Return OpenAI's `model` object.
+
+    An adapter also tells its base model as `parent`, the field that vLLM gives; a model that does not write text, what
+    it does as `task`, in the Hub's words.
+    """
     route = target.route
     described = {
         "id": target.name,
@@ -49,7 +60,8 @@ def model_object(target: Target) -> dict[str, Any]:
         "created": route.created_unix_s,
         "owned_by": route.owned_by or "hostler",
     }
-    return described | ({"parent": route.name} if target.adapter else {})
+    task = _TASKS.get(route.engine)
+    return described | ({"parent": route.name} if target.adapter else {}) | ({"task": task} if task else {})
 
 
 @router.post("/load_model", response_model=None)

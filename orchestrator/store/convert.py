@@ -1,6 +1,7 @@
 """Runs a converter as a process of its own and relays its progress.
 
-Above it: `pull`, `whisper`. Below it: `python -m workers.convert` and `workers.convert_whisper`, the only places where a model's tensors are handled. The two
+Above it: `pull`, `whisper`. Below it: `python -m workers.convert` and
+`workers.convert_whisper`, the only places where a model's tensors are handled. The two
 rooms meet only at those command lines and its JSON lines.
 """
 
@@ -95,5 +96,7 @@ def run_converter(place: Workplace, module: str, source: Path, destination: Path
     if failure is not None:
         raise BY_REASON.get(failure["reason"], ModelLoadFailed)(failure["message"])
     if status < 0:
-        raise ModelLoadFailed(f"The conversion of {source.name} was killed (signal {-status}); memory may have run out.")
+        raise ModelLoadFailed(
+            f"The conversion of {source.name} was killed (signal {-status}); memory may have run out."
+        )
     raise ModelLoadFailed(f"The conversion of {source.name} failed: {' '.join(last_words) or f'status {status}'}")

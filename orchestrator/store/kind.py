@@ -24,7 +24,8 @@ _HEADLESS = ("Model", "EncoderModel", "ForMaskedLM")
 def kind_of(path: Path) -> Kind:
     """Return what the model in directory `path` is for.
 
-    Whisper and other recognisers of speech write it down. A classifier with one label ranks documents. Whatever sentence-transformers lists modules for, and an encoder
+    Whisper and other recognisers of speech write it down.
+    A classifier with one label ranks documents. Whatever sentence-transformers lists modules for, and an encoder
     without a head that writes, makes embeddings. Everything else writes text.
 
     Raises:

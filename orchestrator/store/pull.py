@@ -29,7 +29,6 @@ from orchestrator.store.mirror import extract, extract_directory, fetch_wheel
 from orchestrator.store.progress import Progress, Report, silent
 from orchestrator.store.publish import Provenance, Workplace, explain, locked, publish, sha256_of, write_manifest
 from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, find, parse
-
 from orchestrator.store.whisper import WHISPER_CONVERTER, convert_in_place, extract_weights, is_ctranslate2
 
 

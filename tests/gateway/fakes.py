@@ -26,6 +26,7 @@ from hostler.placement.v1.placement_pb2_grpc import PlacementServiceServicer, ad
 from gateway.app import create_app
 from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
+from tests.gateway.hearing import Hears
 
 MODEL = "org/tiny-chat"
 QUICK = Patience(
@@ -101,7 +102,7 @@ def counting(max_context_tokens: int = 8192) -> Callable[[Any], Awaitable[Any]]:
     return count
 
 
-class FakeWorker(InferenceServiceServicer):
+class FakeWorker(Hears, InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 
     def __init__(self, directory: Path, name: str = "a", generation: int = 7) -> None:
@@ -166,7 +167,6 @@ class FakeWorker(InferenceServiceServicer):
             await asyncio.shield(self._count(-1))
 
     Embed = Rerank = Tokenize = Detokenize = _answer
-    Transcribe = None
 
     async def Speak(self, request: pb.SpeakRequest, context: Any) -> AsyncIterator[pb.SpeakResponse]:  # noqa: N802
         self.asked.append(request)

@@ -1,4 +1,4 @@
-"""Recordings → samples, through a child process for each. Above: `engine.py`. Below: `python -m workers.hearing.unpacking`.
+"""Recordings → samples, through a child process for each. Above: `engine.py`. Below: `unpacking.py`, the child.
 
 The child starts before it has a file, while another request is served: an interpreter with FFmpeg takes a quarter of
 a second to come up. Its output is read as it comes and only as fast as it is used, so that a recording of hours

@@ -1,4 +1,4 @@
-"""The decode loop: rows that join, say one token each step, and leave. Above: `engine.py`'s thread; below: `whisper.py`.
+"""The decode loop: rows that join, say one token each step, and leave. Above: `listening.py`; below: `whisper.py`.
 
 A row is one window of one recording. It joins with what the encoder made of it, finds out its language if nobody said
 which, and is opened anew at a higher temperature when what it said looks wrong.
@@ -100,7 +100,7 @@ class Decoding(Generic[T]):
         return codes[int(logits[tokens].argmax())]
 
     def _open(self, indices: Sequence[int]) -> None:
-        """Read the openings of rows and take their first tokens; neighbours whose openings are equally long together."""
+        """Read rows' openings and take their first tokens; neighbours with openings of one length together."""
         group: list[int] = []
         for index in indices:
             row = self.rows[index]

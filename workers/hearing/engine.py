@@ -7,11 +7,11 @@ Above: the worker's servicers, through `workers.engine.Engine` and `workers.tran
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 from hostler.errors import HostlerError, InvalidRequest, Overloaded, Unavailable, UnsupportedParameter
 
@@ -22,6 +22,7 @@ from workers.hearing.listening import Listener, Recording
 from workers.hearing.telling import Teller
 from workers.hearing.vocabulary import MAX_PROMPT_TOKENS, Vocabulary
 from workers.hearing.voice import Cutter, Window
+from workers.hearing.words import SOUND_S
 from workers.transcription import Heard, TranscriptionFinish, TranscriptionRequest
 
 _MAX_PROMPT_CHARS = 16 * MAX_PROMPT_TOKENS
@@ -170,7 +171,7 @@ class HearingEngine:
             language=code,
             language_name=self._loaded.vocabulary.names.get(code, ""),
             duration_s=end.duration_s,
-            num_prompt_tokens=len(wanted.prompt),
+            num_prompt_tokens=len(wanted.prompt) + math.ceil(end.duration_s / SOUND_S),
             num_completion_tokens=teller.num_tokens,
         )
 

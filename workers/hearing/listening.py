@@ -226,9 +226,7 @@ class Listener:
             num_sounds = max(1, min(self._whisper.shape.num_sounds, round(item.window.duration_s / SOUND_S)))
             attention = self._whisper.attend(self._decoding.rows.index(row), tokens, self._heads, num_sounds)
             starts_s = token_starts_s(attention, len(opening) - 1)
-        return HeardWindow(
-            item.index, item.window.start_s, item.window.duration_s, row.language, decoded, starts_s
-        )
+        return HeardWindow(item.index, item.window.start_s, item.window.duration_s, row.language, decoded, starts_s)
 
     def _explained(self, error: Exception, recording: Recording) -> HostlerError:
         log.exception("hearing failed", exc_info=error, extra={"request_id": recording.request_id})

@@ -1,4 +1,4 @@
-"""What a Whisper model's tokens mean: languages, tasks, times, and what it must not say. Above: `opening.py`, `rules.py`.
+"""What a Whisper model's tokens mean: languages, tasks, times, what it must not say. Above: `opening.py`, `rules.py`.
 
 Read from the model's generation_config.json, and from its tokenizer where that is silent (older models).
 """
@@ -132,6 +132,8 @@ def read_vocabulary(tokenizer: Any, generation: Any, size: int) -> Vocabulary:
         languages={code: number for code, number in table.items() if number < size},
         names=names,
         suppressed=tuple(int(i) for i in getattr(generation, "suppress_tokens", None) or () if 0 <= i < size),
-        suppressed_first=tuple(int(i) for i in getattr(generation, "begin_suppress_tokens", None) or () if 0 <= i < size),
+        suppressed_first=tuple(
+            int(i) for i in getattr(generation, "begin_suppress_tokens", None) or () if 0 <= i < size
+        ),
         max_initial_step=int(initial) if initial is not None else round(_DEFAULT_MAX_INITIAL_S / TIME_STEP_S),
     )

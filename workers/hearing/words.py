@@ -69,9 +69,7 @@ def token_starts_s(attention: torch.Tensor, num_before: int) -> list[float]:
     return [float(sound) * SOUND_S for sound in sounds[first]]
 
 
-def split_words(
-    tokens: Sequence[int], text_of: Callable[[Sequence[int]], str], language: str
-) -> list[tuple[str, int]]:
+def split_words(tokens: Sequence[int], text_of: Callable[[Sequence[int]], str], language: str) -> list[tuple[str, int]]:
     """Return a text's words with their spaces and punctuation, and how many tokens each has."""
     pieces: list[tuple[str, int]] = []
     held: list[int] = []
