@@ -87,7 +87,8 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
         vocabulary = read_vocabulary(tokenizer, generation, shape.vocabulary)
     except KeyError as error:
         raise ModelLoadFailed(f"The tokenizer of {spec.model} lacks the token {error}.") from error
-    whisper = Whisper(module, num_rows(shape.values_per_row * module.proj_out.weight.element_size(), device))
+    item_bytes = module.model.decoder.layers[0].fc1.weight.element_size()
+    whisper = Whisper(module, num_rows(shape.values_per_row * item_bytes, device))
     encoder = TextEncoder(tokenizer, vocab_size=shape.vocabulary, max_tokens=shape.num_tokens)
 
     def text_of(ids: Sequence[int]) -> str:
@@ -126,12 +127,12 @@ def num_rows(row_bytes: int, device: torch.device) -> int:
 
 
 def _load_module(spec: LoadSpec, path: Path, config: Any, device: torch.device) -> Any:
-    """Return the model. On a CPU "auto" is float32, its encoder in bfloat16 where the processor multiplies that faster.
+    """Return the model. On a CPU "auto" is float32, but its products bfloat16 where the processor has them.
 
-    The encoder does nine tenths of the arithmetic; the decoder's steps are bound by reading memory, which oneDNN does
-    more slowly in bfloat16.
+    That is the encoder, which does nine tenths of the arithmetic, and the linear layers of the decoder, whose steps are
+    bound by reading them; what passes between the decoder's layers stays float32.
     """
-    dtype, encoder_dtype = _dtypes(spec.dtype, config, device)
+    dtype = _dtype(spec.dtype, config, device)
     try:
         module, found = WhisperForConditionalGeneration.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -141,19 +142,21 @@ def _load_module(spec: LoadSpec, path: Path, config: Any, device: torch.device) 
     if missing := sorted(name for name in found["missing_keys"] if name != "proj_out.weight"):
         raise ModelLoadFailed(f"The weights of {spec.model} lack {len(missing)} tensors, {missing[0]} among them.")
     module.train(False).requires_grad_(False).to(device)
-    module.model.encoder.to(encoder_dtype)
+    if spec.dtype == "auto" and device.type == "cpu" and multiplies_bfloat16():
+        module.model.encoder.to(torch.bfloat16)
+        for layer in module.model.decoder.layers.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
     return module
 
 
-def _dtypes(wanted: str, config: Any, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtypes of decoder and encoder."""
+def _dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
     if wanted != "auto":
-        return _DTYPES[wanted], _DTYPES[wanted]
+        return _DTYPES[wanted]
     if device.type == "cpu":
-        return torch.float32, torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    stored = getattr(config, "dtype", None)
-    dtype = stored if stored in (torch.float16, torch.bfloat16) else torch.float16
-    return dtype, dtype
+        return torch.float32
+    stored: object = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) and stored.itemsize == 2 else torch.float16
 
 
 def multiplies_bfloat16() -> bool:

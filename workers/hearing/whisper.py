@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+# As many of the likeliest tokens get their logits in full precision where the head's are rough.
+_REFINED = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -50,7 +53,8 @@ class Whisper:
     """A loaded model with memory for `num_rows` rows. For one thread.
 
     Args:
-        module: WhisperForConditionalGeneration, on its device; encoder and decoder may differ in dtype.
+        module: WhisperForConditionalGeneration, on its device. Its encoder and the linear layers of its decoder may have
+            another dtype than the rest: then what passes between the layers keeps the rest's.
         num_rows: most rows at once.
     """
 
@@ -62,7 +66,10 @@ class Whisper:
         self._head = module.proj_out
         weight = self._decoder.embed_tokens.weight
         self.device: torch.device = weight.device
-        self.dtype: torch.dtype = weight.dtype
+        self.dtype: torch.dtype = self._decoder.layers[0].fc1.weight.dtype
+        self._rough_head = self._head.weight.to(self.dtype) if self.dtype != weight.dtype else None
+        # torch's kernel for attention in bfloat16 on a CPU takes ten times as long as two products.
+        self._by_products = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self._encoder_dtype: torch.dtype = self._encoder.conv1.weight.dtype
         shape = self.shape
         rows = (shape.layers, 2, num_rows, shape.heads)
@@ -73,7 +80,7 @@ class Whisper:
 
     @torch.inference_mode()
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return states (windows, num_sounds, width) in the decoder's dtype of features (windows, mels, frames)."""
+        """Return states (windows, num_sounds, width), in the decoder's dtype, of features (windows, mels, frames)."""
         features = features.to(self.device, self._encoder_dtype)
         states: torch.Tensor = self._encoder(features).last_hidden_state
         return states.to(self.dtype)
@@ -104,11 +111,11 @@ class Whisper:
         rows = slice(first, first + num_rows)
         for index, layer in enumerate(self._decoder.layers):
             attention = layer.self_attn
-            states = layer.self_attn_layer_norm(hidden)
+            states = layer.self_attn_layer_norm(hidden).to(self.dtype)
             keys, values = self._heads(attention.k_proj(states)), self._heads(attention.v_proj(states))
             self._tokens[index, 0, rows, :, :length] = keys
             self._tokens[index, 1, rows, :, :length] = values
-            heard = scaled_dot_product_attention(self._heads(attention.q_proj(states)), keys, values, is_causal=True)
+            heard = self._attention(self._heads(attention.q_proj(states)), keys, values, self._past(length))
             hidden = hidden + attention.out_proj(self._joined(heard))
             hidden = self._rest(layer, hidden, self._sounds[index, 0, rows], self._sounds[index, 1, rows])
         return self._logits(hidden[:, list(at)])
@@ -124,15 +131,15 @@ class Whisper:
         hidden = (self._decoder.embed_tokens(ids) + self._decoder.embed_positions.weight[where])[:, None]
         for index, layer in enumerate(self._decoder.layers):
             attention = layer.self_attn
-            states = layer.self_attn_layer_norm(hidden)
+            states = layer.self_attn_layer_norm(hidden).to(self.dtype)
             own_keys, own_values = self._tokens[index, 0], self._tokens[index, 1]
             own_keys[every, :, where] = self._heads(attention.k_proj(states))[:, :, 0]
             own_values[every, :, where] = self._heads(attention.v_proj(states))[:, :, 0]
-            heard = scaled_dot_product_attention(
+            heard = self._attention(
                 self._heads(attention.q_proj(states)),
                 own_keys[:num_rows, :, :longest],
                 own_values[:num_rows, :, :longest],
-                attn_mask=seen,
+                seen,
             )
             hidden = hidden + attention.out_proj(self._joined(heard))
             hidden = self._rest(layer, hidden, self._sounds[index, 0, :num_rows], self._sounds[index, 1, :num_rows])
@@ -154,13 +161,14 @@ class Whisper:
         found: dict[tuple[int, int], torch.Tensor] = {}
         for index, layer in enumerate(self._decoder.layers):
             attention = layer.self_attn
-            states = layer.self_attn_layer_norm(hidden)
+            states = layer.self_attn_layer_norm(hidden).to(self.dtype)
             keys, values = self._heads(attention.k_proj(states)), self._heads(attention.v_proj(states))
-            heard = scaled_dot_product_attention(self._heads(attention.q_proj(states)), keys, values, is_causal=True)
+            heard = self._attention(self._heads(attention.q_proj(states)), keys, values, self._past(length))
             hidden = hidden + attention.out_proj(self._joined(heard))
             wanted = [pair for pair in heads if pair[0] == index]
             if wanted:
-                queries = self._heads(layer.encoder_attn.q_proj(layer.encoder_attn_layer_norm(hidden)))[0]
+                states = layer.encoder_attn_layer_norm(hidden).to(self.dtype)
+                queries = self._heads(layer.encoder_attn.q_proj(states))[0]
                 for pair in wanted:
                     scores = queries[pair[1]].float() @ self._sounds[index, 0, row, pair[1], :num_sounds].float().T
                     found[pair] = torch.softmax(scores * self.shape.head_width**-0.5, dim=-1)
@@ -171,11 +179,26 @@ class Whisper:
     def _rest(self, layer: Any, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Return hidden (rows, tokens, width) after the layer's listening and its feed-forward part."""
         attention = layer.encoder_attn
-        queries = self._heads(attention.q_proj(layer.encoder_attn_layer_norm(hidden)))
-        hidden = hidden + attention.out_proj(self._joined(scaled_dot_product_attention(queries, keys, values)))
-        inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
+        queries = self._heads(attention.q_proj(layer.encoder_attn_layer_norm(hidden).to(self.dtype)))
+        hidden = hidden + attention.out_proj(self._joined(self._attention(queries, keys, values)))
+        inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden).to(self.dtype)))
         out: torch.Tensor = hidden + layer.fc2(inner)
         return out
+
+    def _attention(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return (rows, heads, queries, head width); `seen` is true where a query may look."""
+        if not self._by_products:
+            return scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        scores = (queries * self.shape.head_width**-0.5) @ keys.transpose(-1, -2)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        return scores.softmax(dim=-1) @ values
+
+    def _past(self, length: int) -> torch.Tensor:
+        """Return (length, length): true for the tokens up to each one."""
+        return self._steps[:length] <= self._steps[:length, None]
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """(…, tokens, width) → (…, heads, tokens, head width)."""
@@ -186,4 +209,11 @@ class Whisper:
         return heads.transpose(1, 2).flatten(2)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(self._decoder.layer_norm(hidden), self._head.weight).float()
+        hidden = self._decoder.layer_norm(hidden)
+        if self._rough_head is None:
+            return linear(hidden, self._head.weight).float()
+        logits = linear(hidden.to(self.dtype), self._rough_head).float()
+        # Rounded to bfloat16, neighbours would be equal and logprobs off by some hundredths.
+        likeliest = logits.topk(min(_REFINED, logits.shape[-1]), sorted=False).indices
+        exact = (self._head.weight[likeliest] @ hidden[..., None])[..., 0]
+        return logits.scatter(-1, likeliest, exact)
