@@ -205,9 +205,10 @@ class Listener:
         try:
             done = self._decoding.step()
             self.num_steps += 1
-            for row in done:
-                self._tell(row.item.recording, row.failure or self._heard(row))
+            results = [(row.item.recording, row.failure or self._heard(row)) for row in done]
             self._decoding.leave(done)
+            for recording, result in results:
+                self._tell(recording, result)
         except Exception as error:
             rows = list(self._decoding.rows)
             self._decoding.leave(rows)

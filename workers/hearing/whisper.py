@@ -53,7 +53,7 @@ class Whisper:
     """A loaded model with memory for `num_rows` rows. For one thread.
 
     Args:
-        module: WhisperForConditionalGeneration, on its device. Its encoder and the linear layers of its decoder may have
+        module: WhisperForConditionalGeneration, on its device. Its encoder and its decoder's linear layers may have
             another dtype than the rest: then what passes between the layers keeps the rest's.
         num_rows: most rows at once.
     """
