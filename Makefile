@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test check bench soak prove gpu proto format clean
+.PHONY: help setup setup-dev serve test check bench soak chaos prove gpu proto format clean
 
 help: ## list the targets
 	@printf 'make TARGET\n\n'
@@ -31,6 +31,9 @@ bench: setup-dev ## measure against the peers on this machine; ARGS=--quick for 
 
 soak: setup-dev ## five models on devices for three, 2,000 requests, everything checked; ARGS='--minutes 20'
 	@exec $(BIN)/python -m tests.soak $(ARGS)
+
+chaos: setup-dev ## processes killed and frozen under load, every byte of every reply checked; ARGS='--requests 30000'
+	@exec $(BIN)/python -m tests.chaos $(ARGS)
 
 prove: setup-dev ## the scheduler through a million random steps; ARGS='--steps 10000'
 	@exec $(BIN)/python -m tests.orchestrator.proof $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -117,6 +118,7 @@ def _clean(run_dir: RunDir) -> None:
     left = (run_dir.path / "ray.json", run_dir.token_file, run_dir.orchestrator_socket, *run_dir.path.glob("w-*.sock"))
     for path in left:
         path.unlink(missing_ok=True)
+    shutil.rmtree(run_dir.metrics, ignore_errors=True)
 
 
 def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: float) -> None:

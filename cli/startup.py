@@ -12,13 +12,14 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hostler import __version__, errors
 from hostler.config import DEFAULT_PORT, HostlerConfig, ModelConfig
+from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
@@ -123,7 +124,8 @@ class Screen:
         finally:
             gateway.cancel()
             devices.cancel()
-        self._banner([m for m, is_ready in zip(wanted, ready, strict=True) if is_ready], wanted, started_at)
+        can_answer = [m for m, is_ready in zip(wanted, ready, strict=True) if is_ready]
+        self._banner(can_answer, wanted, started_at, await self._engines())
 
     async def _show_devices(self) -> None:
         status = await placement.wait_for_status(self._run_dir)
@@ -170,7 +172,21 @@ class Screen:
             await asyncio.sleep(0.1)
         return False
 
-    def _banner(self, ready: list[ModelConfig], wanted: list[ModelConfig], started_at: float) -> None:
+    async def _engines(self) -> dict[str, lifecycle_pb2.EngineKind.ValueType]:
+        """Return what each model is for, as far as it is known."""
+        try:
+            async with placement.connect(self._run_dir) as client:
+                return {route.name: route.engine for route in (await client.status()).models}
+        except errors.HostlerError:
+            return {}
+
+    def _banner(
+        self,
+        ready: list[ModelConfig],
+        wanted: list[ModelConfig],
+        started_at: float,
+        engines: Mapping[str, lifecycle_pb2.EngineKind.ValueType],
+    ) -> None:
         say = self._report.say
         url = servers.base_url(self._config.host, self._config.port)
         elapsed_s = time.time() - started_at
@@ -185,7 +201,8 @@ class Screen:
         else:
             fields = {"url": url, "elapsed_s": round(elapsed_s, 2)}
             say("serving", f"\nServing on {url}/v1 (ready after {elapsed_s:.1f} s)", "head", **fields)
-        say("try", f"\n{curl_line(self._config, model)}\n", command=curl_line(self._config, model))
+        line = curl_line(self._config, model, engines.get(model, lifecycle_pb2.ENGINE_KIND_UNSPECIFIED))
+        say("try", f"\n{line}\n", command=line)
         port = "" if self._config.port == DEFAULT_PORT else f" --port {self._config.port}"
         say("hint", f"hostler chat{port} talks to it, hostler ps{port} shows what runs. Ctrl-C stops.", "dim")
 
@@ -228,16 +245,29 @@ class Screen:
         return sum(replica.worker.num_running for replica in status.replicas)
 
 
-def curl_line(config: HostlerConfig, model: str) -> str:
-    """Return a command to paste that asks `model` a question; the key stays in the environment."""
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "temperature": 0,
-    }
+_CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "temperature": 0,
+}
+# What is asked of a model: path, fields of the body, and what is done with the reply.
+_ASKED: dict[lifecycle_pb2.EngineKind.ValueType, tuple[str, dict[str, Any], str]] = {
+    lifecycle_pb2.ENGINE_KIND_EMBEDDING: ("embeddings", {"input": "All aboard!"}, ""),
+    lifecycle_pb2.ENGINE_KIND_RERANK: ("rerank", {"query": "a train", "documents": ["An engine.", "A cat."]}, ""),
+    lifecycle_pb2.ENGINE_KIND_SPEECH: ("audio/speech", {"input": "All aboard!", "voice": "default"}, " -o speech.mp3"),
+}
+
+
+def curl_line(
+    config: HostlerConfig,
+    model: str,
+    engine: lifecycle_pb2.EngineKind.ValueType = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED,
+) -> str:
+    """Return a command to paste that asks `model` for what it is for; the key stays in the environment."""
+    path, fields, then = _ASKED.get(engine, ("chat/completions", _CHAT, ""))
     key = ' -H "Authorization: Bearer $HOSTLER_API_KEY"' if config.api_key else ""
-    url = f"{servers.base_url(config.host, config.port)}/v1/chat/completions"
-    return f"curl {url} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
+    url = f"{servers.base_url(config.host, config.port)}/v1/{path}"
+    body = shlex.quote(json.dumps({"model": model, **fields}))
+    return f"curl {url} -H 'Content-Type: application/json'{key} -d {body}{then}"
 
 
 def log_tail(path: Path, num_lines: int = 3, num_bytes: int = 4096) -> list[str]:

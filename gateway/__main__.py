@@ -11,8 +11,7 @@ from hostler.config import read_resolved
 from hostler.logs import configure
 from hostler.rundir import RunDir
 
-from gateway.app import create_app
-from gateway.server import build_server, serve
+from gateway.shared_numbers import share_numbers
 
 
 def main() -> None:
@@ -24,6 +23,11 @@ def main() -> None:
     configure()
     run_dir = RunDir(arguments.run_dir)
     config = read_resolved(run_dir.config)
+    share_numbers(run_dir.metrics)
+    # Only now: prometheus-client looks for that directory when it is imported.
+    from gateway.app import create_app
+    from gateway.server import build_server, serve
+
     app = create_app(
         config, placement_target=run_dir.orchestrator_target, token=run_dir.token(), state_dir=run_dir.path
     )

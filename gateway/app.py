@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway.auth import HostCheck, KeyCheck, is_loopback
-from gateway.doors import REQUEST_ID_HEADER, Envelope, Gate, request_id_of
-from gateway.errors import ClientGone, as_hostler_error, error_response
+from gateway.doors import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER, Envelope, Gate, request_id_of
+from gateway.error_reply import error_response
+from gateway.errors import ClientGone, as_hostler_error
 from gateway.routes import (
     admin,
     audio_models,
@@ -27,6 +28,8 @@ from gateway.routes import (
     conversations,
     embeddings,
     health,
+    messages,
+    metrics,
     models,
     rerank,
     responses,
@@ -81,30 +84,48 @@ def create_app(
         title="hostler", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.services = services
-    writing, other = (chat, responses, conversations, completions), (embeddings, rerank, tokenize)
-    audio = (transcriptions, audio_models, speech, voices)
-    for room in (*writing, *other, *audio, models, admin, health):
+    rooms = (
+        chat,
+        responses,
+        conversations,
+        messages,
+        completions,
+        embeddings,
+        rerank,
+        speech,
+        voices,
+        transcriptions,
+        audio_models,
+        tokenize,
+        models,
+        admin,
+        health,
+        metrics,
+    )
+    for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)
     # The last one added is the outermost.
-    app.add_middleware(Gate, key_check=KeyCheck(config.api_key) if config.api_key else None)
+    app.add_middleware(
+        Gate,
+        host_check=HostCheck(config.host, config.allowed_hosts, has_key=config.api_key is not None),
+        key_check=KeyCheck(config.api_key) if config.api_key else None,
+    )
     if config.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors,
             allow_methods=("*",),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID_HEADER, "retry-after"),
+            expose_headers=(REQUEST_ID_HEADER, ANTHROPIC_ID_HEADER, "retry-after"),
             allow_private_network=True,
         )
-    app.add_middleware(
-        Envelope, host_check=HostCheck(config.host, config.allowed_hosts, has_key=config.api_key is not None)
-    )
+    app.add_middleware(Envelope, meter=services.meter)
     return app
 
 
 async def _answer_error(request: Request, exception: Exception) -> Response:
     if isinstance(exception, ClientGone):
         return Response(status_code=499)
-    return error_response(as_hostler_error(exception, request_id=request_id_of(request.scope)))
+    return error_response(as_hostler_error(exception, request_id=request_id_of(request.scope)), request.scope)

@@ -1,8 +1,8 @@
 """A reply of plain bytes that are sent as they are made. Above: routes; below: `lifetime`, `errors`.
 
-As an event stream it ends in exactly one way. But bytes of audio have no place for an error, so a reply that fails after
-its first byte ends by breaking the connection off: a chunked body without its end is an error to every client, where
-one that merely stops would be a shorter recording.
+As an event stream it ends in exactly one way. But bytes of audio have no place for an error, so a reply that fails
+after its first byte ends by breaking the connection off: a chunked body without its end is an error to every client,
+where one that merely stops would be a shorter recording.
 """
 
 from __future__ import annotations

@@ -29,11 +29,13 @@ from hostler.errors import (
     from_rpc_error,
 )
 from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2
 from hostler.placement.v1 import placement_pb2
 
 from gateway.affinity import Affinity, prefix_hashes
 from gateway.balance import Load, choose
 from gateway.channels import WorkerChannels
+from gateway.metrics import Meter
 from gateway.placement import PlacementClient
 from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
 from gateway.waiting import WaitingRoom
@@ -61,6 +63,11 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Message)
 Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
 StreamMethod = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryStreamMultiCallable[Q, R]]
+_OPERATIONS: dict[type[Message], str] = {
+    pb.EmbedRequest: "embeddings",
+    pb.RerankRequest: "rerank",
+    speaking_pb2.SpeakRequest: "speech",
+}
 
 
 class Dispatcher:
@@ -77,6 +84,7 @@ class Dispatcher:
         table: RouteTable,
         channels: WorkerChannels,
         placement: PlacementClient,
+        meter: Meter,
         *,
         max_waiting: Callable[[str], int],
         ensure_timeout_s: float,
@@ -85,6 +93,7 @@ class Dispatcher:
         self._table = table
         self._channels = channels
         self._placement = placement
+        self._meter = meter
         self._max_waiting = max_waiting
         self._room = WaitingRoom()
         self._affinity = Affinity()
@@ -138,7 +147,10 @@ class Dispatcher:
         lost: set[ReplicaKey] = set()
         full: set[ReplicaKey] = set()
         batch = generation is not None and generation.batch
-        with self._room.enter(model, message.ByteSize(), self._places(model, batch=batch)) as place:
+        with (
+            self._meter.request(_operation_of(message), target.name) as seen,
+            self._room.enter(model, message.ByteSize(), self._places(model, batch=batch)) as place,
+        ):
             for attempt in range(1, MAX_TRIES + 1):
                 replica = self._pick(model, lost | full, generation)
                 if replica is None:
@@ -159,6 +171,10 @@ class Dispatcher:
                             if not begun and (generation is None or event.WhichOneof("event") != "progress"):
                                 begun = True
                                 place.begin()
+                            if isinstance(event, pb.GenerateResponse):
+                                seen.event(event)
+                            else:
+                                seen.answer(event)
                             yield event
                     return
                 except HostlerError as error:
@@ -187,7 +203,10 @@ class Dispatcher:
         model = target.route.name
         avoided: set[ReplicaKey] = set()
         lost: set[ReplicaKey] = set()
-        with self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place:
+        with (
+            self._meter.request(_operation_of(message), target.name) as seen,
+            self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place,
+        ):
             for attempt in range(1, MAX_TRIES + 1):
                 replica = self._pick(model, avoided)
                 if replica is None:
@@ -203,6 +222,8 @@ class Dispatcher:
                         metadata = call_metadata(request_id=request_id, generation=replica.generation)
                         answer = await method(stub)(message, metadata=metadata)
                     place.begin()
+                    if isinstance(answer, pb.EmbedResponse | pb.RerankResponse):
+                        seen.finish = pb.Finish(usage=answer.usage)
                     return answer
                 except grpc.RpcError as problem:
                     error = _worker_error(problem)
@@ -277,6 +298,13 @@ class Dispatcher:
             finally:
                 call.cancel()
         raise WorkerLost("The worker ended the reply before it was finished. Try again.")
+
+
+def _operation_of(message: Message) -> str:
+    """Return what the metrics call a request."""
+    if isinstance(message, pb.GenerateRequest):
+        return "chat" if message.HasField("chat") else "text_completion"
+    return _OPERATIONS.get(type(message), "tokenize")
 
 
 def _worker_error(error: grpc.RpcError) -> HostlerError:

@@ -1,7 +1,8 @@
 """The middlewares that every request passes, as plain ASGI. Above: the server; below: CORS and the routes.
 
-`Envelope` (outermost): request id, path rewriting, Host allow-list, the last word on errors, one log line.
-`Gate` (inside CORS, so that refusals are readable by allowed origins): OPTIONS and HEAD, API key.
+`Envelope` (outermost): request id, path rewriting, one log line.
+`Gate` (inside CORS, so that whatever it says can be read by the pages of allowed origins): Host allow-list, OPTIONS and
+HEAD, API key, the last word on errors.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import re
 import time
 import uuid
 
-from hostler.errors import HostlerError, InvalidApiKey, PermissionDenied
+from hostler.errors import InvalidApiKey, PermissionDenied
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck
-from gateway.errors import ClientGone, as_hostler_error, error_response
+from gateway.error_reply import error_response, speaks_anthropic
+from gateway.errors import ClientGone, as_hostler_error
+from gateway.metrics import Meter
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
+ANTHROPIC_ID_HEADER = "request-id"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PREFIX = "/v1"
 _OPEN_PATH = "/health"
@@ -64,11 +68,11 @@ def canonical_path(path: str) -> str:
 
 
 class Envelope:
-    """Gives every request an id, a canonical path and an answer."""
+    """Gives every request an id and a canonical path, and every reply its id and a line in the log."""
 
-    def __init__(self, app: ASGIApp, host_check: HostCheck) -> None:
+    def __init__(self, app: ASGIApp, meter: Meter) -> None:
         self._app = app
-        self._host_check = host_check
+        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; no exception leaves."""
@@ -86,22 +90,22 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                if speaks_anthropic(scope):
+                    headers[ANTHROPIC_ID_HEADER] = request_id
             await send(message)
 
         try:
-            if not self._host_check.allows(scope["headers"]):
-                raise PermissionDenied(
-                    "The Host header does not name this server. Use localhost, or allow the name with 'allowed_hosts'."
-                )
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             status = status or 499
         except Exception as exception:
             error = as_hostler_error(exception, request_id=request_id)
             if not status:
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope)(scope, receive, send_with_id)
         finally:
+            self._meter.reply(scope["method"], status)
             log.info(
                 "request",
                 extra={
@@ -115,13 +119,14 @@ class Envelope:
 
 
 class Gate:
-    """Answers OPTIONS and HEAD, and demands the key of everything else, before any of the body is read.
+    """Checks the Host, answers OPTIONS and HEAD, demands the key of everything else, before any of the body is read.
 
     Whoever comes in has a cache scope from here on (`cache_scope_of`).
     """
 
-    def __init__(self, app: ASGIApp, key_check: KeyCheck | None) -> None:
+    def __init__(self, app: ASGIApp, host_check: HostCheck, key_check: KeyCheck | None) -> None:
         self._app = app
+        self._host_check = host_check
         self._key_check = key_check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,22 +134,38 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, noting_send)
+        except ClientGone:
+            raise
+        except Exception as exception:
+            if is_begun:
+                raise
+            error = as_hostler_error(exception, request_id=request_id_of(scope))
+            await error_response(error, scope)(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._host_check.allows(scope["headers"]):
+            raise PermissionDenied(
+                "The Host header does not name this server. Use localhost, or allow the name with 'allowed_hosts'."
+            )
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=_ALLOW)(scope, receive, send)
         elif scope["method"] == "HEAD":
             await Response(status_code=200, headers=_ALLOW)(scope, receive, send)
         elif (cache_scope := self._cache_scope(scope)) is not None:
             await self._app({**scope, "state": {**scope.get("state", {}), "cache_scope": cache_scope}}, receive, send)
-        elif (error := self._refusal(scope)) is not None:
-            await error_response(error)(scope, receive, send)
-        else:
+        elif scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
             await self._app(scope, receive, send)
+        else:
+            raise InvalidApiKey("Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
 
     def _cache_scope(self, scope: Scope) -> str | None:
         return KEYLESS_SCOPE if self._key_check is None else self._key_check.cache_scope(scope["headers"])
-
-    @staticmethod
-    def _refusal(scope: Scope) -> HostlerError | None:
-        if scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
-            return None
-        return InvalidApiKey("Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")

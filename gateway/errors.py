@@ -1,4 +1,4 @@
-"""Errors as clients see them: one JSON shape, one mapping. Above: every edge of the gateway; below: `hostler.errors`.
+"""Errors as OpenAI's clients see them: one JSON shape, one mapping. Above: every edge; below: `hostler.errors`.
 
 Nothing here ever carries a path, an address, a prompt, a key or the text of an unexpected exception.
 """
@@ -11,10 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 import grpc
-import orjson
 from hostler.errors import HostlerError, Internal, InvalidRequest
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 log = logging.getLogger(__name__)
 
@@ -72,16 +70,6 @@ def error_headers(error: HostlerError) -> dict[str, str]:
     if error.retry_after_s is None:
         return {}
     return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
-
-
-def error_response(error: HostlerError) -> Response:
-    """Return the whole HTTP reply for an error before the first byte."""
-    return Response(
-        orjson.dumps(error_body(error)),
-        status_code=error.http_status,
-        headers=error_headers(error),
-        media_type="application/json",
-    )
 
 
 def as_hostler_error(error: BaseException, *, request_id: str) -> HostlerError:

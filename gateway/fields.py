@@ -69,6 +69,11 @@ class Fields:
         self._values = values
         self._path = path
 
+    @property
+    def name(self) -> str:
+        """The object's own full name."""
+        return self._path
+
     def name_of(self, field: str) -> str:
         """Return a field's full name, as error messages and `param` use it."""
         return f"{self._path}.{field}" if self._path else field

@@ -21,13 +21,14 @@ from gateway.doors import request_id_of
 from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
+from gateway.metrics import Meter
 from gateway.placement import PlacementClient
 from gateway.responses.answer import Answering
 from gateway.responses.background import BackgroundRuns
 from gateway.responses.rows import Limits
 from gateway.responses.store import LOOK_AGAIN_S, ResponseStore
 from gateway.routing import RouteTable
-from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING_S, STALLED_READER_S, EventStream, error_frame
+from gateway.sse import COMMENT_GAP_S, FIRST_COMMENT_S, PING, PING_S, STALLED_READER_S, EventStream, error_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Services:
     channels: WorkerChannels = field(init=False)
     placement: PlacementClient = field(init=False)
     dispatcher: Dispatcher = field(init=False)
+    meter: Meter = field(default_factory=Meter)
     linked_images: LinkedImages = field(init=False)
     responses: ResponseStore = field(init=False)
     answering: Answering = field(init=False)
@@ -83,6 +85,7 @@ class Services:
             self.table,
             self.channels,
             self.placement,
+            self.meter,
             max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
@@ -144,6 +147,7 @@ def event_stream(
     *,
     is_spectator: bool = False,
     error_frames: Callable[[HostlerError], bytes] = error_frame,
+    ping: Callable[[], bytes] = lambda: PING,
 ) -> EventStream:
     """Return the streamed reply to `request` under this application's deadlines; the rest as `EventStream` has it."""
     services = services_of(request)
@@ -158,4 +162,5 @@ def event_stream(
         comment_gap_s=patience.comment_gap_s,
         stalled_reader_s=patience.stalled_reader_s,
         error_frames=error_frames,
+        ping=ping,
     )

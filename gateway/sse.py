@@ -82,6 +82,7 @@ class EventStream(Response):
         comment_gap_s: shortest time from a frame to a comment; of those in between the last is sent.
         stalled_reader_s: a reader that takes nothing for so long is dropped.
         error_frames: what a stream that has begun says of its failure, in its dialect.
+        ping: what breaks a silence.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class EventStream(Response):
         comment_gap_s: float = COMMENT_GAP_S,
         stalled_reader_s: float = STALLED_READER_S,
         error_frames: Callable[[HostlerError], bytes] = error_frame,
+        ping: Callable[[], bytes] = lambda: PING,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
@@ -108,6 +110,7 @@ class EventStream(Response):
         self._comment_gap_s = comment_gap_s
         self._stalled_reader_s = stalled_reader_s
         self.error_frames = error_frames
+        self._ping = ping
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,7 +160,7 @@ class EventStream(Response):
                 elif held_back:
                     await write(held_back)
                 elif loop.time() - last_sent >= self._ping_s:
-                    await write(PING)
+                    await write(self._ping())
 
         pinger = asyncio.create_task(keep_alive())
         pinger.add_done_callback(_retrieve)

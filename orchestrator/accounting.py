@@ -110,7 +110,7 @@ class Accounting:
             return
         taken = max(self._cluster.committed_bytes(device.id), self._cluster.occupied_bytes(device.id))
         free = self._cluster.usable_bytes(device) - taken
-        want = models.demand(model.spec, worker.located.footprint).kv_want_bytes - worker.kv_cache_bytes
+        want = models.demand(model.spec, worker.located).kv_want_bytes - worker.kv_cache_bytes
         growth = min(want, free // (1 + self._cluster.num_others(model.spec.name)))
         if growth >= LEAST_GROWTH_BYTES:
             self._resting.resize(worker, worker.kv_cache_bytes + growth, "its KV cache was full, and there is room")

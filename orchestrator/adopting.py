@@ -6,6 +6,7 @@ Above it: `scheduler.py`. Below it: `watching.py`, `starting.py`, `pool.py`, the
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
@@ -24,6 +25,9 @@ from orchestrator.watching import Watching
 
 log = logging.getLogger(__name__)
 
+LOOKS_AGAIN_S = (5.0, 20.0, 70.0)
+"""After the first look. What an earlier orchestrator was just starting shows late, and is blank."""
+
 _SOUND = (life.WORKER_STATE_READY, life.WORKER_STATE_DRAINING)
 _ADOPTED = (life.WORKER_STATE_READY, life.WORKER_STATE_ASLEEP)
 
@@ -37,6 +41,7 @@ class Adopting:
         self._watching = watching
         self._starting = starting
         self._pool = pool
+        self._looks_at_s: list[float] = []
 
     def adopt(self, found: tuple[FoundWorker, ...], *, stored: bool = True) -> None:
         """Take over whom we can place, the newest of each model first; end the others.
@@ -44,9 +49,9 @@ class Adopting:
         Without knowing what is `stored`, a worker of a model that nobody knows is taken at its word: to end a model
         that serves would be worse.
         """
-        ours = {worker.id for worker in self._cluster.workers.values()}
-        newest_first = sorted((f for f in found if f.worker_id not in ours), key=_generation, reverse=True)
-        for one in newest_first:
+        now_s = self._runtime.effects.now_s()
+        self._looks_at_s = [now_s + later_s for later_s in LOOKS_AGAIN_S]
+        for one in sorted(self._strangers(found), key=_generation, reverse=True):  # Newest first.
             self._cluster.generation = max(self._cluster.generation, _generation(one))
             report = one.report
             if not stored and report is not None and report.info.model not in self._cluster.models:
@@ -55,8 +60,38 @@ class Adopting:
                 self._pool.adopt(one.worker_id, one.node, report.pid)
             elif report is not None and (model := self._adoptable(one, report)) is not None:
                 self._adopt(model, one, report)
-            else:
+            elif report is not None or one.started:
                 self._end(one, report)
+
+    def _strangers(self, found: Sequence[FoundWorker]) -> list[FoundWorker]:
+        known = {worker.id for worker in self._cluster.workers.values()} | self._cluster.ending.keys()
+        return [one for one in found if one.worker_id not in known and not self._pool.knows(one.worker_id)]
+
+    def tick(self, now_s: float) -> None:
+        """Look around once more when it is time."""
+        if self._looks_at_s and now_s >= self._looks_at_s[0] and not self._runtime.stopping:
+            self._looks_at_s.pop(0)
+            self._runtime.run(self._look(last=not self._looks_at_s))
+
+    async def _look(self, *, last: bool) -> None:
+        try:
+            found = await self._runtime.effects.find_workers()
+        except Exception as error:
+            log.warning("living workers could not be listed", extra={"error": type(error).__name__})
+        else:
+            self._runtime.post(events.WorkersSeen(found, last))
+
+    def on_seen(self, event: events.WorkersSeen) -> None:
+        """Keep the blanks that have come up meanwhile; in the end, end what still does not answer.
+
+        Others are no business of a later look: they are ours, and may have gone since it was taken.
+        """
+        for one in self._strangers(event.workers):
+            if one.report is None:
+                if event.last:
+                    self._end(one, None)
+            elif one.report.state == life.WORKER_STATE_BLANK and not one.report.generation:
+                self._pool.adopt(one.worker_id, one.node, one.report.pid)
 
     def _make_known(self, name: str) -> None:
         if name:

@@ -50,12 +50,17 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class FoundWorker:
-    """A worker of an earlier orchestrator, on a machine (empty: this one); `report` is None when it does not answer."""
+    """A worker of an earlier orchestrator, on a machine (empty: this one).
+
+    `report`: None when it does not answer. `started`: its process is known to have come up once; if not, one that does
+    not answer may still be on its way.
+    """
 
     worker_id: str
     report: lifecycle_pb2.WatchResponse | None
     placement: Placement | None = None
     node: str = ""
+    started: bool = True
 
 
 class Effects(Protocol):

@@ -162,7 +162,8 @@ class RayEffects:
         if report is not None and worker_id not in self._remote:
             self._remember_pid(worker_id, report.pid)
         remote = self._remote.get(worker_id)
-        return FoundWorker(worker_id, report, placement, remote.node if remote else "")
+        started = worker_id in self._processes or (remote is not None and remote.pid > 0)
+        return FoundWorker(worker_id, report, placement, remote.node if remote else "", started)
 
     async def spawn(self, worker_id: str, node: str) -> int:
         """Start a blank worker on a machine (empty: this one); return its pid once it serves.

@@ -110,6 +110,14 @@ class WorkersFound:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkersSeen:
+    """Which workers there are, on a later look; `last`: there will be no other."""
+
+    workers: tuple[FoundWorker, ...]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ForeignMeasured:
     """What other programs hold, by device."""
 
@@ -127,7 +135,7 @@ class DevicesChanged:
 
 @dataclass(frozen=True, slots=True)
 class BlankReady:
-    """A blank worker started ahead is up, or not."""
+    """A blank worker is up and answers, or not."""
 
     worker_id: str
     pid: int = 0
@@ -163,15 +171,6 @@ class FetchDone:
     """A fetch ended."""
 
     generation: int
-    error: HostlerError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnDone:
-    """A worker process is up and answers, or not."""
-
-    generation: int
-    pid: int = 0
     error: HostlerError | None = None
 
 
@@ -258,6 +257,7 @@ Event = (
     | Tick
     | StoreListed
     | WorkersFound
+    | WorkersSeen
     | ForeignMeasured
     | DevicesChanged
     | BlankReady
@@ -265,7 +265,6 @@ Event = (
     | LocateDone
     | Progressed
     | FetchDone
-    | SpawnDone
     | LoadDone
     | WakeDone
     | SleepDone

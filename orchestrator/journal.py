@@ -22,6 +22,12 @@ class Journal:
         self._events: deque[pb.WatchEventsResponse] = deque(maxlen=MAX_REMEMBERED)
         self._changed = asyncio.Event()
         self._number = 0
+        self._counts: dict[tuple[pb.EventKind.ValueType, str], pb.EventCount] = {}
+
+    @property
+    def counts(self) -> list[pb.EventCount]:
+        """How many events of each kind and model there were, those that are forgotten included."""
+        return list(self._counts.values())
 
     def note(
         self,
@@ -36,6 +42,9 @@ class Journal:
     ) -> None:
         """Remember one event and tell it to every listener."""
         self._number += 1
+        counted = self._counts.setdefault((kind, model), pb.EventCount(kind=kind, model=model))
+        counted.count += 1
+        counted.duration_ms += round(duration_s * 1000)
         self._events.append(
             pb.WatchEventsResponse(
                 number=self._number,

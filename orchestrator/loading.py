@@ -72,7 +72,10 @@ class Loading:
         if job is None:
             return
         self._runtime.cancel(job.generation)
-        if (worker := self._cluster.workers.get(job.worker)) is not None:
+        worker = self._cluster.workers.get(job.worker)
+        if worker is not None and job.stage is Stage.SPAWN:
+            self._starting.give_back(worker)
+        elif worker is not None:
             self._retiring.at_once(worker, "its load was given up")
         self._runtime.publish()
         self.place_waiting()

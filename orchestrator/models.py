@@ -24,6 +24,7 @@ ENGINES = {
     "embedding": lifecycle_pb2.ENGINE_KIND_EMBEDDING,
     "rerank": lifecycle_pb2.ENGINE_KIND_RERANK,
     "transcription": lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION,
+    "speech": lifecycle_pb2.ENGINE_KIND_SPEECH,
 }
 """The configuration's words for engines, and the store's for what files are for."""
 
@@ -61,6 +62,8 @@ class Located:
     node: str = ""
     splits: tuple[Split, ...] = ()
     """How it can be split, by kind of device; nothing where it cannot."""
+    quantized: tuple[tuple[str, int], ...] = ()
+    """By ways of quantizing that the spec does not use, the bytes that its weights would have."""
 
 
 NOWHERE = Located("", Footprint())
@@ -171,7 +174,7 @@ def sleep_bytes(footprint: Footprint, kind: str) -> int:
     return footprint.workspace_bytes + (footprint.weight_bytes if kind == "cuda" else 0)
 
 
-def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0, own_bytes: int = 0) -> Demand:
+def demand(spec: ModelSpec, located: Located, *, num_others: int = 0, own_bytes: int = 0) -> Demand:
     """Return what the model asks of the policy.
 
     Args:
@@ -181,6 +184,7 @@ def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0, own_by
 
     An explicit `kv_cache` in the configuration is taken as it is.
     """
+    footprint = located.footprint
     context = context_tokens(spec, footprint)
     one_context = context * footprint.kv_bytes_per_token
     floor = min(context, FLOOR_CONTEXT_TOKENS) * footprint.kv_bytes_per_token
@@ -197,6 +201,7 @@ def demand(spec: ModelSpec, footprint: Footprint, *, num_others: int = 0, own_by
         num_others=num_others,
         workspace_bytes=footprint.workspace_bytes,
         group=spec.group,
+        quantized_bytes=tuple((kind, size + footprint.workspace_bytes) for kind, size in located.quantized),
     )
 
 

@@ -34,9 +34,7 @@ class Placing:
         cluster, spec, now_s = self._cluster, model.spec, self._runtime.effects.now_s()
         kind = cluster.kind_for(spec)
         seen = cluster.experience.of(spec, located, kind)
-        asked = models.demand(
-            spec, located.footprint, num_others=cluster.num_others(spec.name), own_bytes=seen.own_bytes
-        )
+        asked = models.demand(spec, located, num_others=cluster.num_others(spec.name), own_bytes=seen.own_bytes)
         split = next((split for split in located.splits if split.kind == kind), models.Split(kind, 1))
         since_s = min((waiter.since_s for waiter in model.waiters), default=now_s)
         return replace(

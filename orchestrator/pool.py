@@ -1,14 +1,17 @@
-"""Blank workers started ahead: processes that have everything imported, so that a load is only bytes.
+"""Blank workers: processes that have everything imported and no model yet. Every worker begins as one.
 
-Above it: `starting.py`, which takes them, and the scheduler (ticks, adoption). Below it: the effects.
+Above it: `starting.py`, which takes them or orders one, and the scheduler (ticks, adoption). Below it: the effects.
 
-Blanks are kept only while some model with files is not resident: what is all loaded needs none. They are started one
-at a time, and not while a load is under way: their imports cost seconds of CPU.
+Some are started ahead, so that a load is only bytes: only while some model with files is not resident, for what is all
+loaded needs none; one at a time, and not while a load is under way, for their imports cost seconds of CPU. One that is
+still starting is never killed, because Ray holds the next start up for as long as a start may take: a load that is
+given up leaves it to the next one.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hostler.errors import HostlerError, WorkerLost
@@ -24,20 +27,27 @@ RETRY_S = 5.0
 
 @dataclass(slots=True)
 class Blank:
-    """One blank worker process; `pid` is 0 until it is up."""
+    """One blank worker process. `pid`: 0 until it is up. `generation`: of the load that waits for it, if one does."""
 
     id: str
     node: str
     pid: int = 0
+    generation: int = 0
 
 
 class Pool:
-    """Every method is called by the scheduler's task and returns at once."""
+    """Every method is called by the scheduler's task and returns at once.
+
+    Attributes:
+        on_ordered: what to do when one that a load has ordered is up (its pid), or could not be started; set by
+            `starting.py`.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._blanks: dict[str, Blank] = {}
         self._not_before_s = 0.0
+        self.on_ordered: Callable[[int, int, HostlerError | None], None] = lambda generation, pid, error: None
 
     def num_ready(self, node: str) -> int:
         """Return how many blanks stand ready on a node."""
@@ -49,6 +59,23 @@ class Pool:
         if found is not None:
             del self._blanks[found.id]
         return found
+
+    def order(self, node: str, generation: int) -> Blank:
+        """Return a blank that is starting on a node, and tell the load when it is up."""
+        starting = (b for b in self._blanks.values() if not b.pid and not b.generation and b.node == node)
+        blank = next(starting, None) or self._start(node)
+        blank.generation = generation
+        return blank
+
+    def release(self, generation: int) -> None:
+        """Leave to others what a load has ordered that is given up."""
+        for blank in self._blanks.values():
+            if blank.generation == generation:
+                blank.generation = 0
+
+    def knows(self, worker_id: str) -> bool:
+        """Return whether a process is one of these."""
+        return worker_id in self._blanks
 
     def adopt(self, worker_id: str, node: str, pid: int) -> None:
         """Take over a blank of the last orchestrator."""
@@ -87,13 +114,17 @@ class Pool:
         num_missing = sum(1 for m in cluster.models.values() if m.spec.has_files and m.spec.name not in resident)
         wanted = min(self._runtime.config.warm_workers, num_missing)
         for node in {device.node for device in cluster.devices.values()}:
-            mine = [blank for blank in self._blanks.values() if blank.node == node]
+            mine = [blank for blank in self._blanks.values() if blank.node == node and not blank.generation]
             if len(mine) > wanted and mine[-1].pid:
                 self._end(mine[-1])
             elif len(mine) < wanted and all(blank.pid for blank in mine) and now_s >= self._not_before_s:
-                blank = Blank(self._runtime.effects.new_worker_id(), node)
-                self._blanks[blank.id] = blank
-                self._runtime.run(self._spawn(blank))
+                self._start(node)
+
+    def _start(self, node: str) -> Blank:
+        blank = Blank(self._runtime.effects.new_worker_id(), node)
+        self._blanks[blank.id] = blank
+        self._runtime.run(self._spawn(blank))
+        return blank
 
     async def _spawn(self, blank: Blank) -> None:
         try:
@@ -106,16 +137,20 @@ class Pool:
             self._runtime.post(events.BlankReady(blank.id, error=WorkerLost("it could not be started")))
 
     def on_ready(self, event: events.BlankReady) -> None:
-        """Keep a blank that came up, if it is still wanted; try again later when it did not."""
+        """Hand a blank that came up to the load that waits for it, or keep it; try again later when it did not."""
         blank = self._blanks.get(event.worker_id)
         if blank is None:
             self._runtime.run(self._runtime.kill(event.worker_id))
-        elif event.error is not None:
+            return
+        if event.error is not None:
             log.warning("a blank worker could not be started", extra={"error": event.error.message})
-            del self._blanks[blank.id]
             self._not_before_s = self._runtime.effects.now_s() + RETRY_S
             self._runtime.run(self._runtime.kill(blank.id))
-        else:
+        if blank.generation or event.error is not None:
+            del self._blanks[blank.id]
+        if blank.generation:
+            self.on_ordered(blank.generation, event.pid, event.error)
+        elif event.error is None:
             blank.pid = event.pid
             self._watch(blank)
 

@@ -88,6 +88,7 @@ class Scheduler:
             events.Tick: self._on_tick,
             events.StoreListed: self._requests.on_store_listed,
             events.WorkersFound: self._on_workers_found,
+            events.WorkersSeen: self._adopting.on_seen,
             events.ForeignMeasured: self._then_place(self._inventory.on_foreign),
             events.DevicesChanged: self._on_devices_changed,
             events.BlankReady: self._pool.on_ready,
@@ -95,7 +96,6 @@ class Scheduler:
             events.LocateDone: self._loading.on_locate_done,
             events.Progressed: self._loading.on_progressed,
             events.FetchDone: self._loading.on_fetch_done,
-            events.SpawnDone: starting.on_spawn_done,
             events.LoadDone: starting.on_load_done,
             events.WakeDone: starting.on_wake_done,
             events.SleepDone: self._then_place(self._resting.on_sleep_done),
@@ -249,6 +249,7 @@ class Scheduler:
         self._accounting.tick(now_s)
         self._loading.place_waiting()  # A moment's hold, a residency or somebody's patience may have run out.
         self._pool.tick(now_s)
+        self._adopting.tick(now_s)
         self._inventory.tick(now_s)
         if now_s - self._scanned_at_s >= RESCAN_INTERVAL_S:
             self._scanned_at_s = now_s
@@ -256,7 +257,8 @@ class Scheduler:
 
     def _on_ask_status(self, event: events.AskStatus) -> None:
         num_blank = {node: self._pool.num_ready(node) for node in {d.node for d in self._cluster.devices.values()}}
-        answer(event.reply, wire.status(self._cluster, self._runtime.started_unix_ms, num_blank))
+        counts = self._runtime.journal.counts
+        answer(event.reply, wire.status(self._cluster, self._runtime.started_unix_ms, num_blank, counts))
 
     def _on_stop(self, event: events.Stop) -> None:
         self._requests.stop()

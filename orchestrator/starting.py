@@ -39,6 +39,7 @@ class Starting:
         self._effects = runtime.effects
         self._placing = placing
         self._pool = pool
+        pool.on_ordered = self._on_ordered
         self.on_failed: Callable[[Model, Job, HostlerError], None] = lambda model, job, error: None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_worker: Callable[[Worker], None] = lambda worker: None
@@ -54,11 +55,10 @@ class Starting:
 
     def _spawn(self, model: Model, job: Job, plan: Plan) -> None:
         device = self._cluster.devices[plan.parts[0].device]
-        blank = self._pool.take(device.node)
-        worker_id = blank.id if blank else self._effects.new_worker_id()
+        blank = self._pool.take(device.node) or self._pool.order(device.node, job.generation)
         context_bytes = models.context_bytes(model.spec, (job.located or models.NOWHERE).footprint)
         worker = Worker(
-            id=worker_id,
+            id=blank.id,
             model=model.spec.name,
             generation=job.generation,
             parts=plan.parts,
@@ -69,7 +69,7 @@ class Starting:
             node=device.node,
             home=frozenset(part.device for part in plan.parts),
             located=job.located,
-            address=self._effects.address(worker_id),
+            address=self._effects.address(blank.id),
             max_running=model.spec.max_running,
             sleep_bytes=self._placing.demand(model, job.located or models.NOWHERE).sleep_bytes or 0,
         )
@@ -77,29 +77,29 @@ class Starting:
         job.began_at_s = self._effects.now_s()
         self._cluster.workers[worker.generation] = worker
         self._placing.note_placed(model, worker, plan)
-        if blank is not None:
+        if blank.pid:
             self._load(model, job, worker, blank.pid)
             return
         job.stage = Stage.SPAWN
         self._runtime.remember()
         model.tell(Progress("spawn", plan.reason, eta_s=plan.expected_s))
         self._runtime.publish()
-        self._runtime.run_stage(job, self._spawn_effect(worker), lambda e: events.SpawnDone(job.generation, error=e))
 
-    async def _spawn_effect(self, worker: Worker) -> None:
-        pid = await self._effects.spawn(worker.id, worker.node)
-        self._runtime.post(events.SpawnDone(worker.generation, pid))
+    def give_back(self, worker: Worker) -> None:
+        """Leave the process that a load has waited for to the next one. It holds nothing yet."""
+        self._pool.release(worker.generation)
+        self._cluster.workers.pop(worker.generation, None)
+        self._runtime.remember()
 
-    def on_spawn_done(self, event: events.SpawnDone) -> None:
-        """Have the blank worker load its model."""
-        found, worker = self._cluster.job(event.generation), self._cluster.workers.get(event.generation)
+    def _on_ordered(self, generation: int, pid: int, error: HostlerError | None) -> None:
+        """Have the blank worker that was waited for load its model."""
+        found, worker = self._cluster.job(generation), self._cluster.workers.get(generation)
         if found is None or worker is None or found[1].stage is not Stage.SPAWN:
-            return
-        model, job = found
-        if event.error is not None:
-            self.on_failed(model, job, event.error)
+            raise Internal("A blank worker was started for a load that is over.")
+        if error is not None:
+            self.on_failed(*found, error)
         else:
-            self._load(model, job, worker, event.pid)
+            self._load(*found, worker, pid)
 
     def _load(self, model: Model, job: Job, worker: Worker, pid: int) -> None:
         job.stage = Stage.LOAD

@@ -70,6 +70,9 @@ class StoreClient:
         engine = spec.engine or ENGINES[kind_of(found.path)]
         generates = engine == lifecycle_pb2.ENGINE_KIND_TEXT
         needs = footprint(found.path, spec.dtype, spec.quantize if generates else "", generates=generates)
+        # For advice: what the weights would take in the ways that they are not served in.
+        others = ("int8", "int4") if generates and not spec.quantize else ()
+        quantized = tuple((kind, footprint(found.path, spec.dtype, kind).weight_bytes) for kind in others)
         adapters_bytes = sum(adapter_bytes(name, Path(path)) for name, path in spec.adapters)
         return Located(
             str(found.path),
@@ -80,6 +83,7 @@ class StoreClient:
                 needs.workspace_bytes,
             ),
             engine,
+            quantized=tuple((kind, weights + adapters_bytes) for kind, weights in quantized),
             splits=tuple(
                 Split(kind, found_split.max_parts, found_split.kv_copies)
                 for kind in ("cpu", "cuda")

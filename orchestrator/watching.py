@@ -3,8 +3,10 @@
 Above it: `scheduler.py`, `adopting.py`. Below it: `loading.py` for replacements, `retiring.py` for fencing,
 `accounting.py` for what they hold, the effects.
 
-A silent worker is frozen; a busy one whose step counter stands still is hung; a broken stream is a death.
-All three end alike: off the routes first, then killed, then replaced under a new generation.
+A broken stream is a death, or a process that was stopped: its connection's keepalive fails within 2.5 s. A silent one
+whose connection still answers has something that holds the interpreter lock (building a grammar's tokenizer takes
+seconds), and gets time; a busy one whose step counter stands still is hung. All end alike: off the routes first, then
+killed, then replaced under a new generation.
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ from orchestrator.accounting import Accounting
 from orchestrator.loading import Loading
 from orchestrator.retiring import Retiring
 from orchestrator.runtime import Runtime
-from orchestrator.state import Model, Worker, WorkerState
+from orchestrator.state import Model, Stage, Worker, WorkerState
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 2.0
-LOADING_SILENCE_S = 20.0
-"""While it imports and loads, a worker may hold the interpreter lock for seconds."""
+SILENCE_S = 20.0
+"""gRPC's own threads answer keepalives while Python code cannot run, so silence alone proves nothing for a while."""
 RATE_OVER_S = 3.0
 """Tokens a second are told as a mean over about so long."""
 DEATHS_WINDOW_S = 60.0
@@ -125,9 +126,8 @@ class Watching:
         for worker in list(self._cluster.workers.values()):
             if worker.state is WorkerState.LOST or not worker.heard_at_s:
                 continue
-            limit_s = LOADING_SILENCE_S if worker.state in _IMPORTING else SILENCE_S
-            if now_s - worker.heard_at_s > limit_s:
-                self.lost(worker, f"it said nothing for {limit_s:g} s")
+            if now_s - worker.heard_at_s > SILENCE_S:
+                self.lost(worker, f"it said nothing for {SILENCE_S:g} s")
             elif worker.num_requests and now_s - worker.advanced_at_s > self._runtime.config.step_budget_s:
                 self.lost(worker, f"it hung: busy without a step for {self._runtime.config.step_budget_s:g} s")
 
@@ -145,7 +145,8 @@ class Watching:
             replica=worker.id,
             num_bytes=worker.reserved_bytes,
         )
-        self._retiring.at_once(worker, why)
+        if found is None or found[1].stage is not Stage.SPAWN:  # Else it has no process yet: the pool's serves others.
+            self._retiring.at_once(worker, why)
         if found is not None:
             what = "waking" if before is WorkerState.WAKING else "loading"
             self._loading.attempt_failed(*found, WorkerLost(f"its worker was lost while {what} ({why})"))
@@ -165,6 +166,3 @@ class Watching:
         further = bool(self._cluster.ready(model.spec.name))
         model.wanted = model.wanted or not further
         self._loading.start(model, delay_s=float(num_deaths - 1), replica=further)
-
-
-_IMPORTING = (WorkerState.LOADING, WorkerState.WAKING)

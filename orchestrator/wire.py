@@ -5,7 +5,7 @@ Above it: the runtime and the service. Below it: the placement contract and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import hostler
 from hostler.lifecycle.v1 import lifecycle_pb2
@@ -124,7 +124,9 @@ def plan(answer: Plan | Refusal, model: Model, cluster: Cluster) -> pb.PlanModel
     )
 
 
-def status(cluster: Cluster, started_unix_ms: int, num_blank: Mapping[str, int]) -> pb.GetStatusResponse:
+def status(
+    cluster: Cluster, started_unix_ms: int, num_blank: Mapping[str, int], event_counts: Sequence[pb.EventCount] = ()
+) -> pb.GetStatusResponse:
     """Return devices, nodes, models and replicas as they are now. `num_blank`: blank workers by node."""
     devices = [
         pb.Device(
@@ -171,4 +173,5 @@ def status(cluster: Cluster, started_unix_ms: int, num_blank: Mapping[str, int])
         models=routes(cluster),
         replicas=replicas,
         nodes=nodes,
+        event_counts=event_counts,
     )

@@ -9,10 +9,15 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Each test has an event loop of its own. Without this reference gRPC stops its poller thread whenever the last object
 # of a test is collected, and joining that thread from within the collector can hang.
 grpc.aio.init_grpc_aio()
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("hostler", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hostler")
 
 pytest_plugins = [
     name

@@ -136,7 +136,7 @@ class GenerationRequest:
 
     Requests of different `cache_scope` must never share cached state: who waits less would learn what others asked.
     `adapter` names one of `ModelFacts.adapters`; empty for the model itself. `batch`: it may wait behind requests that
-    people wait for. `echo_logprobs` asks for `PromptLogprobs`.
+    people wait for. `echo_logprobs` asks for `PromptLogprobs`, `wants_progress` for `Progress`.
     """
 
     prompt: Prompt
@@ -152,6 +152,7 @@ class GenerationRequest:
     adapter: str = ""
     batch: bool = False
     echo_logprobs: bool = False
+    wants_progress: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,14 @@ class TokenLogprob:
     token: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The request's turn has come: the length of its prompt, and how much of that was found in the cache; tokens."""
+
+    num_prompt_tokens: int
+    num_prefilled_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +234,17 @@ class Finish:
     decode_us: int = 0
 
 
-Event = PromptLogprobs | TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
+Event = (
+    Progress | PromptLogprobs | TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a loaded model is and can do; bytes and tokens. `adapters` are the names served beside it, `voices` those it speaks with."""
+    """What a loaded model is and can do; bytes and tokens.
+
+    `adapters` are the names served beside it, `voices` those it speaks with.
+    """
 
     model: str
     engine: str
@@ -315,7 +329,7 @@ class Engine(Protocol):
         """Counters as of now; cheap."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        """Serve one request: deltas, then one `Finish`.
+        """Serve one request: deltas, then one `Finish`. Who asks for `Progress` gets it first.
 
         Closing the iterator at any point frees the request's slot within one step.
 

@@ -12,6 +12,7 @@ from hostler.channel import GENERATION_KEY, REQUEST_ID_KEY, metadata_value
 from hostler.errors import HostlerError, Internal, InvalidRequest, abort
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc as rpc
+from hostler.inference.v1 import speaking_pb2
 
 from workers import translate, translate_hearing, translate_texts, translate_utterances
 from workers.engine import Engine
@@ -114,7 +115,9 @@ class InferenceServicer(rpc.InferenceServiceServicer):
             log.exception("transcribing failed", extra={"request_id": request_id})
             await abort(context, Internal("The worker failed on this request; its log has the details."))
 
-    async def Speak(self, request: pb.SpeakRequest, context: Context) -> AsyncIterator[pb.SpeakResponse]:  # noqa: N802
+    async def Speak(  # noqa: N802
+        self, request: speaking_pb2.SpeakRequest, context: Context
+    ) -> AsyncIterator[speaking_pb2.SpeakResponse]:
         """Stream encoded speech. A call that the client cancels ends at its next event and frees the engine of it."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:

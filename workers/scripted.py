@@ -10,17 +10,21 @@ change its manners, each `[[name=value]]`:
     fail_at=N     fail with `internal_error` at token N
     die_at=N      end the process at token N
     hang_at=N     stop making steps at token N, for ever
+
+It calls tools when it is told to, by `[[call NAME {"argument": "value"}]]`, one in each turn and in their order; then
+it says the results back, joined by " | ". `$` within the arguments stands for the result before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-from hostler.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from hostler.errors import ContextLengthExceeded, InvalidRequest, Overloaded, UnsupportedParameter
 from hostler.errors import Internal as InternalError
 
 from workers.engine import (
@@ -31,14 +35,19 @@ from workers.engine import (
     GenerationRequest,
     LoadSpec,
     ModelFacts,
+    Progress,
     Prompt,
     TextDelta,
     TextPrompt,
     TokenLogprob,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
 )
 
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "harbor", "iris", "juniper", "köln", "日本")
 _DIRECTIVE = re.compile(r"\[\[(\w+)=(\d+)\]\]")
+_CALL = re.compile(r"\[\[call ([\w.-]+) (\{.*?\})\]\]")
 _CONTEXT_TOKENS = 32768
 
 
@@ -53,6 +62,31 @@ def prompt_text(prompt: Prompt) -> str:
 def directives(text: str) -> dict[str, int]:
     """Return the directives in a prompt."""
     return {name: int(value) for name, value in _DIRECTIVE.findall(text)}
+
+
+def results(prompt: Prompt) -> list[str]:
+    """Return what tools have answered since the last user message."""
+    found: list[str] = []
+    for message in prompt.messages if isinstance(prompt, ChatPrompt) else ():
+        if message.get("role") == "user":
+            found.clear()
+        elif message.get("role") == "tool":
+            found.append(str(message.get("content") or ""))
+    return found
+
+
+def next_call(prompt: Prompt, may_call: Collection[str]) -> tuple[str, str] | None:
+    """Return the tool and the arguments of the call that is due in this turn, or None.
+
+    Args:
+        may_call: names of the tools that may be called.
+    """
+    calls, answers = _CALL.findall(prompt_text(prompt)), results(prompt)
+    if len(answers) >= len(calls):
+        return None
+    name, arguments = calls[len(answers)]
+    before = json.dumps(answers[-1])[1:-1] if answers else ""
+    return (name, arguments.replace("$", before)) if name in may_call else None
 
 
 def token(text: str, seed: int, request_id: str, index: int) -> str:
@@ -83,7 +117,7 @@ class ScriptedEngine:
     @property
     def facts(self) -> ModelFacts:
         """What it pretends to be."""
-        return ModelFacts(self._spec.model, "scripted", "Scripted", "none", _CONTEXT_TOKENS)
+        return ModelFacts(self._spec.model, "scripted", "Scripted", "none", _CONTEXT_TOKENS, supports_tools=True)
 
     def stats(self) -> EngineStats:
         """Counters as of now; steps stand still after `hang_at`."""
@@ -142,7 +176,26 @@ class ScriptedEngine:
         seed = request.sampling.seed or 0
         wanted = orders.get("tokens", 16 if request.max_tokens is None else request.max_tokens)
         limit = wanted if request.max_tokens is None else min(wanted, request.max_tokens)
+        if request.wants_progress:
+            yield Progress(prompt_tokens)
         await asyncio.sleep(orders.get("prefill_ms", 0) / 1000)
+        answers, call = results(request.prompt), next_call(request.prompt, [t.name for t in request.tool_use.tools])
+        if call is not None:
+            name, arguments = call
+            yield ToolCallStart(0, f"call_{len(answers)}", name)
+            for piece in re.findall(r"\s*\S+", arguments):
+                yield ToolCallArguments(0, piece)
+            yield ToolCallEnd(0)
+            yield Finish("tool_calls", prompt_tokens, 1)
+            return
+        if request.tool_use.required:
+            raise UnsupportedParameter(
+                "The scripted engine calls the tools that its prompt tells it to, and no other.", param="tool_choice"
+            )
+        if answers and _CALL.search(text):
+            yield TextDelta(" | ".join(answers))
+            yield Finish("stop", prompt_tokens, len(answers))
+            return
         sent, stop = "", ""
         count = 0
         while count < limit and not stop:

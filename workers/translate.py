@@ -21,6 +21,7 @@ from workers.engine import (
     ImageInput,
     LoadSpec,
     ModelFacts,
+    Progress,
     Prompt,
     PromptLogprobs,
     ReasoningDelta,
@@ -80,6 +81,7 @@ def generation_request(message: pb.GenerateRequest, facts: ModelFacts, request_i
         adapter=message.adapter,
         batch=message.batch,
         echo_logprobs=message.echo_logprobs,
+        wants_progress=message.wants_progress,
     )
 
 
@@ -260,6 +262,12 @@ def event(value: Event) -> pb.GenerateResponse:
     """Return the wire's form of an engine event."""
     if isinstance(value, TextDelta):
         return pb.GenerateResponse(text=pb.TextDelta(text=value.text, logprobs=[_logprob(x) for x in value.logprobs]))
+    if isinstance(value, Progress):
+        return pb.GenerateResponse(
+            progress=pb.Progress(
+                num_prompt_tokens=value.num_prompt_tokens, num_prefilled_tokens=value.num_prefilled_tokens
+            )
+        )
     if isinstance(value, PromptLogprobs):
         return pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=[_logprob(x) for x in value.tokens]))
     if isinstance(value, ReasoningDelta):

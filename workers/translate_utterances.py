@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2 as pb
 
 from workers.utterances import SAMPLE_RATE_HZ, AudioBytes, SpeechEvent, SpeechRequest
 
@@ -23,5 +23,5 @@ def speak_response(event: SpeechEvent, *, is_first: bool) -> pb.SpeakResponse:
     """Return the wire's form of an event."""
     if isinstance(event, AudioBytes):
         return pb.SpeakResponse(audio=event.data, sample_rate_hz=SAMPLE_RATE_HZ if is_first else 0)
-    usage = pb.Usage(num_prompt_tokens=event.num_symbols, num_completion_tokens=event.num_frames)
-    return pb.SpeakResponse(finish=pb.SpeakFinish(usage=usage, duration_s=event.duration_s))
+    finish = pb.SpeakFinish(num_symbols=event.num_symbols, num_frames=event.num_frames, duration_s=event.duration_s)
+    return pb.SpeakResponse(finish=finish)

@@ -46,7 +46,7 @@ class AudioBytes:
 
 @dataclass(frozen=True, slots=True)
 class SpeechFinish:
-    """The last event of every served request: what the model read (symbols) and made (frames), and the audio's length."""
+    """The last event of every served request: what the model read (symbols) and made (frames), and how long it is."""
 
     num_symbols: int
     num_frames: int

@@ -1,4 +1,4 @@
-"""GET /models, /models/{id}, and POST /load_model. Above: `app`; below: `routing`, `placement`, `sse`."""
+"""GET /models, /models/{id} in the caller's dialect; POST /load_model. Above: `app`; below: `routing`, `placement`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
 
 from gateway.body import read_json
+from gateway.dialects.anthropic_messages import models as anthropic
 from gateway.doors import request_id_of
+from gateway.error_reply import speaks_anthropic
 from gateway.fields import Fields
 from gateway.json_response import json_response
+from gateway.routes.pages import query_integer
 from gateway.routing import Target, find_model, ready_replicas, targets_of
 from gateway.services import Services, event_stream, services_of
 from gateway.sse import data_frame
@@ -36,7 +39,16 @@ async def list_models(request: Request) -> Response:
     """List what can be served: each model, then its adapters."""
     services = services_of(request)
     routes = await services.table.first(services.patience.first_table_s)
-    return json_response({"object": "list", "data": [model_object(t) for r in routes.models for t in targets_of(r)]})
+    targets = [target for route in routes.models for target in targets_of(route)]
+    if speaks_anthropic(request.scope):
+        query = request.query_params
+        limit = query_integer(request, "limit", 1, anthropic.MAX_LIMIT, anthropic.DEFAULT_LIMIT)
+        return json_response(
+            anthropic.page_of_models(
+                targets, limit=limit, after_id=query.get("after_id"), before_id=query.get("before_id")
+            )
+        )
+    return json_response({"object": "list", "data": [model_object(target) for target in targets]})
 
 
 @router.get("/models/{model:path}", response_model=None)
@@ -44,7 +56,8 @@ async def get_model(request: Request, model: str) -> Response:
     """Describe one model; ids may hold slashes."""
     services = services_of(request)
     routes = await services.table.first(services.patience.first_table_s)
-    return json_response(model_object(find_model(routes, model)))
+    target = find_model(routes, model)
+    return json_response(anthropic.model_object(target) if speaks_anthropic(request.scope) else model_object(target))
 
 
 def model_object(target: Target) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
-from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2 as pb
 
 from gateway.body import read_json
 from gateway.byte_stream import ByteStream

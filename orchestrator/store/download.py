@@ -37,17 +37,20 @@ def fetch(
     partial: Path,
     report: Report,
     *,
+    folder: str = "",
     trust_remote_code: bool = False,
     pause: Callable[[float], None] = time.sleep,
 ) -> Snapshot:
     """Bring every needed file of a repository into `partial`, verified, going on from an earlier attempt.
+
+    With a `folder` the repository is that folder.
 
     Raises:
         ModelNotFound, PermissionDenied, InvalidRequest: this can never work as asked.
         Unavailable: the network failed; what has arrived stays for the next attempt.
         ModelLoadFailed: a file arrived damaged (it is removed), or the disk is full.
     """
-    snapshot = hub.snapshot(hub_id, revision)
+    snapshot = hub.snapshot(hub_id, revision).within(folder)
     sides, weights = choose_files(snapshot, trust_remote_code)
     _prepare(partial, snapshot, [*sides, *weights])
     total = sum(file.num_bytes for file in (*sides, *weights))
@@ -64,7 +67,7 @@ def fetch(
 
                 transfer.run(advance)
                 done += file.num_bytes
-            if group is sides and not trust_remote_code:
+            if group is sides and not trust_remote_code and (partial / "config.json").is_file():
                 # Before the gigabytes, not after.
                 refuse_needed_code(hub_id, partial)
     return snapshot

@@ -15,6 +15,8 @@ from typing import Any
 
 from hostler.errors import InvalidRequest, ModelLoadFailed
 
+from orchestrator.store.piper import check_voice, voice_file
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
@@ -29,6 +31,8 @@ _CHUNK_TOKENS = 256
 _BATCH = 16
 _INT4_GROUP = 32
 _RANK_STEP = 16
+SPEECH_BYTES = 300 * 10**6
+"""What making sound of the longest piece takes beside the weights."""
 _KERNEL_FAMILIES = frozenset(
     {"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"}
 )
@@ -144,6 +148,18 @@ def read_tensors(directory: Path) -> dict[str, TensorHeader]:
     return read_header(directory / SINGLE)
 
 
+def check_files(directory: Path) -> int:
+    """Return the bytes of a model's weights, having looked at all that loading will read.
+
+    Raises:
+        ModelLoadFailed: something is missing or damaged.
+    """
+    if (voice := voice_file(directory)) is not None:
+        return check_voice(voice)
+    read_json(directory / "config.json")
+    return sum(tensor.num_bytes for tensor in read_tensors(directory).values())
+
+
 def _first(config: dict[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
@@ -204,6 +220,8 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
     """
     if quantize not in ("", "int8", "int4"):
         raise InvalidRequest(f"quantize {quantize!r} is not one of int8, int4.", param="quantize")
+    if (voice := voice_file(path)) is not None:
+        return Footprint(check_voice(voice), 0, 0, _PROCESS_BYTES + SPEECH_BYTES)
     outer = read_json(path / "config.json")
     nested = outer.get("text_config")
     config = {**outer, **nested} if isinstance(nested, dict) else outer
@@ -226,6 +244,8 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
     activations = 4 * _CHUNK_TOKENS * (8 * hidden + 3 * (_first(config, "intermediate_size", "n_inner") or 4 * hidden))
     if config.get("model_type") == "whisper":
         activations = _hearing_bytes(config, item_bytes)
+    if config.get("model_type") == "vits":
+        activations = SPEECH_BYTES
     vocabulary = _first(config, "vocab_size")
     logits = 2 * 4 * _BATCH * vocabulary
     return Footprint(

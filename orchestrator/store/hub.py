@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import httpx
 from hostler.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unavailable
+
+from orchestrator.store.piper import MAX_VOICE_BYTES, SUFFIX
 
 _CONNECT_TIMEOUT_S = 3.0
 _READ_TIMEOUT_S = 30.0
@@ -41,11 +43,26 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A repository at one commit."""
+    """A repository at one commit, or one folder of it: then the files' paths begin there."""
 
     hub_id: str
     commit: str
     files: tuple[RemoteFile, ...]
+    folder: str = ""
+
+    def within(self, folder: str) -> Snapshot:
+        """Return what is in a folder; all, if it is empty.
+
+        Raises:
+            ModelNotFound: there is no such folder.
+        """
+        if not folder:
+            return self
+        start = f"{folder}/"
+        files = tuple(replace(f, path=f.path.removeprefix(start)) for f in self.files if f.path.startswith(start))
+        if not files:
+            raise ModelNotFound(f"{self.hub_id} has no folder {folder[:120]!r}.", param="model")
+        return replace(self, files=files, folder=folder)
 
 
 class Hub(Protocol):
@@ -122,6 +139,7 @@ class HuggingFaceHub:
         """Return where a file's bytes are, and what to send with the request."""
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
 
+        path = f"{snapshot.folder}/{path}" if snapshot.folder else path
         url = self._hub.hf_hub_url(snapshot.hub_id, path, revision=snapshot.commit, endpoint=self._endpoint)
         return url, build_hf_headers(library_name="hostler")
 
@@ -130,12 +148,15 @@ def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[Remo
     """Return the files that serving needs: (config and tokenizer, safetensors weights).
 
     Python files only when they are trusted. Of folders only those count that hold further templates or steps of
-    an embedding model, so that copies in other formats (`onnx/`, `original/`) stay where they are.
+    an embedding model, so that copies in other formats (`onnx/`, `original/`) stay where they are. Of a Piper voice
+    they are its two files.
 
     Raises:
         InvalidRequest: no safetensors weights, or no config.
     """
     top = [file for file in snapshot.files if "/" not in file.path and not file.path.startswith(".")]
+    if (voice := _voice_files(snapshot.hub_id, top)) is not None:
+        return voice
     tensors = [file for file in top if file.path.endswith(".safetensors") and not file.path.startswith("consolidated")]
     weights = [file for file in tensors if _WEIGHTS.fullmatch(file.path)]
     if any(file.path == "model.safetensors" for file in weights):
@@ -155,3 +176,17 @@ def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[Remo
     if not any(file.path == "config.json" for file in sides):
         raise InvalidRequest(f"{snapshot.hub_id} has no config.json, so it is not a transformers model.", param="model")
     return sides, weights
+
+
+def _voice_files(hub_id: str, top: list[RemoteFile]) -> tuple[list[RemoteFile], list[RemoteFile]] | None:
+    """Return the files of a Piper voice, or None where there is another kind of model."""
+    by_path = {file.path: file for file in top}
+    voices = [path for path in by_path if path.endswith(SUFFIX) and f"{path}.json" in by_path]
+    if "config.json" in by_path or not voices:
+        return None
+    if len(voices) > 1:
+        raise InvalidRequest(f"{hub_id} holds {len(voices)} voices in one folder, so none can be told.", param="model")
+    voice = by_path[voices[0]]
+    if voice.num_bytes > MAX_VOICE_BYTES:
+        raise InvalidRequest(f"{voice.path} of {hub_id} is larger than any Piper voice.", param="model")
+    return [by_path[f"{voice.path}.json"]], [voice]

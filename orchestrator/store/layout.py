@@ -38,7 +38,7 @@ class StoredModel:
         path: its directory.
         source: where it came from (Hub id, wheel, GGUF file name, or directory).
         revision: Hub commit, or SHA-256 of the wheel or GGUF file; "" for a directory used in place.
-        weight_bytes: size of its safetensors files.
+        weight_bytes: size of its safetensors or ONNX files.
         created_unix_s: when it was stored.
     """
 
@@ -147,7 +147,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 def stored(directory: Path, manifest: Manifest) -> StoredModel:
     """Return the model that `directory` holds."""
-    weight_bytes = sum(file.num_bytes for file in manifest.files if file.path.endswith(".safetensors"))
+    weight_bytes = sum(file.num_bytes for file in manifest.files if file.path.endswith((".safetensors", ".onnx")))
     return StoredModel(
         manifest.name, directory, manifest.source, manifest.revision, weight_bytes, manifest.created_unix_s
     )

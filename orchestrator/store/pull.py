@@ -81,16 +81,17 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
 
 def _fetch(source: HubSource | CatalogSource, place: Workplace, options: Options) -> Provenance:
     if isinstance(source, HubSource):
-        name = source.hub_id if source.revision is None else f"{source.hub_id}@{source.revision}"
-        return _fetch_hub(name, source.hub_id, source.revision, place, options)
+        name = source.name if source.revision is None else f"{source.name}@{source.revision}"
+        return _fetch_hub(name, source, place, options)
     entry = source.entry
+    wanted = HubSource(entry.hub_id, entry.revision, entry.folder)
     if entry.mirror is None:
-        return _fetch_hub(entry.name, entry.hub_id, entry.revision, place, options)
+        return _fetch_hub(entry.name, wanted, place, options)
     hub = HuggingFaceHub()
     why = "HF_HUB_OFFLINE is set" if hub.is_offline else "the Hub cannot be reached"
     if hub.is_reachable():
         try:
-            return _fetch_hub(entry.name, entry.hub_id, entry.revision, place, options, hub)
+            return _fetch_hub(entry.name, wanted, place, options, hub)
         except (ModelLoadFailed, InvalidRequest):
             raise
         except HostlerError as error:
@@ -99,19 +100,19 @@ def _fetch(source: HubSource | CatalogSource, place: Workplace, options: Options
 
 
 def _fetch_hub(
-    name: str,
-    hub_id: str,
-    revision: str | None,
-    place: Workplace,
-    options: Options,
-    hub: HuggingFaceHub | None = None,
+    name: str, source: HubSource, place: Workplace, options: Options, hub: HuggingFaceHub | None = None
 ) -> Provenance:
-    options.report(Progress("download", 0, 0, f"asking the Hub for {hub_id}"))
-    trusted = options.trust_remote_code
+    options.report(Progress("download", 0, 0, f"asking the Hub for {source.name}"))
     snapshot = fetch(
-        hub or HuggingFaceHub(), hub_id, revision, place.partial, options.report, trust_remote_code=trusted
+        hub or HuggingFaceHub(),
+        source.hub_id,
+        source.revision,
+        place.partial,
+        options.report,
+        folder=source.folder,
+        trust_remote_code=options.trust_remote_code,
     )
-    return Provenance(name, hub_id, snapshot.commit)
+    return Provenance(name, source.name, snapshot.commit)
 
 
 def _fetch_mirror(entry: CatalogEntry, why: str, place: Workplace, options: Options) -> Provenance:

@@ -1,6 +1,7 @@
 """What a source text means, and whether it is already on this disk.
 
-A source is a catalog name, a Hub id (`org/name`, with `@revision` if wanted), a local directory or a .gguf file.
+A source is a catalog name, a Hub id (`org/name`, or `org/name/folder` for a folder of a repository that holds many
+models, with `@revision` if wanted), a local directory or a .gguf file.
 
 Above it: `pull` and the orchestrator (through `find`). Below it: `catalog`, `layout`, `footprint`. No network.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from hostler.errors import InvalidRequest, ModelNotFound
 
 from orchestrator.store.catalog import CATALOG, CatalogEntry, entry_of
-from orchestrator.store.footprint import read_json, read_tensors
+from orchestrator.store.footprint import check_files
 from orchestrator.store.layout import (
     Origin,
     StoredModel,
@@ -24,24 +25,31 @@ from orchestrator.store.layout import (
     resolve_models_dir,
     stored,
 )
+from orchestrator.store.piper import voice_file
 
 _HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
-_HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}")
+_HUB_ID = re.compile(rf"({_HUB_PART}/{_HUB_PART})(?:/({_HUB_PART}(?:/{_HUB_PART}){{0,7}}))?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository on the Hub. `revision` is None when the caller did not ask for one."""
+    """A repository on the Hub, or a folder of one. `revision` is None when the caller did not ask for one."""
 
     hub_id: str
     revision: str | None
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """As people write it, without a revision."""
+        return f"{self.hub_id}/{self.folder}" if self.folder else self.hub_id
 
     @property
     def key(self) -> str:
         """Directory name in the store."""
-        return key_of(self.hub_id, self.revision)
+        return key_of(self.name, self.revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ def parse(text: str, revision: str | None = None) -> Source:
         ModelNotFound: no such file or directory, or no such form of name.
         InvalidRequest: a revision where there can be none, or a malformed one.
     """
-    if _looks_like_a_path(text) or (Path(text) / "config.json").is_file():
+    if _looks_like_a_path(text) or (Path(text) / "config.json").is_file() or voice_file(Path(text)) is not None:
         path = Path(text).expanduser().absolute()
         if revision is not None:
             raise InvalidRequest("A local model has no revision; leave it out.", param="revision")
@@ -98,12 +106,13 @@ def parse(text: str, revision: str | None = None) -> Source:
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise InvalidRequest(f"{revision[:80]!r} is not a branch, tag or commit.", param="revision")
     if entry := entry_of(name):
-        return CatalogSource(entry) if revision is None else HubSource(entry.hub_id, revision)
-    if _HUB_ID.fullmatch(name) and "--" not in name and ".." not in name:
-        return HubSource(name, revision)
+        return CatalogSource(entry) if revision is None else HubSource(entry.hub_id, revision, entry.folder)
+    if (parts := _HUB_ID.fullmatch(name)) and "--" not in name and ".." not in name:
+        return HubSource(parts[1], revision, parts[2] or "")
     known = ", ".join(entry.name for entry in CATALOG)
     raise ModelNotFound(
-        f"No model is called {text[:120]!r}. Use a Hub id (org/name), a directory, a .gguf file, or one of: {known}.",
+        f"No model is called {text[:120]!r}. Use a Hub id (org/name, org/name/folder), a directory, a .gguf file, "
+        f"or one of: {known}.",
         param="model",
     )
 
@@ -115,13 +124,15 @@ def open_directory(path: Path) -> StoredModel:
         InvalidRequest: it holds no config.json or no tokenizer.
         ModelLoadFailed: its weights are missing or damaged.
     """
-    if not (path / "config.json").is_file():
-        raise InvalidRequest(f"Directory {path.name!r} is not a model: it has no config.json.", param="model")
-    read_json(path / "config.json")
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    is_voice = voice_file(path) is not None
+    if not is_voice and not (path / "config.json").is_file():
+        raise InvalidRequest(
+            f"Directory {path.name!r} is not a model: it has no config.json, nor one Piper voice (.onnx, .onnx.json).",
+            param="model",
+        )
+    if not is_voice and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise InvalidRequest(f"Directory {path.name!r} has no tokenizer (tokenizer.json or the like).", param="model")
-    weight_bytes = sum(tensor.num_bytes for tensor in read_tensors(path).values())
-    return StoredModel(path.name, path, "directory", "", weight_bytes, path.stat().st_mtime)
+    return StoredModel(path.name, path, "directory", "", check_files(path), path.stat().st_mtime)
 
 
 def find(source: str, models_dir: Path | None = None, revision: str | None = None) -> StoredModel | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,6 +56,17 @@ def parse_seconds(value: Any) -> Any:
         raise ValueError(f"{value!r} is not a time; write it like 30s, 10m or 1.5h") from None
 
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,*]+")
+
+
+def _origin(value: str) -> str:
+    """Return what browsers send as Origin; they compare it letter by letter."""
+    text = value.strip().lower()
+    if text not in ("*", "null") and not _ORIGIN.fullmatch(text):
+        raise ValueError(f"{value!r} is not an origin; write it like https://chat.example.org, without a path, or '*'")
+    return text
+
+
 def _no_path(value: str) -> str:
     if not value or len(value) > 200 or any(c.isspace() or not c.isprintable() for c in value) or ".." in value:
         raise ValueError(f"{value!r} is not a model name; use letters, digits and . _ - : @ /")
@@ -83,7 +95,7 @@ class ModelConfig(_Strict):
         default_factory=dict,
         description="LoRA adapters served beside the model: name that clients ask for, directory that peft wrote.",
     )
-    engine: Literal["auto", "text", "embedding", "rerank", "transcription", "scripted"] = Field(
+    engine: Literal["auto", "text", "embedding", "rerank", "transcription", "speech", "scripted"] = Field(
         default="auto", description="Which engine runs it; auto: what its files are for."
     )
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")
@@ -144,7 +156,9 @@ class HostlerConfig(_Strict):
     host: str = Field(default="127.0.0.1", description="Address to listen on. Anything but loopback needs an API key.")
     port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     api_key: str | None = Field(default=None, min_length=8, max_length=512, description="Bearer key that clients send.")
-    cors: tuple[str, ...] = Field(default=(), description="Origins allowed from browsers, or '*'.")
+    cors: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        default=(), description="Origins allowed from browsers, or '*'."
+    )
     allowed_hosts: tuple[str, ...] = Field(default=(), description="Host headers to accept beyond loopback names.")
     gateways: int = Field(default=0, ge=0, le=64, description="Gateway processes; 0: chosen from the cores.")
     max_body: Bytes = Field(default=8 * 10**6, description="Largest JSON body.")

@@ -8,6 +8,7 @@
         token               of this run (0600), from which the keys of workers on other hosts are made
         responses.db        stored responses, if the configuration puts them nowhere else; files beside it are SQLite's
                             and the gateways' locks
+        metrics/            what the gateways count, in files that they share
         logs/               one file per process
 
 `<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are
@@ -49,6 +50,11 @@ class RunDir:
     def logs(self) -> Path:
         """Directory of log files."""
         return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """Directory of the gateways' counters; emptied when a new run begins."""
+        return self.path / "metrics"
 
     @property
     def orchestrator_socket(self) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from hostler.config import HostlerConfig, ModelConfig
+from hostler.lifecycle.v1 import lifecycle_pb2
 
 from cli import janitor, serve
 from cli.placement import Progress
@@ -207,6 +208,23 @@ def test_the_curl_line_can_be_pasted(host: str, url: str) -> None:
     body = json.loads(line.partition("-d '")[2].removesuffix("'"))
     assert (body["model"], body["temperature"]) == ("it", 0)
     assert "capital of France" in body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "path", "field"),
+    [
+        (lifecycle_pb2.ENGINE_KIND_SPEECH, "audio/speech", "input"),
+        (lifecycle_pb2.ENGINE_KIND_EMBEDDING, "embeddings", "input"),
+        (lifecycle_pb2.ENGINE_KIND_RERANK, "rerank", "documents"),
+        (lifecycle_pb2.ENGINE_KIND_TEXT, "chat/completions", "messages"),
+    ],
+)
+def test_the_curl_line_asks_a_model_for_what_it_is_for(
+    engine: lifecycle_pb2.EngineKind.ValueType, path: str, field: str
+) -> None:
+    line = curl_line(HostlerConfig(port=9, models=(ModelConfig(name="it"),)), "it", engine)
+    assert line.startswith(f"curl http://127.0.0.1:9/v1/{path} ")
+    assert field in json.loads(line.partition("-d '")[2].rpartition("'")[0])
 
 
 def test_plain_progress_is_at_most_a_line_a_second(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from gateway.app import create_app
 from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
 from tests.gateway.hearing import Hears
+from tests.gateway.speaking import Speaks
 
 MODEL = "org/tiny-chat"
 QUICK = Patience(
@@ -79,15 +80,6 @@ def fail_once(error: HostlerError) -> Script:
     return script
 
 
-async def two_sounds(request: pb.SpeakRequest) -> AsyncIterator[pb.SpeakResponse]:
-    """Say the text in two halves, as bytes that spell it."""
-    half = len(request.text) // 2
-    for part in (request.text[:half], request.text[half:]):
-        yield pb.SpeakResponse(audio=part.encode())
-    usage = pb.Usage(num_prompt_tokens=3, num_completion_tokens=40)
-    yield pb.SpeakResponse(finish=pb.SpeakFinish(usage=usage, duration_s=0.5))
-
-
 async def no_answer(request: Any) -> Any:
     raise AssertionError(f"nobody said what to answer to a {type(request).__name__}")
 
@@ -102,7 +94,7 @@ def counting(max_context_tokens: int = 8192) -> Callable[[Any], Awaitable[Any]]:
     return count
 
 
-class FakeWorker(Hears, InferenceServiceServicer):
+class FakeWorker(Hears, Speaks, InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 
     def __init__(self, directory: Path, name: str = "a", generation: int = 7) -> None:
@@ -111,7 +103,6 @@ class FakeWorker(Hears, InferenceServiceServicer):
         self.script: Script = echo
         self.requests: list[pb.GenerateRequest] = []
         self.answer: Callable[[Any], Awaitable[Any]] = no_answer
-        self.speech: Callable[[pb.SpeakRequest], AsyncIterator[pb.SpeakResponse]] = two_sounds
         self.asked: list[Any] = []
         self.request_ids: list[str | None] = []
         self.num_running = 0
@@ -167,18 +158,6 @@ class FakeWorker(Hears, InferenceServiceServicer):
             await asyncio.shield(self._count(-1))
 
     Embed = Rerank = Tokenize = Detokenize = _answer
-
-    async def Speak(self, request: pb.SpeakRequest, context: Any) -> AsyncIterator[pb.SpeakResponse]:  # noqa: N802
-        self.asked.append(request)
-        assert metadata_value(context, GENERATION_KEY) == str(self.generation)
-        await self._count(1)
-        try:
-            async for event in self.speech(request):
-                yield event
-        except HostlerError as error:
-            await abort(context, error)
-        finally:
-            await asyncio.shield(self._count(-1))
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]

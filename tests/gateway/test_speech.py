@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 from hostler.errors import Internal, InvalidRequest, Unavailable, WorkerLost
-from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
 
-from tests.gateway.fakes import MODEL, World, route, two_sounds
+from tests.gateway.fakes import MODEL, World, route
+from tests.gateway.speaking import two_sounds
 
 TEXT = "Hello there."
 
@@ -204,6 +205,14 @@ async def test_a_client_that_leaves_ends_the_workers_call(served: World) -> None
         assert reply.status_code == 200
         await served.worker.until_running(1)
     await served.worker.until_running(0)
+
+
+async def test_the_metrics_count_speech_by_its_time_and_its_first_sound(speaker: World) -> None:
+    assert (await say(speaker)).status_code == 200
+    told = (await speaker.client.get("/metrics")).text.splitlines()
+    labels = f'gen_ai_operation_name="speech",gen_ai_request_model="{MODEL}"'
+    assert f"gen_ai_server_time_to_first_token_seconds_count{{{labels}}} 1.0" in told
+    assert not [line for line in told if line.startswith("gen_ai_server_time_per_output_token") and "speech" in line]
 
 
 async def test_only_models_that_speak_speak_and_they_do_nothing_else(called: World) -> None:

@@ -282,3 +282,10 @@ def scripted_server(shared_servers: Servers) -> Server:
 def real_server(shared_servers: Servers) -> Server:
     """One server with the embedded default model, shared by tests that do it no harm."""
     return shared_servers(ready_within_s=240)
+
+
+@pytest.fixture(scope="session")
+def coder_server(shared_servers: Servers, qwen_coder: Path) -> Server:
+    """One server of Qwen2.5-Coder-0.5B-Instruct, called `coder`, shared by tests that do it no harm."""
+    config = f"models:\n  - name: coder\n    source: {qwen_coder}\n    preload: true\ngateways: 1\n"
+    return shared_servers(config=config, ready_within_s=400)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,9 @@ gateways: 2
 """
 
 
-@pytest.fixture(scope="module")
-def coder(shared_servers: Servers, qwen_coder: Path) -> Iterator[Server]:
-    """A server of Qwen2.5-Coder-0.5B-Instruct alone."""
-    config = f"models:\n  - name: {CODER}\n    source: {qwen_coder}\n    preload: true\ngateways: 1\n"
-    server = shared_servers(config=config, ready_within_s=400)
-    yield server
-    server.stop()
+@pytest.fixture
+def coder(coder_server: Server) -> Server:
+    return coder_server
 
 
 @real_model

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openai import OpenAI
 
-from tests.journeys.server import Server, Servers
+from tests.journeys.server import Server
 
 pytestmark = [pytest.mark.journey, pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -28,13 +26,9 @@ WEATHER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def coder(shared_servers: Servers, qwen_coder: Path) -> Iterator[Server]:
-    """A server of Qwen2.5-Coder-0.5B-Instruct alone."""
-    config = f"models:\n  - name: {MODEL}\n    source: {qwen_coder}\n    preload: true\ngateways: 1\n"
-    server = shared_servers(config=config, ready_within_s=400)
-    yield server
-    server.stop()
+@pytest.fixture
+def coder(coder_server: Server) -> Server:
+    return coder_server
 
 
 def client(server: Server) -> OpenAI:

@@ -59,6 +59,12 @@ def minilm() -> Path:
 
 
 @pytest.fixture(scope="session")
+def piper_joe() -> Path:
+    """The Piper voice "joe", which speaks American English; mark the test `real_model`."""
+    return real.piper_joe()
+
+
+@pytest.fixture(scope="session")
 def tiny_llava() -> Path:
     """A tiny LLaVA that names the colour of a picture, fp32; trained for half a minute when it is first asked for."""
     return tiny_vision.tiny_vision_model("llava")

@@ -12,6 +12,7 @@ _TIMEOUT_S = 600
 
 
 EMBEDDING_MODEL = "all-MiniLM-L6-v2"
+VOICE = "piper-joe"
 
 
 def smollm2() -> Path:
@@ -22,6 +23,11 @@ def smollm2() -> Path:
 def minilm() -> Path:
     """Return the directory of all-MiniLM-L6-v2, as `pulled`."""
     return pulled(EMBEDDING_MODEL)
+
+
+def piper_joe() -> Path:
+    """Return the directory of the Piper voice "joe", as `pulled`."""
+    return pulled(VOICE)
 
 
 def pulled(name: str) -> Path:

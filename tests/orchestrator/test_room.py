@@ -57,6 +57,35 @@ async def test_a_blank_that_dies_is_replaced_after_a_while(start: Start, effects
     assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 1
 
 
+async def test_a_load_that_is_given_up_leaves_the_worker_that_starts_to_the_next_one(
+    start: Start, effects: FakeEffects
+) -> None:
+    """Ray holds the next start up when one that starts is killed."""
+    rig = await start("a", "b", warm_workers=0)
+    gate = effects.hold("spawn")
+    first = await rig.ensure("a")
+    await first.leave()
+    await rig.settle()
+    second = await rig.ensure("b")
+    gate.set()
+    await rig.settle()
+    assert second.ready is not None
+    assert not any(call.startswith("kill") for call in effects.calls)
+    assert [worker.request.model for worker in effects.by_id.values() if worker.request] == ["b"]
+    assert (await rig.routes())["a"].state == pb.MODEL_STATE_UNLOADED
+
+
+async def test_a_worker_that_starts_for_nobody_is_ended_once_it_is_up(start: Start, effects: FakeEffects) -> None:
+    rig = await start("a", warm_workers=0)
+    gate = effects.hold("spawn")
+    await (await rig.ensure("a")).leave()
+    await rig.settle()
+    assert not any(call.startswith("kill") for call in effects.calls)
+    gate.set()
+    await rig.advance(1)
+    assert [worker.killed for worker in effects.by_id.values()] == [True]
+
+
 async def test_a_queue_brings_a_second_replica_and_quiet_takes_it_away(start: Start, effects: FakeEffects) -> None:
     rig = await start({"name": "a", "max_replicas": 2, "max_running": 2})
     await rig.ensure("a")

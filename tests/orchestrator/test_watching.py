@@ -17,17 +17,15 @@ from tests.orchestrator.conftest import MB, FakeEffects, FakeWorker, Rig
 Start = Callable[..., Awaitable[Rig]]
 
 
-async def test_a_frozen_worker_is_fenced_killed_and_replaced_within_three_seconds(
-    start: Start, effects: FakeEffects
-) -> None:
+async def test_a_silent_worker_is_fenced_killed_and_replaced(start: Start, effects: FakeEffects) -> None:
     rig = await start("a")
     await rig.ensure("a")
-    frozen = rig.worker("a")
-    frozen.say()
+    silent = rig.worker("a")
+    silent.say()
     await rig.settle()
     effects.hold("load:a")
-    await rig.advance(2.5)
-    assert frozen.killed
+    await rig.advance(20.5)
+    assert silent.killed
     assert (await rig.routes())["a"].replicas == []
     effects.gates["load:a"].set()
     await rig.settle()
@@ -83,7 +81,7 @@ async def test_a_thawed_worker_cannot_rejoin(start: Start, effects: FakeEffects)
     rig = await start("a")
     await rig.ensure("a")
     old = rig.worker("a")
-    await rig.advance(2.5)
+    await rig.advance(20.5)
     before = await rig.routes()
     rig.scheduler.post(events.Reported(1, life.WatchResponse(state=life.WORKER_STATE_READY, generation=1)))
     rig.scheduler.post(events.LoadDone(1, life.ModelInfo(model="a")))
@@ -98,7 +96,7 @@ async def test_a_report_of_another_generation_does_not_count_as_a_heartbeat(star
     rig = await start("a")
     await rig.ensure("a")
     first = rig.worker("a")
-    for _ in range(5):
+    for _ in range(41):
         first.say(generation=99)
         await rig.advance(0.5)
     assert first.killed
@@ -171,10 +169,10 @@ async def test_our_own_stall_is_not_the_workers_silence(start: Start, effects: F
     assert rig.worker("a").generation == 1
 
 
-async def test_a_frozen_worker_is_noticed_even_when_every_tick_is_late(start: Start, effects: FakeEffects) -> None:
+async def test_a_silent_worker_is_noticed_even_when_every_tick_is_late(start: Start, effects: FakeEffects) -> None:
     rig = await start("a")
     await rig.ensure("a")
-    await rig.advance(8, step_s=1.2)
+    await rig.advance(60, step_s=1.2)
     assert rig.effects.workers[1].killed
 
 
@@ -199,7 +197,17 @@ async def test_a_worker_lost_while_loading_keeps_its_waiters(start: Start, effec
     assert caller.ready.generation == 2
 
 
-async def test_a_loading_worker_may_be_silent_for_longer(start: Start, effects: FakeEffects) -> None:
+async def test_a_worker_that_holds_its_interpreter_lock_for_seconds_is_left_alone(
+    start: Start, effects: FakeEffects
+) -> None:
+    """A past bug: the first reply that followed a grammar cost its worker's life on a slow machine."""
+    rig = await start("a")
+    await rig.ensure("a")
+    await rig.advance(10)
+    assert not rig.worker("a").killed
+
+
+async def test_a_loading_worker_may_be_silent_for_seconds(start: Start, effects: FakeEffects) -> None:
     rig = await start("a")
     gate = effects.hold("load:a")
     caller = await rig.ensure("a")
@@ -278,6 +286,30 @@ async def test_workers_that_cannot_be_adopted_are_ended(start: Start, effects: F
     caller = await rig.ensure("a")
     assert caller.ready is not None
     assert caller.ready.generation == 7
+
+
+async def test_a_worker_that_an_earlier_orchestrator_was_just_starting_is_kept_once_it_is_up(
+    start: Start, effects: FakeEffects
+) -> None:
+    """A past bug: nobody knew of it for ever, or it was ended while it started."""
+    effects.found = (FoundWorker("late", None, started=False),)
+    effects.memory = Memory(3)
+    rig = await start("a", warm_workers=1)
+    await rig.advance(1)
+    assert "kill:late" not in effects.calls
+    effects.by_id["late"] = FakeWorker("late")
+    effects.found = (FoundWorker("late", life.WatchResponse(state=life.WORKER_STATE_BLANK, pid=8)),)
+    await rig.advance(5)
+    assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 1
+
+
+async def test_what_never_answers_is_ended_in_the_end(start: Start, effects: FakeEffects) -> None:
+    effects.found = (FoundWorker("mute", None, started=False),)
+    rig = await start("a")
+    await rig.advance(60)
+    assert "kill:mute" not in effects.calls
+    await rig.advance(15)
+    assert effects.calls.count("kill:mute") == 1
 
 
 async def test_stop_drains_every_worker_and_refuses_newcomers(start: Start, effects: FakeEffects) -> None:

@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_large(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
+    return path.endswith((".safetensors", ".bin", ".onnx"))
 
 
 def _sibling(path: str, data: bytes) -> dict[str, Any]:

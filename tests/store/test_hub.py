@@ -11,7 +11,7 @@ from hostler.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, Permi
 
 import orchestrator.store.download as download
 import orchestrator.store.remote_code as remote_code
-from orchestrator.models import ModelSpec
+from orchestrator.models import ModelSpec, demand
 from orchestrator.store import find
 from orchestrator.store.layout import list_stored, read_manifest
 from orchestrator.store.progress import Progress
@@ -236,13 +236,23 @@ async def test_the_orchestrator_s_pull_trusts_the_code_that_the_configuration_tr
 
 async def test_a_quantized_model_is_located_with_the_bytes_it_will_take(models_dir: Path, tiny_model: Path) -> None:
     client = StoreClient(models_dir)
-    sizes = []
+    found = []
     for quantize in ("", "int8", "int4"):
-        located = await client.locate(ModelSpec("tiny", str(tiny_model), dtype="bfloat16", quantize=quantize))
+        spec = ModelSpec("tiny", str(tiny_model), dtype="bfloat16", quantize=quantize)
+        located = await client.locate(spec)
         assert located is not None
-        sizes.append(located.footprint.weight_bytes)
+        found.append(located)
+    sizes = [located.footprint.weight_bytes for located in found]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
+    # Where it is not quantized, advice can say what that would save.
+    assert found[0].quantized == (("int8", sizes[1]), ("int4", sizes[2]))
+    assert found[1].quantized == ()
+    saved = demand(ModelSpec("tiny", str(tiny_model)), found[0])
+    assert [saved.base_bytes - num_bytes for _, num_bytes in saved.quantized_bytes] == [
+        sizes[0] - sizes[1],
+        sizes[0] - sizes[2],
+    ]
 
 
 def test_unknown_models_revisions_and_gated_ones_each_get_their_own_sentence(

@@ -71,7 +71,7 @@ def blocks_are_accounted_for(scheduler: Scheduler) -> None:
     assert 0 <= pool.num_available <= pool.num_blocks
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 90), st.integers(1, 40), st.integers(0, 20), st.integers(0, 2)),

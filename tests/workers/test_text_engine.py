@@ -15,7 +15,7 @@ import pytest
 import torch
 from hostler.errors import ContextLengthExceeded, HostlerError, InvalidRequest, Unavailable
 
-from workers.engine import ChatPrompt, Finish, GenerationRequest, SamplingParams, TextDelta, TokenPrompt
+from workers.engine import ChatPrompt, Finish, GenerationRequest, Progress, SamplingParams, TextDelta, TokenPrompt
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -105,6 +105,22 @@ async def test_max_tokens_is_kept_and_told_as_length(tiny_model: Path, open_engi
     async with open_engine(tiny_model) as engine:
         _, finish, _ = await collect(engine, request)
     assert (finish.reason, finish.num_completion_tokens, finish.num_prompt_tokens) == ("length", 7, 2)
+
+
+async def test_who_wants_progress_hears_of_the_prompt_before_the_first_token(
+    tiny_model: Path, open_engine: Callable[..., Any]
+) -> None:
+    sampling = SamplingParams(temperature=0, ignore_eos=True)
+    prompt = TokenPrompt(tuple(range(5, 75)))
+    request = GenerationRequest(prompt, sampling=sampling, max_tokens=2, wants_progress=True)
+    async with open_engine(tiny_model, prefill_chunk_tokens=16) as engine:
+        first = [event async for event in engine.generate(request)]
+        second = [event async for event in engine.generate(request)]
+    assert [isinstance(event, Progress) for event in first] == [True] + [False] * (len(first) - 1)
+    assert first[0] == Progress(num_prompt_tokens=70, num_prefilled_tokens=0)
+    # The same prompt again: what is known of it is told at once, as the finish tells it in the end.
+    assert second[0] == Progress(num_prompt_tokens=70, num_prefilled_tokens=second[-1].num_cached_tokens)
+    assert second[-1].num_cached_tokens > 0
 
 
 async def test_a_stop_string_ends_the_reply_and_is_not_part_of_it(

@@ -86,6 +86,14 @@ async def test_a_reply_is_exactly_what_the_script_says(worker: Worker) -> None:
     assert reply == expected_reply("hello", 9, "r1", 20)
 
 
+async def test_progress_comes_first_and_only_to_those_who_want_it(worker: Worker) -> None:
+    wanted = [e async for e in worker.generate("one two", max_tokens=2, wants_progress=True)]
+    assert [e.WhichOneof("event") for e in wanted] == ["progress", "text", "text", "finish"]
+    assert wanted[0].progress.num_prompt_tokens == wanted[-1].finish.usage.num_prompt_tokens == 2
+    plain = [e async for e in worker.generate("one two", max_tokens=2)]
+    assert [e.WhichOneof("event") for e in plain] == ["text", "text", "finish"]
+
+
 async def test_two_requests_with_one_id_both_get_their_answer(worker: Worker) -> None:
     replies = await asyncio.gather(text_of(worker.generate("one")), text_of(worker.generate("two")))
     assert list(replies) == [expected_reply("one", 0, "r1", 16), expected_reply("two", 0, "r1", 16)]

@@ -152,9 +152,7 @@ class SpeakingEngine:
         if not MIN_SPEED <= request.speed <= MAX_SPEED:
             raise InvalidRequest(f"Invalid 'speed': expected {MIN_SPEED} to {MAX_SPEED:g}.", param="speed")
         if request.instructions:
-            raise UnsupportedParameter(
-                "This model cannot be told how to speak: remove 'instructions'.", param="instructions"
-            )
+            raise UnsupportedParameter("This model cannot be told how to speak.", param="instructions")
         if len(request.text) > MAX_CHARACTERS:
             raise InvalidRequest(f"Invalid 'input': more than {MAX_CHARACTERS} characters.", param="input")
         texts = cut(request.text)

@@ -8,6 +8,7 @@ Texts are never logged.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import resource
@@ -33,8 +34,8 @@ def _phonemizer() -> Any:
 
 def main() -> int:
     """Answer line by line until the input ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # not every system has this bound
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     phonemizer = _phonemizer()
     for line in sys.stdin:
         try:

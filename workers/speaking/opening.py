@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from hostler.errors import ModelLoadFailed
+from hostler.errors import HostlerError, ModelLoadFailed
 
 from workers.engine import LoadSpec, ModelFacts
 from workers.speaking.engine import SpeakingEngine, refuse_unknown
@@ -51,6 +51,9 @@ def load(spec: LoadSpec, report: Report) -> tuple[SpeechModel, ModelFacts]:
     try:
         for symbols in model.read("a")[:1]:
             model.speak(symbols, 0, 1.0)
+    except HostlerError as error:
+        model.close()
+        raise ModelLoadFailed(f"{spec.model} is loaded but cannot speak: {error.message}") from error
     except BaseException:
         model.close()
         raise

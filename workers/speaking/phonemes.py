@@ -92,7 +92,7 @@ class Phonemizer:
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "workers.speaking.espeak"]
+        command = [sys.executable, "-P", "-m", "workers.speaking.espeak"]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         memory.count_in(self._child.pid)
         return self._child

@@ -28,9 +28,9 @@ _ABBREVIATION = re.compile(
 
 
 def cut(text: str) -> list[str]:
-    """Return the pieces of a text in order: without blank ones, all of its characters but blanks and control characters.
+    """Return the pieces of a text in order, none of them blank, each of at most `MAX_PIECE_CHARACTERS`.
 
-    Each holds at most `MAX_PIECE_CHARACTERS`.
+    Nothing is lost but blanks between them and control characters.
     """
     pieces: list[str] = []
     for line in _LINES.split(_cleaned(text)):

@@ -97,7 +97,8 @@ def open_vits(spec: LoadSpec, path: Path) -> tuple[Vits, int, int]:
     try:
         tokenizer: Any = VitsTokenizer.from_pretrained(path, local_files_only=True)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-        module, found = VitsModel.from_pretrained(path, output_loading_info=True, **options)
+        kind: Any = VitsModel
+        module, found = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # transformers raises anything here
         raise ModelLoadFailed(f"The files of {spec.model} cannot be loaded: {type(error).__name__}.") from error
     if found["missing_keys"]:

@@ -288,9 +288,10 @@ class TextEngine:
                 continue
             began_s = time.monotonic()
             self._spent["schedule"] += began_s - asked_s
+            self._hand_out(self._postprocessor.begin(step, began_s))
             out: Outcomes = []
             for part in self._parts(step):
-                self._run_part(part, out, began_s)
+                self._run_part(part, out)
                 self._num_steps += 1
             self._scheduler.pace.observe(step.num_decodes, step.num_prompt_tokens, time.monotonic() - began_s)
             self._hand_out(out)
@@ -363,9 +364,7 @@ class TextEngine:
         self._isolate = False
         return [Step((work,), int(index < step.num_decodes)) for index, work in enumerate(step.works)]
 
-    def _run_part(self, step: Step, out: Outcomes, began_s: float) -> None:
-        for work in step.works:
-            work.sequence.scheduled_s = work.sequence.scheduled_s or began_s
+    def _run_part(self, step: Step, out: Outcomes) -> None:
         yielding = [work for work in step.works if work.yields_token]
         pending = self._masks.submit([work.sequence.reply.guide for work in yielding])
         try:

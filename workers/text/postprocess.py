@@ -13,7 +13,7 @@ import time
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory
 
-from workers.engine import Event, Finish, PromptLogprobs, TokenLogprob
+from workers.engine import Event, Finish, Progress, PromptLogprobs, TokenLogprob
 from workers.text.packing import wanted_rows
 from workers.text.sampler import logprobs, prompt_logprobs, sample, sample_each
 from workers.text.scheduler import Scheduler, Step, Work
@@ -44,6 +44,18 @@ class Postprocessor:
         self._eos_ids = eos_ids
         self._token_bytes = token_bytes
         self.num_completion_tokens = 0
+
+    @staticmethod
+    def begin(step: Step, now_s: float) -> Outcomes:
+        """Note whose turn has come for the first time; return what those who asked hear of it before the step runs."""
+        begun = [work.sequence for work in step.works if not work.sequence.scheduled_s]
+        for sequence in begun:
+            sequence.scheduled_s = now_s
+        return [
+            (sequence, Progress(sequence.num_prompt_tokens, sequence.num_cached_tokens))
+            for sequence in begun
+            if sequence.request.wants_progress
+        ]
 
     def take(self, step: Step, logits: torch.Tensor, masks: Masks, out: Outcomes) -> None:
         """Note what a step computed, sample each work's next tokens and tell its request.

@@ -27,17 +27,22 @@ def image_part(part: Fields, links: list[Link]) -> pb.Part:
     """
     value = part.raw("image_url")
     if isinstance(value, str):
-        return pb.Part(image=_image(value, part.name_of("image_url"), links))
+        return pb.Part(image=image_of_url(value, part.name_of("image_url"), links))
     image = part.required_child("image_url")
     url = image.string("url", _NO_CAP)
     if url is None:
         raise image.missing("url")
-    media = _image(url, image.name_of("url"), links)
+    media = image_of_url(url, image.name_of("url"), links)
     media.detail = image.choice("detail", ("auto", "low", "high", "original")) or ""
     return pb.Part(image=media)
 
 
-def _image(url: str, name: str, links: list[Link]) -> pb.Media:
+def image_of_url(url: str, name: str, links: list[Link]) -> pb.Media:
+    """Return the image in a data: URL; an http address is added to `links`, and its image has no data.
+
+    Raises:
+        InvalidRequest: neither of them, or the data is not valid base64; errors name the field `name`.
+    """
     if not url[:8].lower().startswith(("http://", "https://")):
         return _from_data_url(url, name)
     if len(url) > _MAX_URL_CHARS:
@@ -55,7 +60,8 @@ def audio_part(part: Fields) -> pb.Part:
     kind = audio.string("format", 32) or ""
     if data.startswith("data:"):
         return pb.Part(audio=_from_data_url(data, audio.name_of("data")))
-    return pb.Part(audio=pb.Media(data=_decode(data, audio.name_of("data")), mime_type=f"audio/{kind}" if kind else ""))
+    decoded = decode_base64(data, audio.name_of("data"))
+    return pb.Part(audio=pb.Media(data=decoded, mime_type=f"audio/{kind}" if kind else ""))
 
 
 def file_part(part: Fields) -> pb.Part:
@@ -74,7 +80,7 @@ def read_file(file: Fields) -> pb.Part:
     if data is None:
         raise file.missing("file_data")
     name = file.name_of("file_data")
-    media = _from_data_url(data, name) if data.startswith("data:") else pb.Media(data=_decode(data, name))
+    media = _from_data_url(data, name) if data.startswith("data:") else pb.Media(data=decode_base64(data, name))
     media.detail = file.string("filename", 256) or ""
     return pb.Part(file=media)
 
@@ -90,10 +96,15 @@ def _from_data_url(url: str, name: str) -> pb.Media:
     mime_type, _, encoding = head.partition(";")
     if not comma or not head.endswith("base64") or not encoding or len(mime_type) > _MAX_MIME_CHARS:
         raise InvalidRequest(f"Invalid '{name}': expected data:<type>;base64,<data>.", param=name)
-    return pb.Media(data=_decode(payload, name), mime_type=mime_type)
+    return pb.Media(data=decode_base64(payload, name), mime_type=mime_type)
 
 
-def _decode(text: str, name: str) -> bytes:
+def decode_base64(text: str, name: str) -> bytes:
+    """Return the bytes that a field `name` holds as base64.
+
+    Raises:
+        InvalidRequest: empty, or not base64.
+    """
     if not text:
         raise InvalidRequest(f"Invalid '{name}': the data is empty.", param=name)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hostler.errors import InvalidRequest
-from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2 as pb
 
 from gateway.fields import Fields
 from gateway.terms import read_keep_alive_ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 
-from hostler.inference.v1 import inference_pb2 as pb
+from hostler.inference.v1 import speaking_pb2 as pb
 
 from gateway.sse import data_frame
 
@@ -19,8 +19,7 @@ def speech_frames(event: pb.SpeakResponse) -> bytes:
         audio = base64.b64encode(event.audio).decode("ascii")
         frames += data_frame({"type": "speech.audio.delta", "audio": audio})
     if event.HasField("finish"):
-        usage = event.finish.usage
-        num_in, num_out = usage.num_prompt_tokens, usage.num_completion_tokens
+        num_in, num_out = event.finish.num_symbols, event.finish.num_frames
         told = {"input_tokens": num_in, "output_tokens": num_out, "total_tokens": num_in + num_out}
         frames += data_frame({"type": "speech.audio.done", "usage": told})
     return frames

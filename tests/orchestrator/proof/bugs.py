@@ -74,7 +74,7 @@ def _the_fenced_stay_on_the_routes(patch: pytest.MonkeyPatch) -> None:
 
 def _silence_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(watching, "SILENCE_S", 1e9)
-    patch.setattr(watching, "LOADING_SILENCE_S", 1e9)
+    patch.setattr(watching.Watching, "on_watch_ended", lambda self, event: None)
 
 
 def _a_drain_does_not_wait(patch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .walk import Walk
 
 FROZEN_NOTICED_S = 3.0
-"""A frozen worker is off the routes by then: two seconds of silence, and the ticks around them."""
+"""A frozen worker is off the routes by then: its connection has failed, and the ticks around that."""
 
 
 # ---------------------------------------------------------------- after every event

@@ -83,6 +83,7 @@ class Process:
         self.frozen = self.hung = self.unsound = self.doomed = False
         self.drained_until_s = float("inf")
         self.frozen_ticks_s = 0.0
+        self.num_freezes = 0
         self.requests: set[object] = set()
         self.streams: list[Reports] = []
         self.calls: set[asyncio.Future[Any]] = set()
@@ -148,9 +149,17 @@ class Process:
         """Return a new stream of heartbeats; the first comes at once."""
         stream: Reports = asyncio.Queue()
         self.streams.append(stream)
-        if not self.frozen:
+        if self.frozen:
+            self.loop.call_later(KEEPALIVE_S, self._keepalive, stream, self.num_freezes)
+        else:
             stream.put_nowait(self.report())
         return stream
+
+    def _keepalive(self, stream: Reports, freeze: int) -> None:
+        """Break a stream whose other end was stopped all the while."""
+        if self.frozen and self.num_freezes == freeze and stream in self.streams:
+            self.streams.remove(stream)
+            stream.put_nowait(WorkerLost("it does not answer"))
 
     def break_streams(self) -> None:
         """End every stream of heartbeats, as a network does."""
@@ -213,6 +222,9 @@ class Process:
     def freeze(self) -> None:
         self.frozen = self.unsound = True
         self.frozen_ticks_s = 0.0
+        self.num_freezes += 1
+        for stream in self.streams:
+            self.loop.call_later(KEEPALIVE_S, self._keepalive, stream, self.num_freezes)
 
     def thaw(self) -> None:
         self.frozen = self.hung = False

@@ -25,7 +25,6 @@ from .world import World
 _STAGES: dict[type[Any], Stage | None] = {
     events.LocateDone: Stage.LOCATE,
     events.FetchDone: Stage.FETCH,
-    events.SpawnDone: Stage.SPAWN,
     events.LoadDone: Stage.LOAD,
     events.WakeDone: Stage.WAKE,
     events.Progressed: None,

@@ -280,7 +280,6 @@ class Walk:
             (
                 events.LocateDone(old, self.world.locate(self.names[0])),
                 events.FetchDone(old),
-                events.SpawnDone(old, 1),
                 events.LoadDone(old, life.ModelInfo()),
                 events.LoadDone(old, None, HostlerError("late")),
                 events.WakeDone(old),

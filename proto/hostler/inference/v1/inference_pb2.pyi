@@ -105,7 +105,7 @@ class _TranscribeTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transc
     TRANSCRIBE_TASK_TRANSLATE: _TranscribeTask.ValueType  # 2
 
 class TranscribeTask(_TranscribeTask, metaclass=_TranscribeTaskEnumTypeWrapper):
-    """---------------------------------------------------------------- speech"""
+    """---------------------------------------------------------------- transcribe"""
 
 TRANSCRIBE_TASK_UNSPECIFIED: TranscribeTask.ValueType  # 0
 TRANSCRIBE_TASK_TRANSCRIBE: TranscribeTask.ValueType  # 1
@@ -554,6 +554,7 @@ class GenerateRequest(_message.Message):
     ECHO_LOGPROBS_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    WANTS_PROGRESS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_tokens: _builtins.int
     """Absent: as many as the context leaves."""
@@ -571,6 +572,8 @@ class GenerateRequest(_message.Message):
     """How long the model is to stay up once idle after this; absent: as configured; negative: for ever."""
     batch: _builtins.bool
     """May wait behind requests that people wait for."""
+    wants_progress: _builtins.bool
+    """Send progress when the request's turn has come, before its first token."""
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
@@ -600,10 +603,11 @@ class GenerateRequest(_message.Message):
         echo_logprobs: _builtins.bool = ...,
         keep_alive_ms: _builtins.int | None = ...,
         batch: _builtins.bool = ...,
+        wants_progress: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "chat", b"chat", "constraint", b"constraint", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "adapter", b"adapter", "batch", b"batch", "cache_scope", b"cache_scope", "chat", b"chat", "constraint", b"constraint", "echo_logprobs", b"echo_logprobs", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "adapter", b"adapter", "batch", b"batch", "cache_scope", b"cache_scope", "chat", b"chat", "constraint", b"constraint", "echo_logprobs", b"echo_logprobs", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "wants_progress", b"wants_progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
     _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
@@ -766,7 +770,7 @@ Global___ToolCallEnd: _TypeAlias = ToolCallEnd  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Progress says that the request is alive before its first token."""
+    """Progress says that the request is alive before its first token. Only to those who want it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -775,6 +779,7 @@ class Progress(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     num_queued_ahead: _builtins.int
     num_prefilled_tokens: _builtins.int
+    """At first those that were found in the cache."""
     num_prompt_tokens: _builtins.int
     def __init__(
         self,
@@ -1121,13 +1126,11 @@ class TranscribeRequest(_message.Message):
     language: _builtins.str
     """A code ("en", "pt-BR") or an English name; empty: detect."""
     prompt: _builtins.str
-    """Text to continue in style and spelling."""
     temperature: _builtins.float
     """Absent or 0: greedy, warmer where the result looks wrong."""
     word_timestamps: _builtins.bool
-    """Segments carry their words."""
+    """Segments carry their words; segments are sent beside the text."""
     segment_timestamps: _builtins.bool
-    """Segments are sent beside the text."""
     logprobs: _builtins.bool
     """Text carries the logprobs of its tokens."""
     keep_alive_ms: _builtins.int
@@ -1172,9 +1175,8 @@ class Word(_message.Message):
     START_S_FIELD_NUMBER: _builtins.int
     END_S_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """With the spaces before it."""
+    """With the spaces before it; times are from the recording's beginning."""
     start_s: _builtins.float
-    """From the recording's beginning."""
     end_s: _builtins.float
     def __init__(
         self,
@@ -1207,7 +1209,6 @@ class Segment(_message.Message):
     WORDS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     start_s: _builtins.float
-    """From the recording's beginning."""
     end_s: _builtins.float
     text: _builtins.str
     temperature: _builtins.float
@@ -1249,7 +1250,6 @@ class TranscribeFinish(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     LANGUAGE_NAME_FIELD_NUMBER: _builtins.int
     language: _builtins.str
-    """A code; empty of a model that knows no languages."""
     duration_s: _builtins.float
     language_name: _builtins.str
     """In English, lower case."""
@@ -1302,104 +1302,6 @@ class TranscribeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___TranscribeResponse: _TypeAlias = TranscribeResponse  # noqa: Y015
-
-@_typing.final
-class SpeakRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    VOICE_FIELD_NUMBER: _builtins.int
-    FORMAT_FIELD_NUMBER: _builtins.int
-    SPEED_FIELD_NUMBER: _builtins.int
-    INSTRUCTIONS_FIELD_NUMBER: _builtins.int
-    KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    voice: _builtins.str
-    """One of ModelInfo.voices; empty: the model's own choice."""
-    format: _builtins.str
-    """"mp3", "opus" (in Ogg), "aac", "flac", "wav", "pcm" (16-bit little endian). One channel, 24,000 Hz."""
-    speed: _builtins.float
-    instructions: _builtins.str
-    keep_alive_ms: _builtins.int
-    """As in GenerateRequest."""
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        voice: _builtins.str = ...,
-        format: _builtins.str = ...,
-        speed: _builtins.float | None = ...,
-        instructions: _builtins.str = ...,
-        keep_alive_ms: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_speed", b"_speed", "keep_alive_ms", b"keep_alive_ms", "speed", b"speed"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_speed", b"_speed", "format", b"format", "instructions", b"instructions", "keep_alive_ms", b"keep_alive_ms", "speed", b"speed", "text", b"text", "voice", b"voice"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
-    _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
-    _WhichOneofReturnType__speed: _TypeAlias = _typing.Literal["speed"]  # noqa: Y015
-    _WhichOneofArgType__speed: _TypeAlias = _typing.Literal["_speed", b"_speed"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_ms) -> _WhichOneofReturnType__keep_alive_ms | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__speed) -> _WhichOneofReturnType__speed | None: ...
-
-Global___SpeakRequest: _TypeAlias = SpeakRequest  # noqa: Y015
-
-@_typing.final
-class SpeakFinish(_message.Message):
-    """SpeakFinish counts what the model read and made: symbols of text (phonemes, letters), and frames of sound."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    USAGE_FIELD_NUMBER: _builtins.int
-    DURATION_S_FIELD_NUMBER: _builtins.int
-    duration_s: _builtins.float
-    @_builtins.property
-    def usage(self) -> Global___Usage: ...
-    def __init__(
-        self,
-        *,
-        usage: Global___Usage | None = ...,
-        duration_s: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "usage", b"usage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SpeakFinish: _TypeAlias = SpeakFinish  # noqa: Y015
-
-@_typing.final
-class SpeakResponse(_message.Message):
-    """The messages' bytes joined are one stream or file of the format. The last one carries `finish`."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    AUDIO_FIELD_NUMBER: _builtins.int
-    SAMPLE_RATE_HZ_FIELD_NUMBER: _builtins.int
-    FINISH_FIELD_NUMBER: _builtins.int
-    audio: _builtins.bytes
-    sample_rate_hz: _builtins.int
-    """On the first message."""
-    @_builtins.property
-    def finish(self) -> Global___SpeakFinish: ...
-    def __init__(
-        self,
-        *,
-        audio: _builtins.bytes = ...,
-        sample_rate_hz: _builtins.int = ...,
-        finish: Global___SpeakFinish | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "finish", b"finish", "sample_rate_hz", b"sample_rate_hz"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SpeakResponse: _TypeAlias = SpeakResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

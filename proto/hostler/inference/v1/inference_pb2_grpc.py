@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from hostler.inference.v1 import inference_pb2 as hostler_dot_inference_dot_v1_dot_inference__pb2
+from hostler.inference.v1 import speaking_pb2 as hostler_dot_inference_dot_v1_dot_speaking__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -56,8 +57,8 @@ class InferenceServiceStub:
                 _registered_method=True)
         self.Speak = channel.unary_stream(
                 '/hostler.inference.v1.InferenceService/Speak',
-                request_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.SpeakRequest.SerializeToString,
-                response_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.SpeakResponse.FromString,
+                request_serializer=hostler_dot_inference_dot_v1_dot_speaking__pb2.SpeakRequest.SerializeToString,
+                response_deserializer=hostler_dot_inference_dot_v1_dot_speaking__pb2.SpeakResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/hostler.inference.v1.InferenceService/Tokenize',
@@ -148,8 +149,8 @@ def add_InferenceServiceServicer_to_server(servicer, server):
             ),
             'Speak': grpc.unary_stream_rpc_method_handler(
                     servicer.Speak,
-                    request_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.SpeakRequest.FromString,
-                    response_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.SpeakResponse.SerializeToString,
+                    request_deserializer=hostler_dot_inference_dot_v1_dot_speaking__pb2.SpeakRequest.FromString,
+                    response_serializer=hostler_dot_inference_dot_v1_dot_speaking__pb2.SpeakResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -295,8 +296,8 @@ class InferenceService:
             request,
             target,
             '/hostler.inference.v1.InferenceService/Speak',
-            hostler_dot_inference_dot_v1_dot_inference__pb2.SpeakRequest.SerializeToString,
-            hostler_dot_inference_dot_v1_dot_inference__pb2.SpeakResponse.FromString,
+            hostler_dot_inference_dot_v1_dot_speaking__pb2.SpeakRequest.SerializeToString,
+            hostler_dot_inference_dot_v1_dot_speaking__pb2.SpeakResponse.FromString,
             options,
             channel_credentials,
             insecure,

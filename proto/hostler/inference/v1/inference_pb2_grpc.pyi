@@ -13,6 +13,7 @@ Metadata on every call: `x-request-id`, `hostler-generation` (a worker of anothe
 from collections import abc as _abc
 from grpc import aio as _aio
 from hostler.inference.v1 import inference_pb2 as _inference_pb2
+from hostler.inference.v1 import speaking_pb2 as _speaking_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -46,7 +47,7 @@ class InferenceServiceStub:
     """Rerank returns how relevant each document is to a query, in the documents' order."""
     Transcribe: _grpc.UnaryStreamMultiCallable[_inference_pb2.TranscribeRequest, _inference_pb2.TranscribeResponse]
     """Transcribe streams segments of recognised speech; the last event is `finish`."""
-    Speak: _grpc.UnaryStreamMultiCallable[_inference_pb2.SpeakRequest, _inference_pb2.SpeakResponse]
+    Speak: _grpc.UnaryStreamMultiCallable[_speaking_pb2.SpeakRequest, _speaking_pb2.SpeakResponse]
     """Speak streams encoded audio."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize returns the token ids of a prompt; with messages, of the rendered chat."""
@@ -64,7 +65,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Rerank returns how relevant each document is to a query, in the documents' order."""
     Transcribe: _aio.UnaryStreamMultiCallable[_inference_pb2.TranscribeRequest, _inference_pb2.TranscribeResponse]  # type: ignore[assignment]
     """Transcribe streams segments of recognised speech; the last event is `finish`."""
-    Speak: _aio.UnaryStreamMultiCallable[_inference_pb2.SpeakRequest, _inference_pb2.SpeakResponse]  # type: ignore[assignment]
+    Speak: _aio.UnaryStreamMultiCallable[_speaking_pb2.SpeakRequest, _speaking_pb2.SpeakResponse]  # type: ignore[assignment]
     """Speak streams encoded audio."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize returns the token ids of a prompt; with messages, of the rendered chat."""
@@ -107,9 +108,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Speak(
         self,
-        request: _inference_pb2.SpeakRequest,
+        request: _speaking_pb2.SpeakRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_inference_pb2.SpeakResponse], _abc.AsyncIterator[_inference_pb2.SpeakResponse]]:
+    ) -> _typing.Union[_abc.Iterator[_speaking_pb2.SpeakResponse], _abc.AsyncIterator[_speaking_pb2.SpeakResponse]]:
         """Speak streams encoded audio."""
 
     @_abc_1.abstractmethod

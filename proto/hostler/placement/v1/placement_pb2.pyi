@@ -751,6 +751,7 @@ class GetStatusResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    EVENT_COUNTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     started_unix_ms: _builtins.int
     @_builtins.property
@@ -761,6 +762,10 @@ class GetStatusResponse(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]: ...
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
+    @_builtins.property
+    def event_counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventCount]:
+        """How many events there were since the orchestrator started."""
+
     def __init__(
         self,
         *,
@@ -770,14 +775,45 @@ class GetStatusResponse(_message.Message):
         models: _abc.Iterable[Global___ModelRoute] | None = ...,
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         nodes: _abc.Iterable[Global___Node] | None = ...,
+        event_counts: _abc.Iterable[Global___EventCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "models", b"models", "nodes", b"nodes", "replicas", b"replicas", "started_unix_ms", b"started_unix_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "event_counts", b"event_counts", "models", b"models", "nodes", b"nodes", "replicas", b"replicas", "started_unix_ms", b"started_unix_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class EventCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    kind: Global___EventKind.ValueType
+    model: _builtins.str
+    """Empty for an event that is about no model."""
+    count: _builtins.int
+    duration_ms: _builtins.int
+    """Sum over the events that took time, of loads and wakes."""
+    def __init__(
+        self,
+        *,
+        kind: Global___EventKind.ValueType = ...,
+        model: _builtins.str = ...,
+        count: _builtins.int = ...,
+        duration_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "duration_ms", b"duration_ms", "kind", b"kind", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventCount: _TypeAlias = EventCount  # noqa: Y015
 
 @_typing.final
 class WatchEventsRequest(_message.Message):

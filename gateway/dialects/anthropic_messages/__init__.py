@@ -1,0 +1,1 @@
+"""Anthropic's messages: `request` parses, `builder` encodes. Pure functions; no I/O, no HTTP library."""
