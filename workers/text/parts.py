@@ -1,4 +1,4 @@
-"""Which form of a message's content a chat template takes: text, or a list of parts. Above: `prompts.py`.
+"""Which form of a message's content a chat template takes: text, or a list of parts. Above: `prompts`, `system_turns`.
 
 Templates of image-text models differ: some read only lists of parts and print nothing of a plain text, some read
 both, some read lists of user messages only. Asking the template itself is the one way to know.
@@ -19,10 +19,10 @@ def roles_in_parts(render: Render) -> frozenset[str]:
     """Return the roles whose text must be written as `[{"type": "text", "text": …}]`, because text alone is lost."""
     taken: set[str] = set()
     for role, before, after in (("user", [], []), ("assistant", ["user"], ["user"]), ("system", [], ["user"])):
-        others = [[in_parts(_plain(r), frozenset(taken)) for r in roles] for roles in (before, after)]
-        plain = [*others[0], _plain(role), *others[1]]
-        parted = [*others[0], in_parts(_plain(role), frozenset((role,))), *others[1]]
-        if not _prints_all(render, plain) and _prints_all(render, parted):
+        others = [[in_parts(plain(r), frozenset(taken)) for r in roles] for roles in (before, after)]
+        as_text = [*others[0], plain(role), *others[1]]
+        parted = [*others[0], in_parts(plain(role), frozenset((role,))), *others[1]]
+        if not prints_all(render, as_text) and prints_all(render, parted):
             taken.add(role)
     return frozenset(taken)
 
@@ -35,12 +35,13 @@ def in_parts(message: Message, roles: frozenset[str]) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
-def _plain(role: str) -> Message:
+def plain(role: str) -> Message:
+    """Return a message that `prints_all` looks for."""
     return {"role": role, "content": _MARK}
 
 
-def _prints_all(render: Render, messages: Sequence[Message]) -> bool:
-    """Whether every text comes out, and not as the Python list that holds it."""
+def prints_all(render: Render, messages: Sequence[Message]) -> bool:
+    """Return whether every text of plain messages comes out, and not as the Python list that holds it."""
     try:
         rendered = render(messages)
     except Exception:  # templates may fail in any way on what they do not expect

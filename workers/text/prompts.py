@@ -16,6 +16,7 @@ from jinja2.exceptions import TemplateError
 from workers.engine import ChatPrompt, Prompt, TextPrompt
 from workers.text.fill import detect_fill_format
 from workers.text.parts import in_parts, roles_in_parts
+from workers.text.system_turns import SystemTurns, said_by_user, system_turns
 
 # A Unicode noncharacter: never legitimate in text, so it can mark where a control token's spelling was broken up.
 _BREAK = "\ufdd0"
@@ -52,9 +53,10 @@ class PromptEncoder:
         self._control = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._longest_control = len(specials[0]) if specials else 0
         self.fill_format = detect_fill_format(texts)
-        self._in_parts = frozenset[str]()
+        self._in_parts, self._system_turns = frozenset[str](), SystemTurns()
         if getattr(tokenizer, "chat_template", None):
-            self._in_parts = roles_in_parts(lambda messages: self._apply(ChatPrompt(messages)))
+            self._in_parts = roles_in_parts(self._rendered)
+            self._system_turns = system_turns(self._rendered, self._in_parts)
 
     def encode(self, prompt: Prompt, image_texts: SequenceOf[str] = ()) -> list[int]:
         """Return the prompt's token ids.
@@ -118,7 +120,8 @@ class PromptEncoder:
             for part in content if isinstance(content, list) else [{"text": content}]:
                 if isinstance(text := part.get("text"), str):
                     self._refuse_far_too_long(text)
-        messages = [in_parts(self._clean_message(message), self._in_parts) for message in prompt.messages]
+        turns = said_by_user(prompt.messages, self._system_turns)
+        messages = [in_parts(self._clean_message(message), self._in_parts) for message in turns]
         try:
             rendered = self._apply(
                 replace(prompt, messages=messages, tools=[self._clean(tool) for tool in prompt.tools])
@@ -129,6 +132,9 @@ class PromptEncoder:
                 f"The model's chat template refuses these messages: {reason[:300]}", param="messages"
             ) from error
         return rendered
+
+    def _rendered(self, messages: SequenceOf[Mapping[str, object]]) -> str:
+        return self._apply(ChatPrompt(messages))
 
     def _apply(self, prompt: ChatPrompt) -> str:
         return str(

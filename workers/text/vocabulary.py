@@ -32,16 +32,31 @@ class TokenBytes:
         # What it would be pickled as is its part of tokenizer.json; all of that takes a tenth of a second to write.
         described = decoder.__getstate__() if decoder is not None else b""
         self._alphabet = _byte_alphabet() if b"ByteLevel" in described else None
+        self._byte_characters = {ord(c): chr(byte) for c, byte in (self._alphabet or {}).items()}
 
     def __call__(self, token_id: int) -> bytes:
         """Return the bytes of one token; empty for an id outside the vocabulary."""
         if token_id in self._added:
             return str(self._added[token_id]).encode()
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        if piece is None:
-            return b""
+        return b"" if piece is None else self._spelled(piece)
+
+    def all(self, vocab_size: int) -> list[bytes]:
+        """Return the bytes of every token below `vocab_size`; empty for ids that stand for nothing."""
+        num_pieces = min(vocab_size, len(self._tokenizer))
+        pieces = self._tokenizer.convert_ids_to_tokens(list(range(num_pieces)))
+        found = [b"" if piece is None else self._spelled(piece) for piece in pieces]
+        for token_id, content in self._added.items():
+            if token_id < num_pieces:
+                found[token_id] = str(content).encode()
+        return found + [b""] * (vocab_size - num_pieces)
+
+    def _spelled(self, piece: str) -> bytes:
         if self._alphabet is not None:
-            return bytes(self._alphabet[c] for c in piece if c in self._alphabet)
+            try:
+                return piece.translate(self._byte_characters).encode("latin-1")
+            except UnicodeEncodeError:  # Characters that stand for no byte are none.
+                return bytes(self._alphabet[c] for c in piece if c in self._alphabet)
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return str(piece).replace("\u2581", " ").encode()

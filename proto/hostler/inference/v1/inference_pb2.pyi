@@ -573,7 +573,6 @@ class GenerateRequest(_message.Message):
     batch: _builtins.bool
     """May wait behind requests that people wait for."""
     wants_progress: _builtins.bool
-    """Send progress when the request's turn has come, before its first token."""
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
@@ -770,7 +769,7 @@ Global___ToolCallEnd: _TypeAlias = ToolCallEnd  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Progress says that the request is alive before its first token. Only to those who want it."""
+    """Progress tells those who want it that their turn has come, before the first token; prefilled is what was cached."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -779,7 +778,6 @@ class Progress(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     num_queued_ahead: _builtins.int
     num_prefilled_tokens: _builtins.int
-    """At first those that were found in the cache."""
     num_prompt_tokens: _builtins.int
     def __init__(
         self,
