@@ -90,7 +90,6 @@ def test_ten_minutes_are_heard_in_order_soon_and_with_the_right_times(client: Op
         else:
             done = event
     assert first_s is not None
-    assert first_s < 10
     assert done is not None
     assert "".join(deltas).strip() == done.text  # type: ignore[union-attr]
     assert word_error_rate(whole.text, "".join(deltas)) <= 0.05
@@ -118,6 +117,7 @@ def test_ten_minutes_are_heard_in_order_soon_and_with_the_right_times(client: Op
     ends = [segment.end for segment in verbose.segments]
     assert ends == sorted(ends)
     assert ends[-1] == pytest.approx(whole.duration_s, abs=1.0)
+    assert first_s < 10
 
 
 def test_subtitles_and_languages(hearing_server: Server, client: OpenAI, recordings: list[Clip]) -> None:
@@ -126,14 +126,14 @@ def test_subtitles_and_languages(hearing_server: Server, client: OpenAI, recordi
     assert subtitles.startswith("1\n00:00:00,")
     assert word_error_rate(recordings[0].text, subtitles.splitlines()[2]) < 0.1
     try:
-        spanish, text = clips.spoken("es", "pangrama")
+        spanish, text = clips.spoken("es", "conteo")
     except NoClips as reason:
         pytest.skip(str(reason))
     verbose = client.audio.transcriptions.create(model=HEARER, file=("es.wav", spanish), response_format="verbose_json")
     assert verbose.language == "spanish"
     assert word_error_rate(text, verbose.text) < 0.3
     english = client.audio.translations.create(model=HEARER, file=("es.wav", spanish))
-    assert not set(words_of(english.text)) & {"el", "la", "los", "que", "y"}
+    assert not set(words_of(english.text)) & set(words_of(text))
     listed = httpx.get(f"{hearing_server.url}/v1/audio/models", timeout=30).json()["models"]
     assert [model["id"] for model in listed] == [HEARER]
 

@@ -19,7 +19,7 @@ from tests.models.tiny_whisper import SIZES, ids, tiny_whisper
 from workers.engine import GenerationRequest, LoadSpec, TextDelta, TextPrompt
 from workers.hearing.decoding import Decoding, Row, Wanted
 from workers.hearing.engine import HearingEngine
-from workers.hearing.opening import load, open_hearing_engine
+from workers.hearing.opening import load, multiplies_bfloat16, open_hearing_engine
 from workers.transcription import Heard, Segment, TranscriptionFinish, TranscriptionRequest
 
 
@@ -154,6 +154,24 @@ async def test_draws_at_a_temperature_depend_on_nothing_but_the_recording(whispe
     alone = [decode(whisper, [windows[i]], [wanted[i]])[0].tries[-1].tokens for i in range(3)]
     assert together == alone
     assert len(set(together)) == 3
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+def test_products_in_bfloat16_change_logits_by_little_more_than_rounding(whisper: Path) -> None:
+    logits = []
+    for dtype in ("float32", "auto"):
+        _, listener = load(spec(whisper, dtype=dtype), silent)
+        model, opening = listener._whisper, [ids()["<|startoftranscript|>"], 5, 6]
+        states = model.encode(listener._features([noise(5, seed) for seed in range(2)]))
+        for row in range(2):
+            model.hear(row, states[row])
+        begun = model.begin(0, [opening, opening], [-1])[:, 0]
+        logits.append(torch.cat([begun, model.step([7, 8], [3, 3])]))
+    assert model.dtype == torch.bfloat16
+    exact, rough = logits
+    assert (exact - rough).abs().max() < 0.05 * exact.std()
+    likeliest = exact.argmax(dim=1)
+    assert (exact.log_softmax(1) - rough.log_softmax(1))[range(4), likeliest].abs().max() < 0.05
 
 
 @asynccontextmanager

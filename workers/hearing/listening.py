@@ -109,6 +109,11 @@ class Listener:
 
     # ------------------------------------------------------------ asyncio side
 
+    def warm_up(self) -> None:
+        """Use all memory that serving will, once. Blocking; before `start`."""
+        torch.set_num_threads(self._threads.encoder)
+        self._whisper.warm_up(self._at_once)
+
     def start(self, loop: asyncio.AbstractEventLoop, changed: Callable[[], None]) -> None:
         """Begin; `changed` is called in the loop when recordings begin or stop running."""
         self._loop, self._changed = loop, changed

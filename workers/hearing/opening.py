@@ -29,6 +29,7 @@ from workers.hearing.listening import Features, Listener, Threads, as_floats
 from workers.hearing.unpacking import SAMPLE_RATE_HZ
 from workers.hearing.vocabulary import read_vocabulary
 from workers.hearing.whisper import Whisper, shape_of
+from workers.memory import trim
 from workers.text.threads import choose
 from workers.text.vocabulary import TokenBytes
 
@@ -87,6 +88,7 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
         vocabulary = read_vocabulary(tokenizer, generation, shape.vocabulary)
     except KeyError as error:
         raise ModelLoadFailed(f"The tokenizer of {spec.model} lacks the token {error}.") from error
+    sizes = [(parameter.numel(), parameter.element_size()) for parameter in module.parameters()]
     item_bytes = module.model.decoder.layers[0].fc1.weight.element_size()
     whisper = Whisper(module, num_rows(shape.values_per_row * item_bytes, device))
     encoder = TextEncoder(tokenizer, vocab_size=shape.vocabulary, max_tokens=shape.num_tokens)
@@ -105,8 +107,8 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
         dtype=str(module.model.encoder.conv1.weight.dtype).removeprefix("torch."),
         max_context_tokens=shape.num_tokens,
         vocab_size=shape.vocabulary,
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()),
+        num_parameters=sum(count for count, _ in sizes),
+        weight_bytes=sum(count * size for count, size in sizes),
         supports_audio=True,
     )
     loaded = Loaded(vocabulary, facts, encode, encoder.prompt, text_of, TokenBytes(tokenizer))
@@ -115,8 +117,11 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
         Decoding(whisper, vocabulary, text_of),
         _features(extractor),
         _alignment_heads(generation, shape.layers, shape.heads),
-        _threads(module, device, spec.num_threads),
+        _threads(module, whisper.dtype, spec.num_threads),
     )
+    report("warm-up", total, total)
+    listener.warm_up()
+    trim()
     return loaded, listener
 
 
@@ -188,17 +193,17 @@ def _alignment_heads(generation: Any, layers: int, heads: int) -> list[tuple[int
     return [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
 
 
-def _threads(module: Any, device: torch.device, num_threads: int) -> Threads:
-    if device.type != "cpu":
+def _threads(module: Any, decoder_dtype: torch.dtype, num_threads: int) -> Threads:
+    encoder, decoder = module.model.encoder, module.model.decoder
+    if encoder.conv1.weight.device.type != "cpu":
         return Threads()
     if num_threads:
         return Threads(num_threads, num_threads)
-    encoder, decoder = module.model.encoder, module.model.decoder
 
     @torch.inference_mode()
-    def seconds(layer: Any, rows: int, count: int) -> float:
+    def seconds(layer: Any, dtype: torch.dtype, rows: int, count: int) -> float:
         torch.set_num_threads(count)
-        hidden = torch.zeros((rows, layer.in_features), dtype=layer.weight.dtype)
+        hidden = torch.zeros((rows, layer.in_features), dtype=dtype)
         samples = []
         for _ in range(4):
             began = time.perf_counter()
@@ -208,6 +213,6 @@ def _threads(module: Any, device: torch.device, num_threads: int) -> Threads:
 
     cores = len(os.sched_getaffinity(0))
     return Threads(
-        choose(partial(seconds, encoder.layers[0].fc1, _TIMED_ROWS), cores),
-        choose(partial(seconds, decoder.layers[0].fc1, CPU_ROWS), cores),
+        choose(partial(seconds, encoder.layers[0].fc1, encoder.conv1.weight.dtype, _TIMED_ROWS), cores),
+        choose(partial(seconds, decoder.layers[0].fc1, decoder_dtype, CPU_ROWS), cores),
     )

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
+
+from workers.hearing.packed import pack_layers, packed
 
 # As many of the likeliest tokens get their logits in full precision where the head's are rough.
 _REFINED = 32
@@ -67,16 +70,33 @@ class Whisper:
         weight = self._decoder.embed_tokens.weight
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = self._decoder.layers[0].fc1.weight.dtype
-        self._rough_head = self._head.weight.to(self.dtype) if self.dtype != weight.dtype else None
+        self._rough_head: Any = None
+        if self.dtype != weight.dtype:
+            rough = self._head.weight.to(self.dtype)
+            self._rough_head = packed(rough, None, num_rows) or partial(linear, weight=rough)
+            pack_layers(self._decoder.layers, num_rows)
         # torch's kernel for attention in bfloat16 on a CPU takes ten times as long as two products.
         self._by_products = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self._encoder_dtype: torch.dtype = self._encoder.conv1.weight.dtype
         shape = self.shape
         rows = (shape.layers, 2, num_rows, shape.heads)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        self._sounds = torch.zeros((*rows, shape.num_sounds, shape.head_width), **options)
-        self._tokens = torch.zeros((*rows, shape.num_tokens, shape.head_width), **options)
+        self._sounds = torch.empty((*rows, shape.num_sounds, shape.head_width), **options)
+        self._tokens = torch.empty((*rows, shape.num_tokens, shape.head_width), **options)
         self._steps = torch.arange(shape.num_tokens, device=self.device)
+
+    def warm_up(self, num_windows: int) -> None:
+        """Use all memory that serving will: touch every row, encode as many windows as are encoded at once, and step.
+
+        What a worker is measured to hold after its load is then what it holds.
+        """
+        self._sounds.zero_()
+        self._tokens.zero_()
+        frames = 2 * self.shape.num_sounds
+        states = self.encode(torch.zeros((num_windows, self.shape.mels, frames)))
+        self.hear(0, states[0])
+        self.begin(0, [[0]], [0])
+        self.step([0] * self.num_rows, [1] * self.num_rows)
 
     @torch.inference_mode()
     def encode(self, features: torch.Tensor) -> torch.Tensor:
@@ -88,6 +108,8 @@ class Whisper:
     @torch.inference_mode()
     def hear(self, row: int, states: torch.Tensor) -> None:
         """Give a row what it listens to: states (num_sounds, width)."""
+        # What is masked is multiplied by zero, which a NaN of an earlier window would survive.
+        self._tokens[:, :, row].zero_()
         for keys_values, layer in zip(self._sounds, self._decoder.layers, strict=True):
             keys_values[0, row] = self._heads(layer.encoder_attn.k_proj(states))
             keys_values[1, row] = self._heads(layer.encoder_attn.v_proj(states))
@@ -212,7 +234,7 @@ class Whisper:
         hidden = self._decoder.layer_norm(hidden)
         if self._rough_head is None:
             return linear(hidden, self._head.weight).float()
-        logits = linear(hidden.to(self.dtype), self._rough_head).float()
+        logits = self._rough_head(hidden.to(self.dtype)).float()
         # Rounded to bfloat16, neighbours would be equal and logprobs off by some hundredths.
         likeliest = logits.topk(min(_REFINED, logits.shape[-1]), sorted=False).indices
         exact = (self._head.weight[likeliest] @ hidden[..., None])[..., 0]
