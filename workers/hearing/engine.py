@@ -19,7 +19,7 @@ from workers.engine import EngineStats, Event, GenerationRequest, LoadSpec, Mode
 from workers.hearing.audio import Unpacker
 from workers.hearing.decoding import Wanted
 from workers.hearing.listening import Listener, Recording
-from workers.hearing.telling import Teller
+from workers.hearing.telling import HeardWindow, Teller
 from workers.hearing.vocabulary import MAX_PROMPT_TOKENS, Vocabulary
 from workers.hearing.voice import Cutter, Window
 from workers.hearing.words import SOUND_S
@@ -107,7 +107,7 @@ class HearingEngine:
         self._changed()
         try:
             wanted = await self._wanted(request)
-            async with aclosing(self._serve(request, wanted)) as events:
+            async with aclosing(self._serve(request, wanted)) as events:  # type: ignore[type-var]
                 async for event in events:
                     yield event
         finally:
@@ -144,7 +144,9 @@ class HearingEngine:
             token_bytes=self._loaded.token_bytes if request.logprobs else None,
             segments=wanted.times,
         )
-        told, results, end = 0, {}, None  # type: int, dict[int, Any], _End | None
+        told = 0
+        results: dict[int, HeardWindow] = {}
+        end: _End | None = None
         try:
             while end is None or told < end.num_windows:
                 arrived = await recording.results.get()

@@ -42,6 +42,7 @@ GPU_ROWS, GPU_ROWS_BYTES = 32, 4 * 10**9
 """As many rows as their bytes allow, 2 … so many. The store's estimate of a footprint follows the same rule."""
 
 _TIMED_ROWS = 1500
+_KIND: Any = WhisperForConditionalGeneration
 
 
 async def open_hearing_engine(spec: LoadSpec, report: Report) -> HearingEngine:
@@ -139,7 +140,7 @@ def _load_module(spec: LoadSpec, path: Path, config: Any, device: torch.device) 
     """
     dtype = _dtype(spec.dtype, config, device)
     try:
-        module, found = WhisperForConditionalGeneration.from_pretrained(
+        module, found = _KIND.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # missing weights, truncated files

@@ -19,6 +19,7 @@ from workers.hearing.packed import pack_layers, packed
 
 # As many of the likeliest tokens get their logits in full precision where the head's are rough.
 _REFINED = 32
+_LENGTH_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,9 @@ class Whisper:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Read one more token of each of the first rows; return (rows, vocabulary) float32 logits."""
-        num_rows, longest = len(tokens), max(positions) + 1
+        num_rows = len(tokens)
+        # In steps: oneDNN compiles and keeps a product for every shape that it meets.
+        longest = min(-(-(max(positions) + 1) // _LENGTH_STEP) * _LENGTH_STEP, self.shape.num_tokens)
         ids = torch.tensor(tokens, device=self.device)
         where = torch.tensor(positions, device=self.device)
         every = torch.arange(num_rows, device=self.device)
@@ -212,7 +215,8 @@ class Whisper:
     ) -> torch.Tensor:
         """Return (rows, heads, queries, head width); `seen` is true where a query may look."""
         if not self._by_products:
-            return scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+            attended: torch.Tensor = scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+            return attended
         scores = (queries * self.shape.head_width**-0.5) @ keys.transpose(-1, -2)
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
@@ -224,7 +228,7 @@ class Whisper:
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """(…, tokens, width) → (…, heads, tokens, head width)."""
-        return states.unflatten(-1, (self.shape.heads, self.shape.head_width)).transpose(-2, -3)
+        return states.reshape(*states.shape[:-1], self.shape.heads, self.shape.head_width).transpose(-2, -3)
 
     def _joined(self, heads: torch.Tensor) -> torch.Tensor:
         """(rows, heads, tokens, head width) → (rows, tokens, width)."""
