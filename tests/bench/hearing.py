@@ -44,11 +44,12 @@ model, file, kind, threads = sys.argv[1:5]
 whisper = BatchedInferencePipeline(WhisperModel(model, device="cpu", compute_type=kind, cpu_threads=int(threads)))
 options = dict(language="en", beam_size=1, batch_size=8, without_timestamps=True)
 list(whisper.transcribe(sys.argv[5], **options)[0])
-began, first, texts = time.perf_counter(), None, []
+began, worked, first, texts = time.perf_counter(), time.process_time(), None, []
 for segment in whisper.transcribe(file, **options)[0]:
     first = first or time.perf_counter() - began
     texts.append(segment.text)
-print(json.dumps({"seconds": time.perf_counter() - began, "first_s": first, "text": " ".join(texts)}))
+took, worked = time.perf_counter() - began, time.process_time() - worked
+print(json.dumps({"seconds": took, "worked_s": worked, "first_s": first, "text": " ".join(texts)}))
 """
 
 
@@ -57,12 +58,14 @@ class Heard:
     """One contestant's run over the long recording.
 
     Attributes:
-        realtime: seconds of work over seconds of sound.
+        realtime: seconds that it took over seconds of sound.
+        work: seconds of processors over seconds of sound; with one thread it hardly depends on what else runs.
         uploads_gain: throughput of eight short uploads at once over one at a time; 0 where it was not measured.
     """
 
     name: str
     realtime: float
+    work: float
     first_s: float
     error_rate: float
     uploads_gain: float = 0.0
@@ -98,7 +101,9 @@ async def measure_engine(seconds: float, num_threads: int) -> Heard:
 
     try:
         await hear(clips[1])
+        worked_s = time.process_time()
         text, took_s, first_s = await hear(said)
+        worked_s = time.process_time() - worked_s
         uploads = [clips[index % len(clips)] for index in range(_UPLOADS)]
         began = time.perf_counter()
         for clip in uploads:
@@ -110,7 +115,8 @@ async def measure_engine(seconds: float, num_threads: int) -> Heard:
     finally:
         await engine.close()
     rate = word_error_rate(said.text, text)
-    return Heard("hostler", took_s / said.duration_s, first_s, rate, alone_s / together_s)
+    seconds = said.duration_s
+    return Heard("hostler", took_s / seconds, worked_s / seconds, first_s, rate, alone_s / together_s)
 
 
 def measure_apart(seconds: float, num_threads: int) -> Heard:
@@ -159,7 +165,8 @@ class FasterWhisper:
             raise Skip(f"{self.name}: {done.stderr.strip().splitlines()[-1:]}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
         rate = word_error_rate(said.text, found["text"])
-        return Heard(self.name, found["seconds"] / said.duration_s, found["first_s"], rate)
+        took_s, worked_s = found["seconds"] / said.duration_s, found["worked_s"] / said.duration_s
+        return Heard(self.name, took_s, worked_s, found["first_s"], rate)
 
 
 def _ctranslate2(directory: Path) -> Path:
@@ -189,7 +196,7 @@ def _ctranslate2(directory: Path) -> Path:
 def report(console: Console, rounds: Sequence[Heard], seconds: float, num_threads: int) -> None:
     """Print one table and the goals."""
     table = Table(title=f"{MODEL}, {seconds:.0f} s of sound, {num_threads} threads, medians")
-    for column in ("", "time / sound", "first words", "word errors", f"{_UPLOADS} uploads at once"):
+    for column in ("", "time / sound", "work / sound", "first words", "word errors", f"{_UPLOADS} uploads at once"):
         table.add_column(column, justify="left" if not column else "right")
     medians = {}
     for name in dict.fromkeys(heard.name for heard in rounds):
@@ -197,8 +204,10 @@ def report(console: Console, rounds: Sequence[Heard], seconds: float, num_thread
         medians[name] = statistics.median(heard.realtime for heard in mine)
         first_s = statistics.median(heard.first_s for heard in mine)
         gain = statistics.median(heard.uploads_gain for heard in mine)
+        work = statistics.median(heard.work for heard in mine)
         error_rate = f"{mine[0].error_rate:.1%}"
-        table.add_row(name, f"{medians[name]:.4f}", f"{first_s:.2f} s", error_rate, f"{gain:.2f}×" if gain else "")
+        figures = (f"{medians[name]:.4f}", f"{work:.4f}", f"{first_s:.2f} s")
+        table.add_row(name, *figures, error_rate, f"{gain:.2f}×" if gain else "")
     console.print(table)
     peers = [value for name, value in medians.items() if name != "hostler"]
     if "hostler" in medians and peers:

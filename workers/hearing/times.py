@@ -86,7 +86,10 @@ def stretches_of(tokens: Sequence[int], first_time: int, end: int, duration_s: f
         duration_s: of the window.
     """
     found: list[Stretch] = []
-    start_s, held, words, indices = 0.0, [], [], []  # type: float, list[int], list[int], list[int]
+    start_s = 0.0
+    held: list[int] = []
+    words: list[int] = []
+    indices: list[int] = []
 
     def close(end_s: float) -> None:
         nonlocal held, words, indices

@@ -220,7 +220,8 @@ class Whisper:
         scores = (queries * self.shape.head_width**-0.5) @ keys.transpose(-1, -2)
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
-        return scores.softmax(dim=-1) @ values
+        mixed: torch.Tensor = scores.softmax(dim=-1) @ values
+        return mixed
 
     def _past(self, length: int) -> torch.Tensor:
         """Return (length, length): true for the tokens up to each one."""
@@ -237,7 +238,8 @@ class Whisper:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = self._decoder.layer_norm(hidden)
         if self._rough_head is None:
-            return linear(hidden, self._head.weight).float()
+            logits: torch.Tensor = linear(hidden, self._head.weight).float()
+            return logits
         logits = self._rough_head(hidden.to(self.dtype)).float()
         # Rounded to bfloat16, neighbours would be equal and logprobs off by some hundredths.
         likeliest = logits.topk(min(_REFINED, logits.shape[-1]), sorted=False).indices
