@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test check bench soak chaos prove gpu proto format clean
+.PHONY: help setup setup-dev serve test check bench sim soak chaos prove fuzz gpu proto format clean
 
 help: ## list the targets
 	@printf 'make TARGET\n\n'
@@ -37,6 +37,12 @@ chaos: setup-dev ## processes killed and frozen under load, every byte of every 
 
 prove: setup-dev ## the scheduler through a million random steps; ARGS='--steps 10000'
 	@exec $(BIN)/python -m tests.orchestrator.proof $(ARGS)
+
+sim: setup-dev ## the placement policy beside LRU, LFU, Ollama and a clairvoyant; ARGS='--traces team --seeds 5'
+	@exec $(BIN)/python -m tests.sim $(ARGS)
+
+fuzz: setup-dev ## schemathesis on our own OpenAPI document, five minutes; ARGS='--seconds 60'
+	@exec $(BIN)/python -m tests.fuzz $(ARGS)
 
 gpu: setup-dev ## run the tests that need a CUDA device, if there is one
 	@exec $(BIN)/python -m tests.bench.gpu $(ARGS)

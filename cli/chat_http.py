@@ -85,6 +85,7 @@ class Client:
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self.url = base_url.rstrip("/").removesuffix("/v1")
+        self.api_key = api_key
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # Not through a proxy: the server is ours, mostly on this machine.
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False)
@@ -93,8 +94,29 @@ class Client:
         """Close the connection."""
         self._http.close()
 
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object that the server answers with.
+
+        Raises:
+            ChatError: no answer, a refusal, or something else than JSON.
+        """
+        try:
+            response = self._http.request(method, path, json=body)
+            answer = response.json()
+        except httpx.HTTPError as error:
+            raise ChatError(f"{self.url} does not answer ({error})") from None
+        except ValueError:
+            raise ChatError(f"{self.url}{path} does not answer in JSON") from None
+        if not response.is_success or not isinstance(answer, dict):
+            raise ChatError(_message(answer, f"{self.url} answered {response.status_code}"))
+        return answer
+
     def models(self) -> list[str]:
-        """Return the names of the models that can be asked for.
+        """Return the names of the models that can be asked for; raises as `model_objects`."""
+        return [str(item["id"]) for item in self.model_objects()]
+
+    def model_objects(self) -> list[dict[str, Any]]:
+        """Return what /v1/models lists; each has at least an `id`.
 
         Raises:
             ChatError: no answer, or not the expected one.
@@ -109,7 +131,7 @@ class Client:
         if response.status_code != 200:
             raise ChatError(_message(body, f"{self.url} answered {response.status_code}"))
         data = body.get("data") if isinstance(body, dict) else None
-        return [str(item["id"]) for item in data or [] if isinstance(item, dict) and "id" in item]
+        return [item for item in data or [] if isinstance(item, dict) and "id" in item]
 
     def stream(self, settings: Settings, messages: list[dict[str, str]], reply: Reply) -> Generator[Delta, None, None]:
         """Yield the reply's pieces and fill `reply`. Closing the iterator closes the stream: the server stops.

@@ -15,19 +15,12 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
+from cli import client_commands  # noqa: E402
 from cli.exits import friendly  # noqa: E402
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    from cli.servers import complete_model
-
-    return complete_model(incomplete)
-
-
-def _examples(*lines: str) -> str:
-    """Return an epilog; \b keeps its line breaks."""
-    return "\b\n" + "\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
-
+from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
+from cli.flags import complete_model as _complete_model  # noqa: E402
+from cli.flags import examples as _examples  # noqa: E402
+from cli.mcp_commands import app as mcp_app  # noqa: E402
 
 app = typer.Typer(
     name="hostler",
@@ -46,10 +39,7 @@ app = typer.Typer(
     ),
 )
 
-Port = Annotated[int | None, typer.Option("--port", "-p", min=1, max=65535, help="The server's port, if several run.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
-Model = Annotated[str, typer.Argument(help="Name of a model that the server knows.", autocompletion=_complete_model)]
-ModelsDir = Annotated[Path | None, typer.Option(help="Where pulled models live.", file_okay=False)]
+app.add_typer(mcp_app, name="mcp")
 
 
 @app.command(
@@ -68,7 +58,7 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Loaded at start: catalog name, Hub id (org/name, org/name@revision), directory or .gguf file.",
+            help="Loaded at start: catalog name, Hub id (org/name, org/name@revision), directory, .gguf or .onnx file.",
             show_default=False,
         ),
     ] = None,
@@ -176,7 +166,7 @@ def models(as_json: Json = False, models_dir: ModelsDir = None, port: Port = Non
 )
 @friendly
 def pull(
-    name: Annotated[str, typer.Argument(help="Catalog name, Hub id or .gguf file.")],
+    name: Annotated[str, typer.Argument(help="Catalog name, Hub id, .gguf or .onnx file.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     models_dir: ModelsDir = None,
     as_json: Json = False,
@@ -300,9 +290,7 @@ def config(
         typer.echo(json.dumps(HostlerConfig.model_json_schema(), indent=2))
         return
     resolved, path = settings.resolve(settings.Flags(config=file))
-    values = resolved.model_dump(mode="json")
-    if values["api_key"]:
-        values["api_key"] = "(set)"
+    values = settings.without_secrets(resolved.model_dump(mode="json"))
     typer.echo(f"# from {path or 'defaults and the environment'}")
     typer.echo(settings.as_yaml(values), nl=False)
 
@@ -315,6 +303,8 @@ def version(as_json: Json = False) -> None:
 
     control.version(as_json)
 
+
+client_commands.add_to(app)
 
 if __name__ == "__main__":
     app()

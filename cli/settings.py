@@ -19,7 +19,10 @@ from hostler.config import DEFAULT_MODEL, HostlerConfig
 
 from cli.exits import UsageError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_PART = r"[A-Za-z0-9][\w.-]*"
+# An organisation, a repository, perhaps a folder of it, perhaps a revision.
+_HUB_ID = re.compile(rf"{_PART}/[\w.-]+(/{_PART}){{0,8}}(@[\w./-]+)?")
+_FILES = (".gguf", ".onnx")
 MAKE_A_KEY = '--api-key "$(openssl rand -hex 32)"'
 
 
@@ -53,7 +56,7 @@ def find_file(given: Path | None, environ: Mapping[str, str] | None = None) -> P
 
 
 def _looks_local(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(".gguf")
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(_FILES)
 
 
 def _local_source(text: str, base: Path) -> Path | None:
@@ -81,8 +84,8 @@ def _adapter(name: str, text: str, base: Path) -> str:
 def read_model(text: str) -> dict[str, Any]:
     """Return the model entry that a positional argument means.
 
-    A path (or an existing directory) is named after its last part; a Hub id after its last part, with the
-    whole id as an alias; `id@revision` pins a revision; anything else is a catalog name.
+    A path (or an existing directory) is named after its last part; a Hub id after its last part (a folder after its
+    last two), with the whole id as an alias; `id@revision` pins a revision; anything else is a catalog name.
 
     Raises:
         UsageError: a path that does not exist, or a name with spaces.
@@ -91,16 +94,20 @@ def read_model(text: str) -> dict[str, Any]:
     if local is not None:
         if not local.exists():
             raise UsageError(f"{text}: no such file or directory")
-        stem = local.stem if local.suffix == ".gguf" else local.name
+        stem = local.stem if local.suffix in _FILES else local.name
         return {"name": re.sub(r"[^\w.:@-]+", "-", stem), "source": str(local), "preload": True}
     if _HUB_ID.fullmatch(text):
         identity, _, revision = text.partition("@")
-        entry: dict[str, Any] = {"name": identity.split("/")[1], "source": identity, "aliases": (identity,)}
+        # Of a folder the last two names: en/en_US/lessac/medium is called lessac-medium.
+        name = "-".join(identity.split("/")[1:][-2:]) if identity.count("/") > 1 else identity.split("/")[1]
+        entry: dict[str, Any] = {"name": name, "source": identity, "aliases": (identity,)}
         if revision:
             entry["revision"] = revision
         return entry | {"preload": True}
     if "/" in text or not text or any(c.isspace() for c in text):
-        raise UsageError(f"{text!r} is not a model; give a catalog name, a Hub id (org/name), a directory or a .gguf")
+        raise UsageError(
+            f"{text!r} is not a model; give a catalog name, a Hub id (org/name), a directory, a .gguf or .onnx file"
+        )
     return {"name": text, "preload": True}
 
 
@@ -194,12 +201,29 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     if not models:
         models.append({"name": DEFAULT_MODEL, "preload": True})
     values["models"] = models
+    for server in values["mcp_servers"].values():
+        if server["cwd"] is not None:
+            server["cwd"] = ((path.parent if path else Path.cwd()) / server["cwd"].expanduser()).resolve()
     values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
     if config.models_dir is not None:
         values["models_dir"] = config.models_dir.expanduser().resolve()
     config = configuration.build(values)
     refuse_open_door(config)
     return config, path
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration's plain values fit to be shown: keys, and what goes to MCP servers, are not."""
+    hidden = {**values, "api_key": "(set)" if values["api_key"] else values["api_key"]}
+    hidden["mcp_servers"] = {
+        name: {
+            **server,
+            "env": dict.fromkeys(server["env"], "(set)"),
+            "headers": dict.fromkeys(server["headers"], "(set)"),
+        }
+        for name, server in values["mcp_servers"].items()
+    }
+    return hidden
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ proto_drift() {
 check "format (ruff)" ruff format --check --quiet .
 check "lint (ruff)" ruff check --quiet .
 check "types (mypy strict)" mypy --no-error-summary
-check "types of the benchmark" mypy --no-error-summary -p tests.bench
+check "types of benchmark and simulator" mypy --no-error-summary -p tests.bench -p tests.sim
 check "import fences (import-linter)" lint-imports --no-logo
 check "proto lint (buf)" buf lint
 check "generated code is current" proto_drift

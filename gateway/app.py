@@ -28,9 +28,11 @@ from gateway.routes import (
     conversations,
     embeddings,
     health,
+    mcp,
     messages,
     metrics,
     models,
+    openapi,
     rerank,
     responses,
     speech,
@@ -99,8 +101,10 @@ def create_app(
         tokenize,
         models,
         admin,
+        mcp,
         health,
         metrics,
+        openapi,
     )
     for room in rooms:
         app.router.routes.extend(room.router.routes)

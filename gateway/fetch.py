@@ -36,6 +36,22 @@ async def resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
+async def public_addresses(resolve: Resolve, host: str, port: int) -> list[str]:
+    """Return the addresses of a name that may be connected to, a few at most.
+
+    Raises:
+        FetchRefused: it has none, or not only public ones.
+    """
+    try:
+        addresses = list(dict.fromkeys(await resolve(host, port)))
+    except (OSError, UnicodeError):
+        addresses = []
+    if not addresses or not all(is_public(address) for address in addresses):
+        # One sentence for both, lest it tell strangers which names our own network knows.
+        raise FetchRefused("its host is not known as a public one")
+    return addresses[:_MAX_TRIED_ADDRESSES]
+
+
 class PinnedBackend(httpcore.AsyncNetworkBackend):
     """Connects a name to an address that was checked, resolved once for each connection.
 
@@ -64,15 +80,8 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
             FetchRefused: it has none, or not only such.
             httpcore.ConnectError: none of them answers.
         """
-        try:
-            addresses = list(dict.fromkeys(await self._resolve(host, port)))
-        except (OSError, UnicodeError):
-            addresses = []
-        if not addresses or not all(is_public(address) for address in addresses):
-            # One sentence for both, lest it tell strangers which names our own network knows.
-            raise FetchRefused("its host is not known as a public one")
         failure: Exception | None = None
-        for address in addresses[:_MAX_TRIED_ADDRESSES]:
+        for address in await public_addresses(self._resolve, host, port):
             try:
                 return await self._connect.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
@@ -133,17 +142,21 @@ class Fetcher:
             raise FetchRefused("its server cannot be reached, or does not speak HTTP") from None
 
     async def _follow(self, pool: httpcore.AsyncConnectionPool, url: str, budget: Budget) -> bytes:
-        target = _parse(url, None)
+        target = checked_url(url, None)
         for _ in range(MAX_REDIRECTS + 1):
             async with pool.stream("GET", _core_url(target), headers=[*_HEADERS, ("Host", _host(target))]) as response:
                 if response.status not in _REDIRECTS:
                     return await _body(response, budget)
-                target = _parse(_header(response, b"location"), target)
+                target = checked_url(_header(response, b"location"), target)
         raise FetchRefused(f"it redirects more than {MAX_REDIRECTS} times")
 
 
-def _parse(text: str, base: httpx.URL | None) -> httpx.URL:
-    """Return a URL that we would fetch, relative to where the redirect came from."""
+def checked_url(text: str, base: httpx.URL | None) -> httpx.URL:
+    """Return a URL that we would fetch, relative to where the redirect came from.
+
+    Raises:
+        FetchRefused: its scheme, port or form is not one of ours.
+    """
     try:
         url = httpx.URL(text) if base is None else base.join(text)
         port = url.port

@@ -21,6 +21,7 @@ from gateway.doors import request_id_of
 from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
+from gateway.mcp.servers import McpServers
 from gateway.metrics import Meter
 from gateway.placement import PlacementClient
 from gateway.responses.answer import Answering
@@ -69,6 +70,7 @@ class Services:
     responses: ResponseStore = field(init=False)
     answering: Answering = field(init=False)
     background: BackgroundRuns = field(init=False)
+    mcp: McpServers = field(init=False)
     # Whether `/ready` has said yes before.
     has_served: bool = False
     # Callers that follow events.
@@ -91,6 +93,9 @@ class Services:
             gone_timeout_s=self.patience.gone_s,
         )
         self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
+        self.mcp = McpServers(self.config)
+        # Ahead of the first request that needs it.
+        loading_mcp = asyncio.create_task(self.mcp.load()) if self.config.mcp_servers else None
         self._open_responses()
         watching = asyncio.create_task(self.placement.watch(self.table))
         try:
@@ -98,6 +103,9 @@ class Services:
         finally:
             await self.background.close(self.config.drain_s)
             await self.responses.close()
+            await self.mcp.close()
+            if loading_mcp is not None:
+                await asyncio.wait((loading_mcp,))
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
@@ -109,7 +117,7 @@ class Services:
         directory = self.config.responses_dir or self.state_dir
         self.responses = ResponseStore(directory, limits, look_again_s=self.patience.look_again_s)
         self.answering = Answering(
-            self.table, self.dispatcher, self.linked_images, self.responses, self.patience.first_table_s
+            self.table, self.dispatcher, self.linked_images, self.responses, self.mcp, self.patience.first_table_s
         )
         self.background = BackgroundRuns(self.responses, self.lifetime)
 

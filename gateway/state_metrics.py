@@ -6,12 +6,38 @@ an id that changes with every load would make a new series each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias, TypeVar
 
 from hostler.placement.v1 import placement_pb2 as pb
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+T = TypeVar("T")
+Rows: TypeAlias = tuple[tuple[str, str, Callable[[T], float]], ...]
+"""Of each metric its name, what it is, and how it is read."""
+
+_DEVICES: Rows[pb.Device] = (
+    ("budget", "Bytes that hostler may use.", lambda d: d.budget_bytes),
+    ("reserved", "Bytes given to workers.", lambda d: d.reserved_bytes),
+    ("foreign", "Bytes that other programs hold.", lambda d: d.foreign_bytes),
+    ("total", "Bytes that it has.", lambda d: d.total_bytes),
+)
+_REPLICAS: Rows[pb.ReplicaStatus] = (
+    ("replicas", "Worker processes that have it.", lambda r: 1),
+    ("requests_running", "Requests in its batches.", lambda r: r.worker.num_running),
+    ("requests_waiting", "Requests in its workers' queues.", lambda r: r.worker.num_queued),
+    ("kv_cache_used_bytes", "Of its KV cache, held by requests.", lambda r: r.worker.kv_used_bytes),
+    ("kv_cache_budget_bytes", "What that may grow to.", lambda r: r.worker.kv_reserved_bytes),
+    ("host_bytes", "Held in host memory beyond its devices.", lambda r: r.worker.host_bytes),
+    ("tokens_per_second", "Generated, over the last seconds.", lambda r: r.completion_tokens_per_s),
+)
+_NODES: Rows[pb.Node] = (
+    ("blank_workers", "Worker processes that stand ready for a load.", lambda n: n.num_blank_workers),
+    ("sleep_used_bytes", "Host memory of sleeping models.", lambda n: n.sleep_used_bytes),
+    ("sleep_budget_bytes", "What that may grow to.", lambda n: n.sleep_budget_bytes),
+)
 
 
 class StateCollector(Collector):
@@ -37,12 +63,7 @@ class StateCollector(Collector):
 
 
 def _devices(status: pb.GetStatusResponse) -> Iterator[Metric]:
-    for name, what, read in (
-        ("budget", "Bytes that hostler may use.", lambda d: d.budget_bytes),
-        ("reserved", "Bytes given to workers.", lambda d: d.reserved_bytes),
-        ("foreign", "Bytes that other programs hold.", lambda d: d.foreign_bytes),
-        ("total", "Bytes that it has.", lambda d: d.total_bytes),
-    ):
+    for name, what, read in _DEVICES:
         family = GaugeMetricFamily(f"hostler_device_{name}_bytes", what, labels=("device", "node"))
         for device in status.devices:
             family.add_metric((device.id, device.node), read(device))
@@ -64,16 +85,8 @@ def _models(status: pb.GetStatusResponse) -> Iterator[Metric]:
     for key, num_bytes in sorted(by_device.items()):
         held.add_metric(key, num_bytes)
     yield held
-    for name, what, read in (
-        ("hostler_model_replicas", "Worker processes that have it.", lambda r: 1),
-        ("hostler_model_requests_running", "Requests in its batches.", lambda r: r.worker.num_running),
-        ("hostler_model_requests_waiting", "Requests in its workers' queues.", lambda r: r.worker.num_queued),
-        ("hostler_model_kv_cache_used_bytes", "Of its KV cache, held by requests.", lambda r: r.worker.kv_used_bytes),
-        ("hostler_model_kv_cache_budget_bytes", "What that may grow to.", lambda r: r.worker.kv_reserved_bytes),
-        ("hostler_model_host_bytes", "Held in host memory beyond its devices.", lambda r: r.worker.host_bytes),
-        ("hostler_model_tokens_per_second", "Generated, over the last seconds.", lambda r: r.completion_tokens_per_s),
-    ):
-        family = GaugeMetricFamily(name, what, labels=("model",))
+    for name, what, read in _REPLICAS:
+        family = GaugeMetricFamily(f"hostler_model_{name}", what, labels=("model",))
         sums: dict[str, float] = {}
         for replica in status.replicas:
             sums[replica.model] = sums.get(replica.model, 0) + read(replica)
@@ -83,12 +96,8 @@ def _models(status: pb.GetStatusResponse) -> Iterator[Metric]:
 
 
 def _nodes(status: pb.GetStatusResponse) -> Iterator[Metric]:
-    for name, what, read in (
-        ("hostler_node_blank_workers", "Worker processes that stand ready for a load.", lambda n: n.num_blank_workers),
-        ("hostler_node_sleep_used_bytes", "Host memory of sleeping models.", lambda n: n.sleep_used_bytes),
-        ("hostler_node_sleep_budget_bytes", "What that may grow to.", lambda n: n.sleep_budget_bytes),
-    ):
-        family = GaugeMetricFamily(name, what, labels=("node",))
+    for name, what, read in _NODES:
+        family = GaugeMetricFamily(f"hostler_node_{name}", what, labels=("node",))
         for node in status.nodes:
             family.add_metric((node.id,), read(node))
         yield family

@@ -86,12 +86,19 @@ class HolderView:
 
     def bytes_on(self, device: str) -> int:
         """Return what it holds on one device."""
-        return sum(part.num_bytes for part in self.parts if part.device == device)
+        num_bytes = 0  # A loop, no generator: large clusters ask this thousands of times for one decision.
+        for part in self.parts:
+            if part.device == device:
+                num_bytes += part.num_bytes
+        return num_bytes
 
     @property
     def reserved_bytes(self) -> int:
         """What it holds on all devices together."""
-        return sum(part.num_bytes for part in self.parts)
+        num_bytes = 0
+        for part in self.parts:
+            num_bytes += part.num_bytes
+        return num_bytes
 
 
 @dataclass(frozen=True, slots=True)

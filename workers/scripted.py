@@ -151,7 +151,7 @@ class ScriptedEngine:
         if prompt_tokens >= _CONTEXT_TOKENS:
             raise ContextLengthExceeded(
                 f"This prompt has {prompt_tokens} tokens; the model takes {_CONTEXT_TOKENS}.", param="messages"
-            )
+            ).counted(prompt_tokens, _CONTEXT_TOKENS)
         if self._running >= self._spec.max_running and self._queued >= self._spec.max_queued:
             raise Overloaded(f"{self._running + self._queued} requests are already running or queued. Try again later.")
         self._queued += 1

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hostler.errors import ContextLengthExceeded, HostlerError, InvalidRequest
+from hostler.errors import ContextLengthExceeded, HostlerError, InvalidRequest, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities
@@ -22,9 +22,12 @@ from gateway.dialects.openai_responses.request import ResponsesRequest
 from gateway.dialects.openai_responses.response_object import in_this_dialect, new_response
 from gateway.dispatch import Dispatcher, Loading
 from gateway.errors import as_hostler_error
+from gateway.fields import show
 from gateway.linked_images import LinkedImages
+from gateway.mcp.servers import McpServers
 from gateway.responses.database import Database
 from gateway.responses.errors import NotStored
+from gateway.responses.remote_turns import RemoteTurns
 from gateway.responses.store import ResponseStore
 from gateway.responses.truncation import fit, surely_fits
 from gateway.routing import RouteTable, Target, find_chat_model
@@ -55,6 +58,7 @@ class Answer:
         chat: ChatRequest,
         target: Target,
         caller: Caller,
+        history: list[Item],
         inputs: list[Item],
     ) -> None:
         self._answering = answering
@@ -78,6 +82,21 @@ class Answer:
             wants_logprobs=request.wants_logprobs,
             as_summary=request.wants_summary,
             with_seal=request.wants_sealed,
+            max_tool_calls=request.echo["max_tool_calls"],
+        )
+        self._remote = self._remote_turns(request, history) if request.tools.mcp else None
+
+    def _remote_turns(self, request: ResponsesRequest, history: list[Item]) -> RemoteTurns:
+        return RemoteTurns(
+            request,
+            self._chat.generate,
+            self.builder,
+            self._answering.mcp,
+            self.caller.owner,
+            history,
+            self.inputs,
+            self._target.route.info.max_context_tokens,
+            self._count,
         )
 
     async def events(self) -> AsyncGenerator[Event | Loading, None]:
@@ -87,19 +106,39 @@ class Answer:
             HostlerError: instead of an end; `builder.fail` makes one of it.
         """
         try:
+            if self._remote is not None:
+                for made in self.builder.open():
+                    yield made
+                async with aclosing(self._remote.begin()) as opening:
+                    async for made in opening:
+                        yield made
             await self._complete_prompt()
-            generation = self._answering.dispatcher.generate(
-                self._target, self._chat.generate, self.caller.request_id, cache_scope=self.caller.owner
-            )
-            async with aclosing(generation) as events:
-                async for event in events:
-                    if isinstance(event, Loading):
+            while True:
+                async with aclosing(self._turn()) as turn:
+                    async for event in turn:
                         yield event
-                    elif event.WhichOneof("event") != "progress":
-                        for made in (*self.builder.open(), *self.builder.add(event)):
-                            yield made
+                if self._remote is None or not self.builder.due:
+                    return
+                async with aclosing(self._remote.go_on()) as going_on:
+                    async for made in going_on:
+                        yield made
+                if self.builder.is_over:
+                    return
         except HostlerError as error:
             raise in_this_dialect(error) from error.__cause__
+
+    async def _turn(self) -> AsyncGenerator[Event | Loading, None]:
+        """Have the model generate once. The events end the response, unless calls are due."""
+        generation = self._answering.dispatcher.generate(
+            self._target, self._chat.generate, self.caller.request_id, cache_scope=self.caller.owner
+        )
+        async with aclosing(generation) as events:
+            async for event in events:
+                if isinstance(event, Loading):
+                    yield event
+                elif event.WhichOneof("event") != "progress":
+                    for made in (*self.builder.open(), *self.builder.add(event)):
+                        yield made
 
     async def kept_events(self) -> AsyncGenerator[Event | Loading, None]:
         """The same, for a client that waits: what is to be stored is stored before the last event says so."""
@@ -132,7 +171,11 @@ class Answer:
         return await self._answering.count(self._target, chat, self.caller)
 
     async def num_input_tokens(self) -> int:
-        """Return the tokens of the prompt, without answering it."""
+        """Return the tokens of the prompt, without answering it; tools of MCP servers are part of it."""
+        if self._remote is not None:
+            async with aclosing(self._remote.offer()) as listing:
+                async for _ in listing:
+                    pass
         await self._complete_prompt()
         num_tokens, _ = await self._count(self._chat.generate.chat)
         return num_tokens
@@ -150,6 +193,7 @@ class Answering:
     dispatcher: Dispatcher
     linked_images: LinkedImages
     store: ResponseStore
+    mcp: McpServers
     first_table_s: float
 
     async def prepare(self, request: ResponsesRequest, caller: Caller) -> Answer:
@@ -162,6 +206,8 @@ class Answering:
         target = find_chat_model(routes, request.model)
         if request.background and not self.store.is_on:
             raise InvalidRequest("'background' is off: this server stores nothing.", param="background")
+        if request.tools.mcp:
+            await self.mcp.load()
         history = await self._history(request, caller.owner)
         own = await self._own_items(request, history, caller.owner)
         chat = request.with_items(history, own)
@@ -172,7 +218,12 @@ class Answering:
                 check_capabilities(checked, target.route.info)
             except ContextLengthExceeded as error:
                 raise in_this_dialect(error) from None
-        return Answer(self, request, chat, target, caller, own)
+            if request.tools.mcp and not target.route.info.supports_tools:
+                raise UnsupportedParameter(
+                    f"The model {show(request.model)} cannot call tools, those of MCP servers included.",
+                    param=request.tools.mcp[0].where,
+                )
+        return Answer(self, request, chat, target, caller, history, own)
 
     async def count(self, target: Target, chat: pb.Chat, caller: Caller) -> tuple[int, int]:
         """Return a chat's tokens, and those of the model's context."""

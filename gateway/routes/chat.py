@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
+from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.body import read_json
 from gateway.dialects.openai_chat.reply import ReplyBuilder
@@ -18,7 +19,9 @@ from gateway.dialects.openai_responses.as_chat import is_foreign, parse_as_chat
 from gateway.dispatch import Event, Loading, merge
 from gateway.doors import cache_scope_of, request_id_of
 from gateway.json_response import json_response
+from gateway.mcp.chat_turns import Toolbox, chat_turns, open_toolbox
 from gateway.progress import loading_comment
+from gateway.responses.answer import Caller
 from gateway.routing import Target, find_chat_model
 from gateway.services import Services, event_stream, services_of
 from gateway.sse import DONE
@@ -36,11 +39,34 @@ class _Job:
     reply_id: str
     created_unix_s: int
 
-    def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Return the events of all choices."""
-        generate = self.services.dispatcher.generate
+        toolbox = await self._toolbox()
         choices = [self.request.choice(i) for i in range(self.request.n)]
-        return merge([generate(self.target, c, self.request_id, cache_scope=self.cache_scope) for c in choices])
+        if toolbox is not None and toolbox.tools:
+            context = self.target.route.info.max_context_tokens
+            streams = [chat_turns(c, toolbox, self._generate, self._count, context=context) for c in choices]
+        else:
+            streams = [self._generate(choice) for choice in choices]
+        return merge(streams)
+
+    def _generate(self, choice: pb.GenerateRequest) -> AsyncGenerator[Event, None]:
+        generate = self.services.dispatcher.generate
+        return generate(self.target, choice, self.request_id, cache_scope=self.cache_scope)
+
+    async def _count(self, chat: pb.Chat) -> tuple[int, int]:
+        caller = Caller(self.request_id, self.cache_scope)
+        return await self.services.answering.count(self.target, chat, caller)
+
+    async def _toolbox(self) -> Toolbox | None:
+        mcp, route = self.services.mcp, self.target.route
+        asked_for = self.request.mcp_servers
+        names = mcp.for_chat if asked_for is None else asked_for
+        if not names or (asked_for is None and route.HasField("info") and not route.info.supports_tools):
+            return None
+        connections = [(name, mcp.configured(name, "mcp_servers")) for name in names]
+        own = [tool.name for tool in self.request.generate.chat.tools]
+        return await open_toolbox(connections, own, is_asked_for=asked_for is not None)
 
 
 @router.post("/chat/completions", response_model=None)
@@ -52,6 +78,10 @@ async def create_chat_completion(request: Request) -> Response:
     del body
     routes = await services.table.first(services.patience.first_table_s)
     target = find_chat_model(routes, chat.model)
+    if chat.mcp_servers or (chat.mcp_servers is None and services.mcp.for_chat):
+        await services.mcp.load()
+    for name in chat.mcp_servers or ():
+        services.mcp.configured(name, "mcp_servers")
     if target.route.HasField("info"):
         check_capabilities(chat, target.route.info)
     if chat.links:
@@ -79,7 +109,7 @@ async def _whole(job: _Job) -> dict[str, object]:
         n=job.request.n,
         wants_logprobs=job.request.wants_logprobs,
     )
-    async with aclosing(job.events()) as events:
+    async with aclosing(await job.events()) as events:
         async for index, event in events:
             if not isinstance(event, Loading):
                 builder.add(index, event)
@@ -94,7 +124,7 @@ async def _frames(job: _Job) -> AsyncGenerator[bytes, None]:
         include_usage=job.request.include_usage,
         wants_logprobs=job.request.wants_logprobs,
     )
-    async with aclosing(job.events()) as events:
+    async with aclosing(await job.events()) as events:
         async for index, event in events:
             frame = loading_comment(event.progress) if isinstance(event, Loading) else encoder.encode(index, event)
             if frame:

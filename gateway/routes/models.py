@@ -61,10 +61,10 @@ async def get_model(request: Request, model: str) -> Response:
 
 
 def model_object(target: Target) -> dict[str, Any]:
-    """Return OpenAI's `model` object.
+    """Return OpenAI's `model` object, and fields that clients read of other servers.
 
-    An adapter also tells its base model as `parent`, the field that vLLM gives; a model that does not write text, what
-    it does as `task`, in the Hub's words.
+    Of vLLM's: `parent` is an adapter's base model; `max_model_len` the context in tokens, known once the model was
+    loaded. A model that does not write text tells what it does as `task`, in the Hub's words.
     """
     route = target.route
     described = {
@@ -73,8 +73,9 @@ def model_object(target: Target) -> dict[str, Any]:
         "created": route.created_unix_s,
         "owned_by": route.owned_by or "hostler",
     }
-    task = _TASKS.get(route.engine)
-    return described | ({"parent": route.name} if target.adapter else {}) | ({"task": task} if task else {})
+    context = {"max_model_len": route.info.max_context_tokens} if route.info.max_context_tokens else {}
+    task = {"task": _TASKS[route.engine]} if route.engine in _TASKS else {}
+    return described | context | task | ({"parent": route.name} if target.adapter else {})
 
 
 @router.post("/load_model", response_model=None)

@@ -3,8 +3,9 @@
 Above it: the package. Below it: `room.py`, `hosts.py`, `victims.py`, `split.py`, `refusal.py`, `telling.py`, the views.
 
 In this order: room that is free (the device with the fewest busy models, then the tightest fit, which keeps large holes
-for large models); else, over all devices, the least expected loss among shrinking neighbours' KV caches, putting models
-to sleep and sending them away; else split over several devices; else the reason why not.
+for large models), unless the model sleeps where others can give way for less than a cold load would cost; else, over
+all devices, the least expected loss among shrinking neighbours' KV caches, putting models to sleep and sending them
+away; else split over several devices; else the reason why not.
 """
 
 from __future__ import annotations
@@ -36,9 +37,15 @@ def plan(view: ClusterView, demand: Demand, rules: Rules = _NO_RULES) -> Plan | 
     sleeper = None if demand.replica else _sleeper(view, demand)
 
     option = _free(able, demand, view, sleeper)
-    if option is not None:
-        return _plan(view, demand, option, sleeper, None)
     hosts: Hosts | None = None
+    if option is not None and sleeper is not None and option.loss > 0.0:
+        hosts = Hosts(view, demand.model)
+        home = [room for room in able if can_wake_on(sleeper, room)]
+        woken = _by_giving_way(home, demand, view, rules, sleeper, hosts)
+        if woken is not None and woken.loss < option.loss:
+            option = woken
+    if option is not None:
+        return _plan(view, demand, option, sleeper, hosts)
     if not demand.replica:
         hosts = Hosts(view, demand.model)
         option = _by_giving_way(able, demand, view, rules, sleeper, hosts)
@@ -58,7 +65,7 @@ def _sleeper(view: ClusterView, demand: Demand) -> HolderView | None:
 
 
 def _free(able: Sequence[Room], demand: Demand, view: ClusterView, sleeper: HolderView | None) -> Option | None:
-    """Return the best device that has room as it is."""
+    """Return the best device that has room as it is; its loss is that of a cold load, if the model sleeps elsewhere."""
     fitting = [
         room
         for room in able
@@ -70,7 +77,7 @@ def _free(able: Sequence[Room], demand: Demand, view: ClusterView, sleeper: Hold
         fitting,
         key=lambda room: (cold_s(room, demand, sleeper), room.num_busy, room.free_bytes, room.device.id),
     )
-    return Option(best, GiveWay(), 0.0)
+    return Option(best, GiveWay(), cold_s(best, demand, sleeper) * max(demand.uses_per_s, LEAST_RATE))
 
 
 def _by_giving_way(

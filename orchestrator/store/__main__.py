@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--models-dir", type=Path, help="default: $HOSTLER_MODELS_DIR or ~/.cache/hostler/models")
     shared.add_argument("--json", action="store_true", help="one JSON object a line")
     pulling = commands.add_parser("pull", parents=[shared], help="bring a model onto this disk")
-    pulling.add_argument("name", help="catalog name, Hub id (org/name), directory or .gguf file")
+    pulling.add_argument("name", help="catalog name, Hub id (org/name), directory, .gguf or .onnx file")
     pulling.add_argument("--revision", help="branch, tag or commit on the Hub")
     pulling.add_argument("--trust-remote-code", action="store_true", help="accept models that bring Python code")
     commands.add_parser("list", parents=[shared], help="show the models on this disk")

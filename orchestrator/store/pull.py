@@ -26,9 +26,19 @@ from orchestrator.store.layout import (
     stored,
 )
 from orchestrator.store.mirror import extract, extract_directory, fetch_wheel
+from orchestrator.store.piper import check_voice, config_of
 from orchestrator.store.progress import Progress, Report, silent
-from orchestrator.store.publish import Provenance, Workplace, explain, locked, publish, sha256_of, write_manifest
-from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, find, parse
+from orchestrator.store.publish import (
+    Provenance,
+    Workplace,
+    explain,
+    locked,
+    publish,
+    require_space,
+    sha256_of,
+    write_manifest,
+)
+from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, VoiceSource, find, parse
 from orchestrator.store.whisper import (
     WHISPER_CONVERTER,
     convert_directory,
@@ -72,6 +82,8 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
         root = resolve_models_dir(options.models_dir)
         if isinstance(parsed, GgufSource):
             return _pull_gguf(parsed.path, root, options.report)
+        if isinstance(parsed, VoiceSource):
+            return _pull_voice(parsed.path, root, options.report)
         if isinstance(parsed, DirectorySource) and is_ctranslate2(parsed.path):
             return _pull_ctranslate2(parsed.path, root, options.report)
         if isinstance(parsed, DirectorySource):
@@ -172,6 +184,24 @@ def _pull_ctranslate2(path: Path, root: Path, report: Report) -> StoredModel:
             return stored(place.directory, _remember(place.directory, manifest, origin))
         convert_directory(place, path, report)
         return publish(place, Provenance(name, path.name, digest, WHISPER_CONVERTER, origin), report)
+
+
+def _pull_voice(path: Path, root: Path, report: Report) -> StoredModel:
+    config = config_of(path)
+    if not config.is_file():
+        raise InvalidRequest(f"{path.name} is no Piper voice: {config.name} does not lie beside it.", param="model")
+    origin = Origin(str(path.resolve()), check_voice(path), path.stat().st_mtime_ns)
+    digest = sha256_of(path, report, total=origin.num_bytes)
+    name = f"{path.stem}-{digest[:12]}"
+    with locked(root, key_of(name), report) as place:
+        if manifest := read_manifest(place.directory):
+            return stored(place.directory, _remember(place.directory, manifest, origin))
+        shutil.rmtree(place.partial, ignore_errors=True)
+        place.partial.mkdir(parents=True)
+        require_space(place.partial, origin.num_bytes)
+        for file in (path, config):
+            shutil.copyfile(file, place.partial / file.name)
+        return publish(place, Provenance(name, path.name, digest, origin=origin), report)
 
 
 def _remember(directory: Path, manifest: Manifest, origin: Origin) -> Manifest:

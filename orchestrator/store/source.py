@@ -1,7 +1,7 @@
 """What a source text means, and whether it is already on this disk.
 
 A source is a catalog name, a Hub id (`org/name`, or `org/name/folder` for a folder of a repository that holds many
-models, with `@revision` if wanted), a local directory or a .gguf file.
+models, with `@revision` if wanted), a local directory, a .gguf file or a Piper voice's .onnx file.
 
 Above it: `pull` and the orchestrator (through `find`). Below it: `catalog`, `layout`, `footprint`. No network.
 """
@@ -25,7 +25,7 @@ from orchestrator.store.layout import (
     resolve_models_dir,
     stored,
 )
-from orchestrator.store.piper import voice_file
+from orchestrator.store.piper import SUFFIX, voice_file
 from orchestrator.store.whisper import is_ctranslate2, weights_in
 
 _HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
@@ -79,11 +79,18 @@ class GgufSource:
     path: Path
 
 
-Source = HubSource | CatalogSource | DirectorySource | GgufSource
+@dataclass(frozen=True, slots=True)
+class VoiceSource:
+    """A local Piper voice, one of perhaps many in its directory, to be copied once."""
+
+    path: Path
+
+
+Source = HubSource | CatalogSource | DirectorySource | GgufSource | VoiceSource
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.lower().endswith(".gguf")
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.lower().endswith((".gguf", SUFFIX))
 
 
 def parse(text: str, revision: str | None = None) -> Source:
@@ -99,7 +106,9 @@ def parse(text: str, revision: str | None = None) -> Source:
             raise InvalidRequest("A local model has no revision; leave it out.", param="revision")
         if not path.exists():
             raise ModelNotFound(f"There is no file or directory {text!r}.", param="model")
-        return DirectorySource(path) if path.is_dir() else GgufSource(path)
+        if path.is_dir():
+            return DirectorySource(path)
+        return VoiceSource(path) if path.name.endswith(SUFFIX) else GgufSource(path)
     name, at, tail = text.partition("@")
     if at and revision is not None and revision != tail:
         raise InvalidRequest(f"Two revisions are asked for: {tail!r} and {revision!r}.", param="revision")
@@ -112,8 +121,8 @@ def parse(text: str, revision: str | None = None) -> Source:
         return HubSource(parts[1], revision, parts[2] or "")
     known = ", ".join(entry.name for entry in CATALOG)
     raise ModelNotFound(
-        f"No model is called {text[:120]!r}. Use a Hub id (org/name, org/name/folder), a directory, a .gguf file, "
-        f"or one of: {known}.",
+        f"No model is called {text[:120]!r}. Use a Hub id (org/name, org/name/folder), a directory, a .gguf or .onnx "
+        f"file, or one of: {known}.",
         param="model",
     )
 
@@ -153,8 +162,8 @@ def find(source: str, models_dir: Path | None = None, revision: str | None = Non
     parsed = parse(source, revision)
     if isinstance(parsed, DirectorySource) and not is_ctranslate2(parsed.path):
         return open_directory(parsed.path)
-    if isinstance(parsed, GgufSource | DirectorySource):
-        origin = Origin.of(parsed.path if isinstance(parsed, GgufSource) else weights_in(parsed.path))
+    if isinstance(parsed, GgufSource | VoiceSource | DirectorySource):
+        origin = Origin.of(weights_in(parsed.path) if isinstance(parsed, DirectorySource) else parsed.path)
         for directory, manifest in read_all(root):
             if manifest.origin == origin:
                 return stored(directory, manifest)

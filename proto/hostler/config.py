@@ -87,7 +87,8 @@ class ModelConfig(_Strict):
 
     name: ModelName = Field(description="Name that clients ask for.")
     source: str = Field(
-        default="", description="Catalog name, Hub id (org/name), local directory or .gguf file; default: the name."
+        default="",
+        description="Catalog name, Hub id (org/name), local directory, .gguf or .onnx file; default: the name.",
     )
     revision: str | None = Field(default=None, description="Hub revision (branch, tag or commit); pinned once pulled.")
     aliases: tuple[ModelName, ...] = Field(default=(), description="Other names that mean this model.")
@@ -150,6 +151,50 @@ class DeviceConfig(_Strict):
     budget: Bytes = Field(default=0, description="Bytes hostler may use on it; 0: what is free at start.")
 
 
+_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+EnvName = Annotated[str, Field(pattern=_ENV_NAME, max_length=256)]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$", max_length=256)]
+HeaderValue = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$", max_length=16384)]
+
+
+class McpServerConfig(_Strict):
+    """One MCP server whose tools models may call: a command that speaks over its standard streams, or a URL.
+
+    `${NAME}` in a value of `env` or `headers` stands for that environment variable of `hostler serve`.
+    """
+
+    command: tuple[str, ...] = Field(
+        default=(), max_length=256, description="Program and arguments, run without a shell; it speaks over stdio."
+    )
+    env: dict[EnvName, str] = Field(default_factory=dict, description="Variables to set for the command.")
+    pass_env: tuple[EnvName, ...] = Field(
+        default=(), description="Variables of `hostler serve` that the command may see; beyond PATH and HOME none is."
+    )
+    cwd: Path | None = Field(default=None, description="Where the command runs; null: the user's home.")
+    url: str = Field(
+        default="", pattern=r"^(https?://[^\s]+)?$", max_length=4096, description="Its address, instead of a command."
+    )
+    transport: Literal["auto", "http", "sse"] = Field(
+        default="auto", description="http: streamable HTTP; sse: the older way; auto: tried in this order."
+    )
+    headers: dict[HeaderName, HeaderValue] = Field(default_factory=dict, description="Sent to the URL.")
+    tools: tuple[str, ...] | None = Field(default=None, description="The only tools that may be called; null: all.")
+    chat: bool = Field(default=False, description="Give its tools to every chat completion, without being asked.")
+    timeout: Seconds = Field(default=60.0, gt=0, description="Longest wait for one call.")
+    start_timeout: Seconds = Field(default=60.0, gt=0, description="Longest wait for it to start and list its tools.")
+    max_result: Bytes = Field(default=10**6, ge=1024, description="Most bytes that it may send for one call.")
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> McpServerConfig:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("needs either a command or a url")
+        wrong = {"env": self.env, "pass_env": self.pass_env, "cwd": self.cwd} if self.url else {"headers": self.headers}
+        for key, value in wrong.items():
+            if value:
+                raise ValueError(f"{key} is not for a server with a {'url' if self.url else 'command'}")
+        return self
+
+
 class HostlerConfig(_Strict):
     """Everything that `hostler serve` needs to know."""
 
@@ -171,6 +216,12 @@ class HostlerConfig(_Strict):
     )
     responses_max_bytes: Bytes = Field(default=256 * 10**6, description="Bytes of all of them; 0: none is stored.")
     responses_max_age: Seconds = Field(default=30 * 86400.0, description="Kept for so long after their last use.")
+    mcp_servers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], McpServerConfig] = Field(
+        default_factory=dict, description="MCP servers whose tools models may call, by name."
+    )
+    mcp_urls: bool = Field(
+        default=False, description="Let requests name MCP servers by public http(s) address, beyond those above."
+    )
     models: tuple[ModelConfig, ...] = Field(default=())
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")
@@ -213,6 +264,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+_PARTS: dict[str, type[BaseModel]] = {"models": ModelConfig, "devices": DeviceConfig, "mcp_servers": McpServerConfig}
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
@@ -221,8 +275,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{where}: {item['msg']}")
             continue
         owner: type[BaseModel] = HostlerConfig
-        if item["loc"][0] in ("models", "devices") and len(item["loc"]) > 1:
-            owner = ModelConfig if item["loc"][0] == "models" else DeviceConfig
+        if len(item["loc"]) > 1:
+            owner = _PARTS.get(str(item["loc"][0]), HostlerConfig)
         near = difflib.get_close_matches(str(item["loc"][-1]), owner.model_fields, n=1, cutoff=0.4)
         lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
     return "\n".join(lines)

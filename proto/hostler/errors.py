@@ -20,7 +20,7 @@
         ├── ModelLoadFailed       503  UNAVAILABLE          model_load_failed     Retry-After
         └── OrchestratorAway      503  UNAVAILABLE          orchestrator_away     Retry-After
 
-A status travels with `google.rpc.ErrorInfo(reason, domain="hostler")`; `param` and `retry_after_s`
+A status travels with `google.rpc.ErrorInfo(reason, domain="hostler")`; `param`, `retry_after_s` and counts of tokens
 ride in its metadata. Messages are for people: what was wrong, with the value, and what to do next.
 They never carry paths, addresses, prompts or keys.
 """
@@ -28,7 +28,7 @@ They never carry paths, addresses, prompts or keys.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, NoReturn, cast
+from typing import ClassVar, NoReturn, Self, cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -66,9 +66,20 @@ class InvalidRequest(HostlerError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt (plus requested tokens) does not fit the model's context or the KV cache."""
+    """Prompt (plus requested tokens) does not fit the model's context or the KV cache.
+
+    Attributes:
+        num_tokens, max_tokens: of the prompt, and of what fits; 0 where they were not counted.
+    """
 
     reason = "context_length_exceeded"
+    num_tokens = 0
+    max_tokens = 0
+
+    def counted(self, num_tokens: int, max_tokens: int) -> Self:
+        """Set the counts, and return the error itself."""
+        self.num_tokens, self.max_tokens = num_tokens, max_tokens
+        return self
 
 
 class UnsupportedParameter(InvalidRequest):
@@ -187,6 +198,8 @@ def to_status(error: HostlerError) -> rpc_status._Status:
         metadata["param"] = error.param
     if error.retry_after_s is not None:
         metadata["retry_after_s"] = repr(error.retry_after_s)
+    if isinstance(error, ContextLengthExceeded) and error.num_tokens:
+        metadata |= {"num_tokens": str(error.num_tokens), "max_tokens": str(error.max_tokens)}
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
     status = status_pb2.Status(code=error.code.value[0], message=error.message, details=[detail])
@@ -216,9 +229,12 @@ def from_rpc_error(error: grpc.RpcError) -> HostlerError:
             info = error_details_pb2.ErrorInfo()
             if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
                 retry = info.metadata.get("retry_after_s")
-                return BY_REASON[info.reason](
+                raised = BY_REASON[info.reason](
                     status.message, param=info.metadata.get("param"), retry_after_s=float(retry) if retry else None
                 )
+                if isinstance(raised, ContextLengthExceeded) and "num_tokens" in info.metadata:
+                    raised.counted(int(info.metadata["num_tokens"]), int(info.metadata["max_tokens"]))
+                return raised
     if code == grpc.StatusCode.CANCELLED:
         return Cancelled("The request was cancelled.")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):

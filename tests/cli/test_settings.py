@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hostler.config import DEFAULT_MODEL, ConfigError, DeviceConfig, HostlerConfig, ModelConfig
+from hostler.config import DEFAULT_MODEL, ConfigError, DeviceConfig, HostlerConfig, McpServerConfig, ModelConfig, build
 
 from cli import settings
 from cli.exits import UsageError
-from cli.settings import Flags
+from cli.settings import Flags, without_secrets
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "hostler.example.yaml"
 
@@ -44,10 +44,18 @@ def test_a_directory_is_named_after_itself_and_made_absolute(place: Path) -> Non
     assert (model.name, model.source) == ("my-model", str(place / "my model"))
 
 
-def test_a_gguf_file_is_named_without_its_suffix(place: Path) -> None:
-    (place / "tiny-q4.gguf").touch()
-    (model,) = resolve(models=("tiny-q4.gguf",)).models
-    assert (model.name, model.source) == ("tiny-q4", str(place / "tiny-q4.gguf"))
+@pytest.mark.parametrize("suffix", [".gguf", ".onnx"])
+def test_a_file_is_named_without_its_suffix(place: Path, suffix: str) -> None:
+    (place / f"tiny-q4{suffix}").touch()
+    (model,) = resolve(models=(f"tiny-q4{suffix}",)).models
+    assert (model.name, model.source) == ("tiny-q4", str(place / f"tiny-q4{suffix}"))
+
+
+def test_a_folder_of_a_repository_is_named_after_its_last_two_parts() -> None:
+    source = "rhasspy/piper-voices/en/en_US/lessac/medium"
+    (model,) = resolve(models=(f"{source}@v1",)).models
+    assert (model.name, model.source, model.aliases) == ("lessac-medium", source, (source,))
+    assert model.revision == "v1"
 
 
 def test_a_directory_with_a_model_beats_a_hub_id_of_that_name(place: Path) -> None:
@@ -56,7 +64,7 @@ def test_a_directory_with_a_model_beats_a_hub_id_of_that_name(place: Path) -> No
     assert resolve(models=("org/model",)).models[0].source == str(place / "org" / "model")
 
 
-@pytest.mark.parametrize("text", ["./missing", "missing.gguf", "two words", "a/b/c", ""])
+@pytest.mark.parametrize("text", ["./missing", "missing.gguf", "two words", "a//c", "a/b/../c", ""])
 def test_a_model_that_cannot_be_meant_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         resolve(models=(text,))
@@ -133,6 +141,7 @@ def test_the_example_shows_and_explains_every_key() -> None:
     assert values.keys() == HostlerConfig.model_fields.keys()
     assert {key for model in values["models"] for key in model} == ModelConfig.model_fields.keys()
     assert {key for device in values["devices"] for key in device} == DeviceConfig.model_fields.keys()
+    assert {key for server in values["mcp_servers"].values() for key in server} == McpServerConfig.model_fields.keys()
     lines = text.splitlines()
     bare = [
         line
@@ -199,3 +208,30 @@ def test_a_positional_that_means_an_adapter_loads_its_model(place: Path) -> None
     adapter(place / "lora")
     (place / "hostler.yaml").write_text("models: [{name: a, adapters: {bot: lora}}, {name: b}]")
     assert [(model.name, model.preload) for model in resolve(models=("bot",)).models] == [("a", True), ("b", False)]
+
+
+def test_what_goes_to_mcp_servers_is_not_shown() -> None:
+    servers = {
+        "a": {"command": ["x"], "env": {"TOKEN": "sesame-1"}},
+        "b": {"url": "https://b.example/", "headers": {"Authorization": "sesame-2"}},
+    }
+    config = HostlerConfig.model_validate({"api_key": "sesame-30", "mcp_servers": servers})
+    shown = str(without_secrets(config.model_dump(mode="json")))
+    assert "sesame" not in shown
+    assert "'TOKEN': '(set)'" in shown
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ({}, "needs either a command or a url"),
+        ({"command": ["x"], "url": "https://a.example/"}, "needs either a command or a url"),
+        ({"command": ["x"], "headers": {"A": "b"}}, "headers is not for a server with a command"),
+        ({"url": "https://a.example/", "env": {"A": "b"}}, "env is not for a server with a url"),
+        ({"url": "file:///etc/passwd"}, "mcp_servers.a.url"),
+        ({"comand": ["x"]}, "did you mean 'command'"),
+    ],
+)
+def test_a_malformed_mcp_server_stops_the_start(server: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build({"mcp_servers": {"a": server}})

@@ -145,7 +145,11 @@ async def test_what_a_load_does_is_told_in_comments(served: World) -> None:
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(Overloaded("full", retry_after_s=3), 429), (Internal("broken"), 500), (ContextLengthExceeded("9 of 8"), 400)],
+    [
+        (Overloaded("full", retry_after_s=3), 429),
+        (Internal("broken"), 500),
+        (ContextLengthExceeded("too long").counted(9, 8), 400),
+    ],
 )
 async def test_a_failure_before_the_first_event_has_its_status(called: World, error: Any, status: int) -> None:
     for stream in (False, True):
@@ -158,7 +162,7 @@ async def test_a_failure_before_the_first_event_has_its_status(called: World, er
         assert int(reply.headers["retry-after"]) >= 1
     if status == 400:
         # The words by which Claude Code knows that it must shorten the conversation.
-        assert message.startswith("prompt is too long")
+        assert message == "prompt is too long: 9 tokens > 8 maximum"
 
 
 async def test_a_failure_in_the_middle_is_an_error_event_and_the_end(served: World) -> None:

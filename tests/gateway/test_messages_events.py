@@ -207,6 +207,7 @@ def test_the_input_is_counted_at_the_beginning_and_cached_tokens_apart() -> None
         (InvalidRequest("'model' is bad.", param="model"), "'model' is bad."),
         (InvalidRequest("Bad.", param="response_format"), "output_config.format: Bad."),
         (ContextLengthExceeded("9 of 8.", param="messages"), "prompt is too long: 9 of 8."),
+        (ContextLengthExceeded("x").counted(9, 8), "prompt is too long: 9 tokens > 8 maximum"),
         (PayloadTooLarge("Big."), "Big."),
         (UnsupportedMedia("What?"), "What?"),
         (Overloaded("Later."), "Later."),

@@ -180,7 +180,7 @@ def test_media_travels_as_bytes_and_addresses_are_noted() -> None:
         ({"text": {"format": {}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "structured_outputs"),
-        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
+        ({"tools": [{"type": "mcp"}]}, "tools[0].server_label"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [ECHO, ECHO]}, "tools[1].name"),
         ({"tools": [ECHO], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),

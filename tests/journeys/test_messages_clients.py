@@ -162,8 +162,8 @@ async def test_the_async_sdk_calls_a_tool_sends_its_result_and_gets_an_answer(co
     messages: Any = [{"role": "user", "content": "What is the weather in Paris right now?"}]
     async with AsyncAnthropic(base_url=coder_server.url, api_key="none", timeout=300) as client:
         asked: Any = {"model": CODER, "max_tokens": 80, "tools": [WEATHER], "extra_body": GREEDY}
-        forced: Any = {"type": "any", "disable_parallel_tool_use": True}
-        async with client.messages.stream(**asked, messages=messages, tool_choice=forced) as stream:
+        single: Any = {"type": "auto", "disable_parallel_tool_use": True}
+        async with client.messages.stream(**asked, messages=messages, tool_choice=single) as stream:
             kinds = [event.type async for event in stream]
             turn = await stream.get_final_message()
         assert kinds.count("input_json") > 1
@@ -174,9 +174,11 @@ async def test_the_async_sdk_calls_a_tool_sends_its_result_and_gets_an_answer(co
         answer = '{"temperature_celsius": 31, "sky": "thunderstorm"}'
         result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": answer}]}
         messages += [{"role": "assistant", "content": turn.content}, {"role": "user", "content": [result]}]
-        reply = await client.messages.create(**asked, messages=messages)
-    assert reply.content[0].type == "text"
-    assert "31" in reply.content[0].text or "thunder" in reply.content[0].text.lower(), reply.content
+        # So small a model likes to call again; here it may not.
+        reply = await client.messages.create(**asked, messages=messages, tool_choice={"type": "none"})
+    (said,) = reply.content
+    assert said.type == "text"
+    assert "31" in said.text or "thunder" in said.text.lower(), said.text
 
 
 @real_model

@@ -26,7 +26,7 @@ from tests.workers.sounds import decoded
 
 pytestmark = [pytest.mark.journey, pytest.mark.real_model, pytest.mark.timeout(300)]
 
-MODEL, LISTENER = "piper-joe", "whisper-tiny.en"
+MODEL, LISTENER = "piper-joe", "whisper-base"
 TEXT = "The train leaves at noon. Please have your tickets ready."
 LONG = "The engine moves slowly over the turntable, and then it rests in its stall. " * 10
 CONFIG = """\
@@ -168,6 +168,14 @@ def test_a_client_that_leaves_frees_the_worker(server: Server) -> None:
     assert not is_idle(server)
     stream.close()  # type: ignore[attr-defined]
     wait_until(lambda: is_idle(server), 10, "the worker is idle")
+
+
+def test_a_voice_that_sleeps_wakes_to_speak(server: Server, client: OpenAI) -> None:
+    done = server.hostler("sleep", MODEL, "--port", str(server.port))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert replica(server)["state"] == "asleep"
+    reply = client.audio.speech.create(model=MODEL, voice="joe", input="Good morning.", response_format="pcm")
+    assert seconds(reply.content, "pcm") > 0.3
 
 
 def test_a_worker_that_is_killed_ends_replies_as_errors_and_is_replaced(server: Server, client: OpenAI) -> None:

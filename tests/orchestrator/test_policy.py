@@ -188,6 +188,8 @@ def test_what_fits_disturbs_nobody(view: ClusterView, demand: Demand) -> None:
     answer = plan(view, demand, RULES)
     if room and not apart:
         assert isinstance(answer, Plan)
+        if answer.wake and (answer.shrink or answer.sleep or answer.evict):
+            return  # Woken where it sleeps, rather than loaded anew where there is room.
         assert (answer.shrink, answer.sleep) == ((), ())
         assert all(h.model == "new" for h in view.holders if h.id in answer.evict)
 
@@ -292,6 +294,17 @@ def test_a_sleeper_that_can_wake_elsewhere_only_is_given_up_for_a_load_where_the
     view = cluster(mine, holder("pinned", 90, pinned=True), devices=(100, 100), sleep=40)
     answer = planned(view, want(50, load_s=10.0))
     assert (answer.parts[0].device, answer.wake, answer.evict) == ("gpu1", "", ("w1",))
+
+
+def test_a_sleeper_is_woken_at_others_cost_where_that_costs_less_than_a_load_where_there_is_room() -> None:
+    mine = replace(asleep("w1", sleep_bytes=5), model="new", wakes_on=frozenset({"gpu0"}))
+    rare = holder("rare", 90, uses_per_s=0.001, sleep_bytes=30)
+    demand = want(50, load_s=10.0, uses_per_s=0.01)
+    answer = planned(cluster(mine, rare, devices=(100, 100), sleep=40), demand)
+    assert (answer.parts[0].device, answer.wake, answer.sleep) == ("gpu0", "w1", ("rare",))
+    often = replace(rare, uses_per_s=9.0)
+    answer = planned(cluster(mine, often, devices=(100, 100), sleep=40), demand)
+    assert (answer.parts[0].device, answer.wake, answer.sleep, answer.evict) == ("gpu1", "", (), ("w1",))
 
 
 def test_what_was_just_brought_up_stays_for_a_while() -> None:

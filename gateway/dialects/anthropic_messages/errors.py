@@ -35,8 +35,9 @@ def error_body(error: HostlerError, request_id: str) -> dict[str, Any]:
     if error.param is not None and error.param not in message:
         message = f"{_param_here(error.param)}: {message}"
     if isinstance(error, ContextLengthExceeded):
-        # These are the words by which clients know that a conversation must be shortened.
-        message = f"prompt is too long: {error.message}"
+        # These are the words by which clients know that a conversation must be shortened, and by how much.
+        counts = f"{error.num_tokens} tokens > {error.max_tokens} maximum" if error.num_tokens else error.message
+        message = f"prompt is too long: {counts}"
     return {
         "type": "error",
         "error": {"type": error_type(error.http_status), "message": message},

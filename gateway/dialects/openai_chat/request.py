@@ -19,12 +19,13 @@ from gateway.dialects.openai_chat.messages import parse_messages
 from gateway.dialects.openai_chat.reasoning import parse_reasoning
 from gateway.dialects.openai_chat.tools import parse_tool_choice, parse_tools
 from gateway.dialects.sampling import parse_max_tokens, parse_sampling, parse_stop, parse_template_kwargs
-from gateway.fields import Fields, show
+from gateway.fields import Fields, show, wrong_type
 from gateway.links import Link
 from gateway.terms import read_batch, read_keep_alive_ms
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
+MAX_MCP_SERVERS = 32
 _UINT64 = 2**64 - 1
 # No vocabulary has longer tokens, so a prompt of more bytes per context token cannot fit. It spares the
 # worker the tokenizing of megabytes; the exact check stays there.
@@ -56,6 +57,7 @@ class ChatRequest:
         media: kind of media ("image", "audio", "file") → the first field that has it.
         forces_tools: a tool must be called.
         num_text_bytes: at least this much text is in the prompt.
+        mcp_servers: configured MCP servers whose tools are called here; None: as the configuration has it.
     """
 
     model: str
@@ -67,6 +69,7 @@ class ChatRequest:
     media: dict[str, str]
     forces_tools: bool
     num_text_bytes: int
+    mcp_servers: tuple[str, ...] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -98,7 +101,8 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
     links: list[Link] = []
     messages = parse_messages(fields, links)
     tools = parse_tools(fields)
-    choice = parse_tool_choice(fields, tools)
+    mcp_servers = parse_mcp_servers(fields)
+    choice = parse_tool_choice(fields, tools, has_more=bool(mcp_servers))
     chat = pb.Chat(
         messages=messages,
         tools=tools,
@@ -127,7 +131,19 @@ def parse_chat_request(body: dict[str, Any]) -> ChatRequest:
         media=media_of(messages),
         forces_tools=choice is not None and choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED,
         num_text_bytes=sum(len(part.text) for message in messages for part in message.parts),
+        mcp_servers=mcp_servers,
     )
+
+
+def parse_mcp_servers(fields: Fields) -> tuple[str, ...] | None:
+    """Return the MCP servers that the request names; None when it leaves them to the configuration."""
+    names = fields.array("mcp_servers", MAX_MCP_SERVERS)
+    if names is None:
+        return None
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise wrong_type(f"{fields.name_of('mcp_servers')}[{index}]", "a string", name)
+    return tuple(dict.fromkeys(names))
 
 
 def check_capabilities(request: ChatRequest, info: lifecycle_pb2.ModelInfo) -> None:
@@ -145,6 +161,10 @@ def check_capabilities(request: ChatRequest, info: lifecycle_pb2.ModelInfo) -> N
             raise InvalidRequest(
                 f"'{name}' is {article} {kind}, and the model {show(request.model)} does not take those.", param=name
             )
+    if request.mcp_servers and not info.supports_tools:
+        raise UnsupportedParameter(
+            f"The model {show(request.model)} cannot call tools, those of MCP servers included.", param="mcp_servers"
+        )
     if request.forces_tools and not info.supports_tools:
         raise UnsupportedParameter(
             f"'tool_choice' demands a call, but the model {show(request.model)} cannot call tools.", param="tool_choice"

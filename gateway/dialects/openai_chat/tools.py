@@ -56,8 +56,11 @@ def read_function(function: Fields) -> pb.Tool:
     )
 
 
-def parse_tool_choice(body: Fields, tools: list[pb.Tool]) -> pb.ToolChoice | None:
+def parse_tool_choice(body: Fields, tools: list[pb.Tool], *, has_more: bool = False) -> pb.ToolChoice | None:
     """Return how tools may be used, or None when the request says nothing about it.
+
+    Args:
+        has_more: there will be tools beside these.
 
     Raises:
         InvalidRequest: a call is demanded of a tool that is not in `tools`, or of none at all.
@@ -67,7 +70,7 @@ def parse_tool_choice(body: Fields, tools: list[pb.Tool]) -> pb.ToolChoice | Non
     if choice is None and parallel is None:
         return None
     choice = choice or pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_AUTO)
-    if choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED and not tools:
+    if choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED and not tools and not has_more:
         raise InvalidRequest("'tool_choice' demands a call, but 'tools' is empty.", param="tool_choice")
     unknown = set(choice.allowed_names) - {tool.name for tool in tools}
     if unknown:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hostler.errors import InvalidRequest, UnsupportedParameter
 
-from gateway.dialects.openai_chat.request import ChatRequest
+from gateway.dialects.openai_chat.request import ChatRequest, parse_mcp_servers
 from gateway.dialects.openai_responses.foreign import BLOCKS
 from gateway.dialects.openai_responses.request import parse_responses_request
 from gateway.fields import Fields
@@ -48,8 +48,13 @@ def parse_as_chat(body: dict[str, Any]) -> ChatRequest:
     if body.get("response_format") is not None and body.get("text") is None:
         merged["text"] = {"format": body["response_format"]}
     request = parse_responses_request(merged)
+    if request.tools.mcp:
+        name = f"{request.tools.mcp[0].where}.type"
+        raise UnsupportedParameter(f"'{name}' 'mcp' is for /v1/responses. Here it is 'mcp_servers'.", param=name)
     if any(item["type"] == "item_reference" for item in request.items):
         raise InvalidRequest("A reference to a stored item is for /v1/responses. Send the item itself.", param="input")
-    options = Fields(body).child("stream_options")
+    fields = Fields(body)
+    options = fields.child("stream_options")
     chat = request.with_items([], request.items)
-    return replace(chat, include_usage=bool(options and options.boolean("include_usage")))
+    include_usage = bool(options and options.boolean("include_usage"))
+    return replace(chat, include_usage=include_usage, mcp_servers=parse_mcp_servers(fields))

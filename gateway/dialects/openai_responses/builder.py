@@ -1,7 +1,11 @@
-"""Worker events → a response: its events in order, and the object. Above: `gateway.responses`; below: `output_items`.
+"""Worker events → a response: its events in order, and the object. Above: `gateway.responses`; below: `output_items`,
+`mcp_items`.
 
 The order that clients rely on: created, in_progress; for each item added, its parts and deltas, done; then exactly one
 of completed, incomplete and failed. `sequence_number` rises by one.
+
+A response is one turn of the model, or several: after a turn that called tools of MCP servers, `due` holds the calls,
+and whoever makes them goes on with `settle` and the next turn's events, or with `complete`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 from hostler.errors import HostlerError
 from hostler.inference.v1 import inference_pb2 as pb
 
+from gateway.dialects.openai_responses.mcp_items import ApprovalRequestItem, ListToolsItem, McpCallItem
 from gateway.dialects.openai_responses.output_items import (
     CustomCallItem,
     Event,
@@ -22,8 +27,8 @@ from gateway.dialects.openai_responses.output_items import (
     OutputItem,
     ReasoningItem,
 )
-from gateway.dialects.openai_responses.response_object import error_object, usage_object
-from gateway.dialects.openai_responses.tools import ToolTable
+from gateway.dialects.openai_responses.response_object import error_object, usage_object, usage_sum
+from gateway.dialects.openai_responses.tools import ToolBinding, ToolTable
 
 _REASONS = {
     pb.FINISH_REASON_LENGTH: "max_output_tokens",
@@ -40,6 +45,7 @@ class ResponseBuilder:
         wants_logprobs: output text carries them.
         as_summary: reasoning comes as a summary.
         with_seal: reasoning comes as `encrypted_content`, too.
+        max_tool_calls: as many calls of MCP servers' tools may be made; None: any number.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class ResponseBuilder:
         wants_logprobs: bool = False,
         as_summary: bool = False,
         with_seal: bool = False,
+        max_tool_calls: int | None = None,
     ) -> None:
         self._response = response
         self._tools = tools
@@ -58,9 +65,36 @@ class ResponseBuilder:
         self._with_seal = with_seal
         self._number = 0
         self._opened = False
-        self._items: list[OutputItem] = []
+        self._items: list[OutputItem | ApprovalRequestItem] = []
         self._growing: MessageItem | ReasoningItem | None = None
-        self._calls: dict[int, FunctionCallItem | CustomCallItem] = {}
+        self._calls: dict[int, FunctionCallItem | CustomCallItem | McpCallItem | ApprovalRequestItem] = {}
+        self._usages: list[pb.Usage] = []
+        self._num_items_before = 0
+        self.due: list[McpCallItem] = []
+        """Calls of MCP servers' tools that the model has made in this turn, and nobody has carried out yet."""
+        self.waits_for_client = False
+        """Whether this turn left something to the client: a call of its own, or one to approve."""
+        self.calls_left = max_tool_calls
+        """How many calls of MCP servers' tools may still be made; beyond them the model's are not heard."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the response has ended."""
+        return self._response["status"] not in ("queued", "in_progress")
+
+    @property
+    def usage(self) -> pb.Usage:
+        """Of all turns so far."""
+        return usage_sum(self._usages)
+
+    @property
+    def new_items(self) -> list[dict[str, Any]]:
+        """The items since `begin_turn`."""
+        return [item.item for item in self._items[self._num_items_before :]]
+
+    def use_tools(self, tools: ToolTable) -> None:
+        """Take what the names that the model may call from now on stand for."""
+        self._tools = tools
 
     @property
     def is_open(self) -> bool:
@@ -105,10 +139,47 @@ class ResponseBuilder:
             return self._numbered(call.add(event.tool_call_arguments.json_fragment)) if call is not None else []
         if kind == "tool_call_end":
             call = self._calls.pop(event.tool_call_end.index, None)
-            return self._numbered(call.close("completed")) if call is not None else []
+            return self._numbered(self._end_call(call, "completed")) if call is not None else []
         if kind == "finish":
             return self._finish(event.finish)
         return []
+
+    def list_tools(self, label: str) -> tuple[ListToolsItem, list[Event]]:
+        """Begin the listing of a server; its events go through `settle`."""
+        item = ListToolsItem(len(self._items), label)
+        self._items.append(item)
+        return item, self._numbered(item.open())
+
+    def approved_call(self, binding: ToolBinding, request: dict[str, Any]) -> tuple[McpCallItem, list[Event]]:
+        """Begin a call that an earlier turn asked approval for."""
+        item = McpCallItem(len(self._items), binding, request["id"])
+        self._items.append(item)
+        return item, self._numbered([*item.open(), *item.add(request["arguments"]), *item.written()])
+
+    def settle(self, events: Iterable[Event]) -> list[Event]:
+        """Number the events with which an item of this response ended elsewhere."""
+        return self._numbered(events)
+
+    def begin_turn(self) -> None:
+        """Note that the model is asked once more."""
+        self.due.clear()
+        self._num_items_before = len(self._items)
+
+    def complete(self, reason: str | None = None) -> list[Event]:
+        """Return the last event.
+
+        Args:
+            reason: why the response is incomplete; None: it is complete.
+        """
+        status = "incomplete" if reason else "completed"
+        self._response |= {
+            "status": status,
+            "output": self._output(),
+            "usage": usage_object(self.usage),
+            "incomplete_details": {"reason": reason} if reason else None,
+            "completed_at": None if reason else int(time.time()),
+        }
+        return [self._lifecycle(status)]
 
     def fail(self, error: HostlerError) -> list[Event]:
         """Return the events of a failure: the rest of the opening, an `error`, and `response.failed`.
@@ -148,34 +219,62 @@ class ResponseBuilder:
 
     def _start_call(self, start: pb.ToolCallStart) -> list[Event]:
         before = self._calls.pop(start.index, None)
-        closing = before.close("completed") if before is not None else []
+        closing = self._end_call(before, "completed") if before is not None else []
         binding = self._tools.binding(start.name)
+        if binding.kind == "mcp":
+            return [*closing, *self._start_remote_call(start.index, binding)]
         call_id = start.id or f"call_{uuid.uuid4().hex[:24]}"
         item = CustomCallItem if binding.kind == "custom" else FunctionCallItem
         call = item(len(self._items), call_id, binding)
         self._calls[start.index] = call
         self._items.append(call)
+        self.waits_for_client = True
         return [*closing, *call.open()]
+
+    def _start_remote_call(self, number: int, binding: ToolBinding) -> list[Event]:
+        if self.calls_left == 0:
+            return []
+        if self.calls_left is not None:
+            self.calls_left -= 1
+        if binding.needs_approval:
+            self._calls[number] = ApprovalRequestItem(binding)
+            return []
+        call = McpCallItem(len(self._items), binding)
+        self._calls[number] = call
+        self._items.append(call)
+        return call.open()
+
+    def _end_call(
+        self, call: FunctionCallItem | CustomCallItem | McpCallItem | ApprovalRequestItem, status: str
+    ) -> list[Event]:
+        if isinstance(call, McpCallItem) and status == "completed":
+            self.due.append(call)
+            return call.written()
+        if not isinstance(call, ApprovalRequestItem):
+            return call.close(status)
+        if status != "completed":
+            return []
+        self.waits_for_client = True
+        self._items.append(call)
+        return call.appear(len(self._items) - 1)
 
     def _finish(self, finish: pb.Finish) -> list[Event]:
         reason = _REASONS.get(finish.reason)
         status = "incomplete" if reason else "completed"
+        self._usages.append(finish.usage)
         events: list[Event] = []
-        if not self._items:
+        if len(self._items) == self._num_items_before:
             events += self._turn_to(MessageItem)
         events += self._close_growing(status)
         for call in self._calls.values():
-            events += call.close(status)
+            events += self._end_call(call, status)
         self._calls.clear()
+        if reason:
+            for due in self.due:
+                events += due.close(status)
+            self.due.clear()
         ending = self._numbered(events)
-        self._response |= {
-            "status": status,
-            "output": self._output(),
-            "usage": usage_object(finish.usage),
-            "incomplete_details": {"reason": reason} if reason else None,
-            "completed_at": None if reason else int(time.time()),
-        }
-        return [*ending, self._lifecycle(status)]
+        return ending if self.due else [*ending, *self.complete(reason)]
 
     def _output(self) -> list[dict[str, Any]]:
         return [item.item for item in self._items]

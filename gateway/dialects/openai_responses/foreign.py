@@ -11,7 +11,8 @@ from typing import Any
 
 Entry = dict[str, Any]
 
-BLOCKS = {"tool_use", "tool_result", "thinking", "redacted_thinking"}
+# A tuple, not a set: what a client calls a type may be of any kind, and a set would have to hash it.
+BLOCKS = ("tool_use", "tool_result", "thinking", "redacted_thinking")
 
 
 def spelled_out(entry: Entry) -> Iterator[Entry]:

@@ -1,6 +1,6 @@
 """A request's `input` → items in one stored form: each an object with `type`, `id` and whatever its kind needs.
 
-Above: `request`, the store's routes; below: `foreign`, `fields`.
+Above: `request`, the store's routes; below: `foreign`, `mcp_input`, `fields`.
 
 Read here is what an item is; what its content says is read by `messages`, which sees stored items again in later turns.
 Items of kinds that only OpenAI's own tools make are left out: nothing that a model here could read is lost with them.
@@ -15,6 +15,7 @@ from typing import Any
 from hostler.errors import InvalidRequest
 
 from gateway.dialects.openai_responses.foreign import spelled_out
+from gateway.dialects.openai_responses.mcp_input import READERS as MCP_READERS
 from gateway.fields import Fields, dump_json, show, wrong_type
 
 Item = dict[str, Any]
@@ -32,6 +33,10 @@ _PREFIXES = {
     "function_call_output": "fco",
     "custom_tool_call": "ctc",
     "custom_tool_call_output": "ctco",
+    "mcp_list_tools": "mcpl",
+    "mcp_call": "mcp",
+    "mcp_approval_request": "mcpr",
+    "mcp_approval_response": "mcpa",
 }
 
 
@@ -233,4 +238,5 @@ _READERS = {
     "custom_tool_call": _custom_call,
     "custom_tool_call_output": _call_output,
     "reasoning": _reasoning,
+    **MCP_READERS,
 }

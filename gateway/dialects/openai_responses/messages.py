@@ -14,6 +14,7 @@ from hostler.inference.v1 import inference_pb2 as pb
 from gateway.dialects.openai_chat.media import audio_part, image_part, read_file
 from gateway.dialects.openai_chat.messages import MAX_IMAGES
 from gateway.dialects.openai_responses.items import Item
+from gateway.dialects.openai_responses.mcp_items import error_text
 from gateway.dialects.openai_responses.reasoning_text import reasoning_of
 from gateway.dialects.openai_responses.tools import CUSTOM_INPUT, model_name
 from gateway.fields import Fields, dump_json, show, wrong_type
@@ -27,6 +28,8 @@ _ROLES = {
     "developer": pb.ROLE_DEVELOPER,
 }
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal", "summary_text": "text"}
+# What they say to a model is in the calls that came of them.
+_UNSEEN = ("mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
 _INSTRUCTING = (pb.ROLE_SYSTEM, pb.ROLE_DEVELOPER)
 
 
@@ -68,6 +71,11 @@ def build_messages(instructions: str | None, items: Sequence[tuple[str, Item]], 
             )
             names[item["call_id"]] = name
             assistant().tool_calls.append(pb.ToolCall(id=item["call_id"], name=name, arguments_json=arguments))
+        elif kind == "mcp_call":
+            _add_mcp_call(messages, turn, item)
+            turn = turn if turn is not None and turn.tool_calls and turn is messages[-1] else None
+        elif kind in _UNSEEN:
+            continue
         elif kind == "message" and item["role"] == "assistant":
             if turn is not None and (turn.parts or turn.tool_calls):
                 turn = None
@@ -85,6 +93,25 @@ def build_messages(instructions: str | None, items: Sequence[tuple[str, Item]], 
             )
     _check_images(messages)
     return _instructions_joined(messages)
+
+
+def _add_mcp_call(messages: list[pb.Message], turn: pb.Message | None, item: Item) -> None:
+    """Add a call and its result: to the assistant's turn that led to it, or before one whose own calls still wait.
+
+    Each stands alone, also where the model made several at once: items do not tell the one from the other, and so the
+    prompt is the same when a later turn is made of them.
+    """
+    call = pb.ToolCall(
+        id=item["id"], name=model_name(item["name"], item["server_label"]), arguments_json=item["arguments"]
+    )
+    text = item["output"] or "" if item.get("error") is None else f"Error: {error_text(item)}"
+    result = pb.Message(role=pb.ROLE_TOOL, parts=[pb.Part(text=text)], tool_call_id=call.id, name=call.name)
+    if turn is not None and not turn.tool_calls:
+        turn.tool_calls.append(call)
+        messages.append(result)
+        return
+    at = len(messages) - (turn is not None)
+    messages[at:at] = [pb.Message(role=pb.ROLE_ASSISTANT, tool_calls=[call]), result]
 
 
 def _check_images(messages: list[pb.Message]) -> None:

@@ -18,7 +18,8 @@ from gateway.dialects.openai_chat.reasoning import parse_reasoning
 from gateway.dialects.openai_chat.request import MAX_TOP_LOGPROBS, ChatRequest, media_of
 from gateway.dialects.openai_responses.items import MAX_ID_CHARS, Item, parse_input
 from gateway.dialects.openai_responses.messages import build_messages
-from gateway.dialects.openai_responses.tools import ToolTable, parse_tool_choice, parse_tools
+from gateway.dialects.openai_responses.tool_choice import parse_tool_choice
+from gateway.dialects.openai_responses.tools import ToolTable, parse_tools
 from gateway.dialects.sampling import parse_max_tokens, parse_sampling, parse_stop, parse_template_kwargs
 from gateway.fields import Fields, dump_json
 from gateway.links import Link
@@ -73,6 +74,11 @@ class ResponsesRequest:
     wants_summary: bool
     wants_sealed: bool
     echo: dict[str, Any]
+
+    @property
+    def makes_calls_together(self) -> bool:
+        """Whether calls that the model makes at once are also carried out at once."""
+        return self.echo["parallel_tool_calls"] is not False
 
     @property
     def wants_logprobs(self) -> bool:
@@ -131,7 +137,7 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
     if not items and not (previous or conversation):
         raise fields.missing("input")
     tools = parse_tools(fields)
-    choice = parse_tool_choice(fields, tools)
+    choice, tools = parse_tool_choice(fields, tools)
     include = _include(fields)
     store, background = fields.boolean("store"), bool(fields.boolean("background"))
     if background and store is False:
@@ -177,7 +183,6 @@ def parse_responses_request(body: dict[str, Any]) -> ResponsesRequest:
         "top_logprobs": top_logprobs or 0,
         "reasoning": {"effort": reasoning.string("effort", 32), "summary": summary},
         "max_output_tokens": max_tokens,
-        # Bounds calls of tools that run on the server while it answers; none does.
         "max_tool_calls": fields.integer("max_tool_calls", 1, _INT32),
         "background": background,
         "service_tier": "flex" if batch else "default",

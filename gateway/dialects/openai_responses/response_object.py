@@ -5,6 +5,7 @@ All keys are always there: Open Responses demands 31 of them, OpenAI's own clien
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hostler.errors import HostlerError
@@ -44,8 +45,19 @@ def new_response(
     }
 
 
+def usage_sum(usages: Iterable[pb.Usage]) -> pb.Usage:
+    """Return the token counts of several generations together."""
+    total = pb.Usage()
+    for usage in usages:
+        total.num_prompt_tokens += usage.num_prompt_tokens
+        total.num_cached_tokens += usage.num_cached_tokens
+        total.num_completion_tokens += usage.num_completion_tokens
+        total.num_reasoning_tokens += usage.num_reasoning_tokens
+    return total
+
+
 def usage_object(usage: pb.Usage) -> dict[str, Any]:
-    """Return the token counts of one generation."""
+    """Return the token counts of a response."""
     return {
         "input_tokens": usage.num_prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.num_cached_tokens, "cache_write_tokens": 0},

@@ -3,33 +3,34 @@
 Above: `request`, `messages`, `builder`; below: the chat dialect's function reader.
 
 A model knows functions with flat names. `ToolTable` remembers what each name stands for: a function, a custom tool
-(free text, which the model writes as the one string of a JSON object), or either inside a namespace. A further source
-of tools is a further `kind` here, and whoever executes it.
+(free text, which the model writes as the one string of a JSON object), either inside a namespace, or a tool of an MCP
+server, which is called here. The latter are known only when the server has been asked (`ToolTable.with_remote`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.errors import InvalidRequest
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.dialects.openai_chat.tools import (
     MAX_DESCRIPTION_CHARS,
     MAX_NAME_CHARS,
     MAX_TOOLS,
-    MODES,
-    choice_of_word,
     read_function,
 )
+from gateway.dialects.openai_responses.mcp_tools import MAX_SERVERS, McpSpec, echo_mcp, read_mcp
 from gateway.fields import Fields, dump_json, show, wrong_type
+from gateway.mcp.remote import Listing, RemoteTool
 
 CUSTOM_INPUT = "input"
 """The one property of the object in which a model writes a custom tool's text."""
 MAX_GRAMMAR_CHARS = 256 * 1024
-_OURS = ("function", "custom")
+OURS = ("function", "custom")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,18 @@ class ToolBinding:
     """What a name that the model may call stands for.
 
     Attributes:
-        kind: "function" or "custom".
+        kind: "function", "custom" or "mcp".
         name: as the client knows it.
-        namespace: empty outside of one.
+        namespace: empty outside of one; of an MCP server's tool its label.
+        remote: of an MCP server's tool: what it is.
+        needs_approval: it is not called before somebody has said yes.
     """
 
     kind: str
     name: str
     namespace: str = ""
+    remote: RemoteTool | None = None
+    needs_approval: bool = False
 
 
 def model_name(name: str, namespace: str) -> str:
@@ -62,15 +67,50 @@ class ToolTable:
         tools: as the model sees them.
         bindings: the model's name for a tool → what it stands for.
         echo: as the response object repeats them.
+        mcp: MCP servers whose tools are wanted.
+        chosen: their tools that `tool_choice` names: each a label and a tool, or None for all of that server.
     """
 
     tools: tuple[pb.Tool, ...] = ()
     bindings: dict[str, ToolBinding] = field(default_factory=dict)
     echo: tuple[dict[str, Any], ...] = ()
+    mcp: tuple[McpSpec, ...] = ()
+    chosen: tuple[tuple[str, str | None], ...] = ()
 
     def binding(self, called: str) -> ToolBinding:
         """Return what a name that the model called stands for; an unknown one is a function of that name."""
         return self.bindings.get(called) or ToolBinding("function", called)
+
+    def with_remote(self, listings: Sequence[tuple[McpSpec, Listing]]) -> ToolTable:
+        """Return the table with the tools that servers offer: under their own names where nothing else has them."""
+        offered = [(spec, tool) for spec, listing in listings for tool in listing.tools]
+        shared = Counter([*self.bindings, *(tool.name for _, tool in offered)])
+        tools, bindings = list(self.tools), dict(self.bindings)
+        for spec, tool in offered:
+            name = tool.name if shared[tool.name] == 1 else model_name(tool.name, spec.label)
+            if name in bindings or len(tools) >= MAX_TOOLS:
+                continue
+            tools.append(remote_tool(name, tool))
+            bindings[name] = ToolBinding("mcp", tool.name, spec.label, tool, spec.approval.is_needed(tool))
+        return replace(self, tools=tuple(tools), bindings=bindings)
+
+    def own_names(self) -> list[str]:
+        """Return the names of the tools that the client itself runs."""
+        return [name for name, binding in self.bindings.items() if binding.kind != "mcp"]
+
+    def chosen_names(self) -> list[str]:
+        """Return the names of the servers' tools that `tool_choice` names."""
+        return [
+            name
+            for name, binding in self.bindings.items()
+            if binding.kind == "mcp"
+            and any(label == binding.namespace and tool in (None, binding.name) for label, tool in self.chosen)
+        ]
+
+
+def remote_tool(name: str, tool: RemoteTool) -> pb.Tool:
+    """Return an MCP server's tool as a model sees it, under a name of ours."""
+    return pb.Tool(name=name, description=tool.description, parameters_json=dump_json(tool.input_schema, "tools"))
 
 
 def parse_tools(body: Fields) -> ToolTable:
@@ -78,14 +118,14 @@ def parse_tools(body: Fields) -> ToolTable:
 
     Raises:
         InvalidRequest: malformed, or two tools of one name.
-        UnsupportedParameter: a tool of an MCP server.
     """
+    mcp: list[McpSpec] = []
     tools: list[pb.Tool] = []
     bindings: dict[str, ToolBinding] = {}
     echo: list[dict[str, Any]] = []
 
     def add(fields: Fields, namespace: str, note: str) -> None:
-        kind = _kind(fields)
+        kind = kind_of_tool(fields)
         tool = _custom(fields) if kind == "custom" else _function(fields)
         binding = ToolBinding(kind, tool.name, namespace)
         tool.name = model_name(tool.name, namespace)
@@ -97,23 +137,34 @@ def parse_tools(body: Fields) -> ToolTable:
         bindings[tool.name] = binding
 
     for item in body.children("tools", MAX_TOOLS):
-        kind = _kind(item)
-        if kind in _OURS:
+        kind = kind_of_tool(item)
+        if kind in OURS:
             add(item, "", "")
         elif kind == "namespace":
             _add_namespace(item, add)
         elif kind == "mcp":
-            name = item.name_of("type")
-            raise UnsupportedParameter(f"'{name}' 'mcp' is not supported. Remove the tool.", param=name)
+            mcp.append(read_mcp(item))
         else:
             continue  # hosted by OpenAI: clients list them by habit and live without
         echo.append(_echo(item, kind))
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest(f"Invalid 'tools': more than {MAX_TOOLS} tools.", param="tools")
-    return ToolTable(tuple(tools), bindings, tuple(echo))
+    _check_servers(mcp)
+    return ToolTable(tuple(tools), bindings, tuple(echo), tuple(mcp))
 
 
-def _kind(item: Fields) -> str:
+def _check_servers(mcp: list[McpSpec]) -> None:
+    if len(mcp) > MAX_SERVERS:
+        raise InvalidRequest(f"Invalid 'tools': more than {MAX_SERVERS} MCP servers.", param="tools")
+    for number, spec in enumerate(mcp):
+        if any(spec.label == other.label for other in mcp[:number]):
+            raise InvalidRequest(
+                f"Two MCP servers have the label {show(spec.label)}.", param=f"{spec.where}.server_label"
+            )
+
+
+def kind_of_tool(item: Fields) -> str:
+    """Return the type of an entry; without one it is a function."""
     kind = item.raw("type")
     if kind is None:
         return "function"
@@ -130,7 +181,7 @@ def _add_namespace(item: Fields, add: Callable[[Fields, str, str], None]) -> Non
     # Models have no place for a namespace's own description, so the first of its tools carries it.
     note = f"[{namespace}] {description}" if description else ""
     for member in item.children("tools", MAX_TOOLS):
-        if _kind(member) in _OURS:
+        if kind_of_tool(member) in OURS:
             add(member, namespace, note)
             note = ""
 
@@ -174,8 +225,12 @@ def _custom(item: Fields) -> pb.Tool:
 
 def _echo(item: Fields, kind: str) -> dict[str, Any]:
     """Return a tool as the response repeats it: every key that clients' types demand is there."""
+    if kind == "mcp":
+        return echo_mcp(item)
     if kind == "namespace":
-        members = [_echo(tool, _kind(tool)) for tool in item.children("tools", MAX_TOOLS) if _kind(tool) in _OURS]
+        members = [
+            _echo(tool, kind_of_tool(tool)) for tool in item.children("tools", MAX_TOOLS) if kind_of_tool(tool) in OURS
+        ]
         return {
             "type": kind,
             "name": item.raw("name"),
@@ -202,67 +257,3 @@ def _echo(item: Fields, kind: str) -> dict[str, Any]:
         "parameters": inner.object("input_schema") if parameters is None else parameters,
         "strict": bool(inner.raw("strict")),
     }
-
-
-def parse_tool_choice(body: Fields, table: ToolTable) -> pb.ToolChoice | None:
-    """Return how tools may be used, or None when the request says nothing about it.
-
-    Raises:
-        InvalidRequest: a call is demanded of a tool that is not in `tools`, or of none at all.
-        UnsupportedParameter: a call is demanded of a tool that only OpenAI hosts.
-    """
-    choice = _choice(body, table)
-    parallel = body.boolean("parallel_tool_calls")
-    if choice is None and parallel is None:
-        return None
-    choice = choice or pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_AUTO)
-    if choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED and not table.tools:
-        raise InvalidRequest("'tool_choice' demands a call, but 'tools' is empty.", param="tool_choice")
-    if parallel is not None and not choice.HasField("parallel"):
-        choice.parallel = parallel
-    return choice
-
-
-def _choice(body: Fields, table: ToolTable) -> pb.ToolChoice | None:
-    value = body.raw("tool_choice")
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return choice_of_word(value)
-    if not isinstance(value, dict):
-        raise wrong_type("tool_choice", "a string or an object", value)
-    choice = Fields(value, "tool_choice")
-    kind = choice.string("type", 64)
-    if kind is None:
-        raise choice.missing("type")
-    if kind == "allowed_tools":
-        allowed = choice.child("allowed_tools") or choice
-        mode = allowed.choice("mode", ("auto", "required")) or "auto"
-        named = [tool for tool in allowed.children("tools", MAX_TOOLS) if _kind(tool) in _OURS]
-        allowed_names = [_named(tool, table) for tool in named]
-        if not allowed_names:
-            return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NONE)
-        return pb.ToolChoice(mode=MODES[mode], allowed_names=allowed_names)
-    if kind not in _OURS:
-        raise UnsupportedParameter(
-            f"'tool_choice' demands {show(kind)}, which is not served here.", param="tool_choice"
-        )
-    # A named tool is called once, whatever parallel_tool_calls says.
-    return pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED, allowed_names=[_named(choice, table)], parallel=False)
-
-
-def _named(value: Fields, table: ToolTable) -> str:
-    """Return the model's name for a tool that the client names, with its namespace or, if only one fits, without."""
-    inner = value.child(_kind(value)) or value
-    name = inner.string("name", MAX_NAME_CHARS)
-    if not name:
-        raise inner.missing("name")
-    namespace = inner.string("namespace", MAX_NAME_CHARS)
-    if namespace is not None or name in table.bindings:
-        candidates: Iterable[str] = [model_name(name, namespace or "")]
-    else:
-        candidates = [known for known, binding in table.bindings.items() if binding.name == name]
-    found = [candidate for candidate in candidates if candidate in table.bindings]
-    if len(found) != 1:
-        raise InvalidRequest(f"'tool_choice' names {show(name)}, which is not in 'tools'.", param="tool_choice")
-    return found[0]

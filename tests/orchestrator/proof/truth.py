@@ -251,7 +251,7 @@ class Truth:
                     m.wanted,
                     (m.job.generation, m.job.stage, m.job.attempt, m.job.plan, m.job.worker) if m.job else None,
                     tuple(id(waiter) for waiter in m.waiters),
-                    (m.failure, m.num_failures, m.retry_at_s, len(m.deaths_s), m.keep_alive_s, m.reuse.weight),
+                    (m.failure, m.num_failures, m.retry_at_s, len(m.deaths_s), m.keep_alive_s, m.reuse.weights),
                 )
                 for name, m in sorted(cluster.models.items())
             ),

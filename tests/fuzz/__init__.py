@@ -1,0 +1,1 @@
+"""Schemathesis against our own OpenAPI document: `make fuzz`."""
