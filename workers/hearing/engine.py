@@ -76,7 +76,6 @@ class HearingEngine:
         self._num_requests = 0
         self._num_tokens = 0
         self._changed: Callable[[], None] = lambda: None
-        self._closing = False
         listener.start(asyncio.get_running_loop(), lambda: self._changed())
 
     @property
@@ -216,7 +215,6 @@ class HearingEngine:
 
     async def close(self) -> None:
         """Fail what still runs, end thread and processes."""
-        self._closing = True
         await self._listener.close()
         self._cutting.shutdown(wait=False)
         await self._unpacker.close()

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0002
 _NUMBERS = itertools.count()
-_CPU_WINDOWS_AT_ONCE, _GPU_WINDOWS_AT_ONCE = 2, 16
+# The store's estimate of a footprint counts the activations of two in float32.
+_CPU_WINDOWS_AT_ONCE, _GPU_WINDOWS_AT_ONCE = 2, 4
 
 Features = Callable[[Sequence[Samples]], torch.Tensor]
 """Windows' samples → (windows, mels, frames) float32, filled up with silence."""

@@ -37,9 +37,10 @@ Report = Callable[[str, int, int], None]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MIN_ROWS = 2
-CPU_ROWS, CPU_ROWS_BYTES = 8, 600 * 10**6
-GPU_ROWS, GPU_ROWS_BYTES = 32, 4 * 10**9
-"""As many rows as their bytes allow, 2 … so many. The store's estimate of a footprint follows the same rule."""
+CPU_ROWS, GPU_ROWS = 8, 16
+ROWS_BYTES = 600 * 10**6
+"""As many rows as these bytes hold, 2 … so many. The store's estimate of a footprint follows the rule for a CPU, whose
+float32 rows are twice as large as a GPU's."""
 
 _TIMED_ROWS = 1500
 _KIND: Any = WhisperForConditionalGeneration
@@ -128,8 +129,8 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
 
 def num_rows(row_bytes: int, device: torch.device) -> int:
     """Return how many windows are decoded at once, given what one takes."""
-    most, budget = (CPU_ROWS, CPU_ROWS_BYTES) if device.type == "cpu" else (GPU_ROWS, GPU_ROWS_BYTES)
-    return max(MIN_ROWS, min(most, budget // row_bytes))
+    most = CPU_ROWS if device.type == "cpu" else GPU_ROWS
+    return max(MIN_ROWS, min(most, ROWS_BYTES // row_bytes))
 
 
 def _load_module(spec: LoadSpec, path: Path, config: Any, device: torch.device) -> Any:
