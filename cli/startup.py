@@ -253,6 +253,7 @@ _CHAT: dict[str, Any] = {
 _ASKED: dict[lifecycle_pb2.EngineKind.ValueType, tuple[str, dict[str, Any], str]] = {
     lifecycle_pb2.ENGINE_KIND_EMBEDDING: ("embeddings", {"input": "All aboard!"}, ""),
     lifecycle_pb2.ENGINE_KIND_RERANK: ("rerank", {"query": "a train", "documents": ["An engine.", "A cat."]}, ""),
+    lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION: ("audio/transcriptions", {}, ""),
     lifecycle_pb2.ENGINE_KIND_SPEECH: ("audio/speech", {"input": "All aboard!", "voice": "default"}, " -o speech.mp3"),
 }
 
@@ -266,6 +267,8 @@ def curl_line(
     path, fields, then = _ASKED.get(engine, ("chat/completions", _CHAT, ""))
     key = ' -H "Authorization: Bearer $HOSTLER_API_KEY"' if config.api_key else ""
     url = f"{servers.base_url(config.host, config.port)}/v1/{path}"
+    if engine == lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION:  # a form, not JSON
+        return f"curl {url}{key} -F model={shlex.quote(model)} -F file=@recording.wav"
     body = shlex.quote(json.dumps({"model": model, **fields}))
     return f"curl {url} -H 'Content-Type: application/json'{key} -d {body}{then}"
 

@@ -22,6 +22,7 @@ from gateway.error_reply import error_response
 from gateway.errors import ClientGone, as_hostler_error
 from gateway.routes import (
     admin,
+    audio_models,
     chat,
     completions,
     conversations,
@@ -36,6 +37,7 @@ from gateway.routes import (
     responses,
     speech,
     tokenize,
+    transcriptions,
     voices,
 )
 from gateway.services import Patience, Services
@@ -94,6 +96,8 @@ def create_app(
         rerank,
         speech,
         voices,
+        transcriptions,
+        audio_models,
         tokenize,
         models,
         admin,

@@ -19,6 +19,7 @@ ReplicaKey = tuple[str, int]
 _UNKNOWN = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
 _CHAT_ENGINES = (_UNKNOWN, lifecycle_pb2.ENGINE_KIND_TEXT, lifecycle_pb2.ENGINE_KIND_SCRIPTED)
 _EMBEDDING_ENGINES = (_UNKNOWN, lifecycle_pb2.ENGINE_KIND_EMBEDDING)
+_HEARING_ENGINES = (_UNKNOWN, lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION)
 _SPEAKING_ENGINES = (_UNKNOWN, lifecycle_pb2.ENGINE_KIND_SPEECH)
 _RANKING_ENGINES = (*_EMBEDDING_ENGINES, lifecycle_pb2.ENGINE_KIND_RERANK)
 
@@ -171,6 +172,11 @@ def find_embedding_model(routes: Routes, name: str) -> Target:
 def find_ranking_model(routes: Routes, name: str) -> Target:
     """Return a model that ranks documents; raises as `find_chat_model`."""
     return _find(routes, name, _RANKING_ENGINES, "ranks no documents")
+
+
+def find_hearing_model(routes: Routes, name: str) -> Target:
+    """Return a model that writes down speech; raises as `find_chat_model`."""
+    return _find(routes, name, _HEARING_ENGINES, "does not write down speech")
 
 
 def find_speaking_model(routes: Routes, name: str) -> Target:

@@ -23,6 +23,7 @@ ENGINES = {
     "scripted": lifecycle_pb2.ENGINE_KIND_SCRIPTED,
     "embedding": lifecycle_pb2.ENGINE_KIND_EMBEDDING,
     "rerank": lifecycle_pb2.ENGINE_KIND_RERANK,
+    "transcription": lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION,
     "speech": lifecycle_pb2.ENGINE_KIND_SPEECH,
 }
 """The configuration's words for engines, and the store's for what files are for."""

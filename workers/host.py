@@ -374,6 +374,12 @@ def _import_rerank_engine() -> Opener:
     return open_rerank_engine
 
 
+def _import_hearing_engine() -> Opener:
+    from workers.hearing.opening import open_hearing_engine
+
+    return open_hearing_engine
+
+
 def _import_speaking_engine() -> Opener:
     from workers.speaking.opening import open_speaking_engine
 
@@ -385,5 +391,6 @@ _IMPORTS: dict[life.EngineKind.ValueType, Callable[[], Opener]] = {
     life.ENGINE_KIND_TEXT: _import_text_engine,
     life.ENGINE_KIND_EMBEDDING: _import_embedding_engine,
     life.ENGINE_KIND_RERANK: _import_rerank_engine,
+    life.ENGINE_KIND_TRANSCRIPTION: _import_hearing_engine,
     life.ENGINE_KIND_SPEECH: _import_speaking_engine,
 }

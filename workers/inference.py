@@ -9,14 +9,15 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from hostler.channel import GENERATION_KEY, REQUEST_ID_KEY, metadata_value
-from hostler.errors import HostlerError, Internal, InvalidRequest, UnsupportedParameter, abort
+from hostler.errors import HostlerError, Internal, InvalidRequest, abort
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc as rpc
 from hostler.inference.v1 import speaking_pb2
 
-from workers import translate, translate_texts, translate_utterances
+from workers import translate, translate_hearing, translate_texts, translate_utterances
 from workers.engine import Engine
 from workers.host import WorkerHost
+from workers.transcription import Transcriber
 from workers.utterances import Speaker
 from workers.vectors import Embedder, Ranker
 
@@ -96,9 +97,23 @@ class InferenceServicer(rpc.InferenceServiceServicer):
     async def Transcribe(  # noqa: N802
         self, request: pb.TranscribeRequest, context: Context
     ) -> AsyncIterator[pb.TranscribeResponse]:
-        """Refuse: a text engine hears nothing."""
-        await abort(context, UnsupportedParameter("This model does not transcribe speech.", param="model"))
-        yield pb.TranscribeResponse()
+        """Stream what a recording says. A call that the client cancels ends at its next event and frees its rows."""
+        request_id = metadata_value(context, REQUEST_ID_KEY) or ""
+        try:
+            self._host.check_generation(metadata_value(context, GENERATION_KEY))
+            with self._host.serving() as engine:
+                if not isinstance(engine, Transcriber):
+                    raise InvalidRequest("This model does not write down speech.", param="model")
+                self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
+                wanted = translate_hearing.transcription_request(request, request_id)
+                async with contextlib.aclosing(engine.transcribe(wanted)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield translate_hearing.transcribe_response(event)
+        except HostlerError as error:
+            await abort(context, error)
+        except Exception:
+            log.exception("transcribing failed", extra={"request_id": request_id})
+            await abort(context, Internal("The worker failed on this request; its log has the details."))
 
     async def Speak(  # noqa: N802
         self, request: speaking_pb2.SpeakRequest, context: Context

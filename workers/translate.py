@@ -51,6 +51,7 @@ _ENGINES = {
     "scripted": life.ENGINE_KIND_SCRIPTED,
     "embedding": life.ENGINE_KIND_EMBEDDING,
     "rerank": life.ENGINE_KIND_RERANK,
+    "transcription": life.ENGINE_KIND_TRANSCRIPTION,
     "speech": life.ENGINE_KIND_SPEECH,
 }
 

@@ -21,7 +21,7 @@ _REASONS = {
     404: "No such model or object.",
     408: "The body stopped arriving.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not of the type that is taken.",
     429: "Too many requests wait; Retry-After says when to come again.",
     500: "A fault of the server.",
     503: "Not now: the model, its worker or the orchestrator is away; Retry-After says when to come again.",
@@ -78,7 +78,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if operation.method == "POST" and (made := _MAKES.get(operation.path)):
         described["responses"]["200"]["links"] = _links(made)
     if operation.takes is not None:
-        content = {"application/json": {"schema": ref(operation.takes)}}
+        content = {operation.sends: {"schema": ref(operation.takes)}}
         described["requestBody"] = {"required": True, "content": content}
     if not operation.needs_key:
         described["security"] = []

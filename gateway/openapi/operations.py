@@ -27,7 +27,8 @@ class Operation:
 
     Attributes:
         reply: schema of the 200 reply.
-        takes: schema of the JSON body; None for no body.
+        takes: schema of the body; None for no body.
+        sends: type of the body.
         streams: answers with an event stream when it is asked to, or always ("only").
         errors: statuses beyond `ALWAYS`.
         also: further statuses that answer with `reply`.
@@ -50,6 +51,7 @@ class Operation:
     needs_key: bool = True
     error: str = "Error"
     media: str = "application/json"
+    sends: str = "application/json"
 
     @property
     def public_path(self) -> str:
@@ -150,6 +152,16 @@ OPERATIONS: tuple[Operation, ...] = (
         "POST", "/audio/speech", "Audio", "Say a text", "Sound", takes="SpeechRequest", streams="or", media="audio/*",
         errors=(*_BODY_ERRORS, *_MODEL_ERRORS),
     ),
+    *(
+        Operation(
+            "POST", f"/audio/{name}", "Audio", summary, "Transcript", takes="TranscriptionForm", streams="or",
+            errors=(*_BODY_ERRORS, *_MODEL_ERRORS), sends="multipart/form-data",
+        )
+        for name, summary in (
+            ("transcriptions", "Write a recording down"), ("translations", "Write a recording down in English"),
+        )
+    ),
+    Operation("GET", "/audio/models", "Audio", "List the models that hear or speak", "AudioModels", errors=(503,)),
     Operation(
         "GET", "/audio/voices", "Audio", "List voices", "Voices", query=(Query("model", string()),),
         errors=(400, 404, 503),

@@ -199,6 +199,19 @@ REPLIES: dict[str, Schema] = {
     ),
     "Sound": string(description="Audio in the format that was asked for, as it is made."),
     "Voices": obj({"object": one_of("list"), "voices": array(obj({"id": _NAME, "name": _NAME, "model": _NAME}))}),
+    "Transcript": obj(
+        {"text": string()},
+        {
+            "task": one_of("transcribe", "translate"),
+            "language": string(),
+            "duration": {"type": "number"},
+            "words": array(obj({"word": string(), "start": {"type": "number"}, "end": {"type": "number"}})),
+            "segments": array({"type": "object"}),
+            "logprobs": array({"type": "object"}),
+            "usage": obj({"type": one_of("duration"), "seconds": _COUNT}),
+        },
+    ),
+    "AudioModels": obj({"object": one_of("list"), "data": array(ref("Model")), "models": array(ref("Model"))}),
     "McpServers": obj({"object": one_of("list"), "data": array({"type": "object"})}),
     "McpTried": obj(
         {
@@ -215,7 +228,7 @@ REPLIES: dict[str, Schema] = {
     "Prompt": obj({"prompt": string()}),
     "Model": obj(
         {"id": _NAME, "object": one_of("model"), "created": _COUNT, "owned_by": _NAME},
-        {"max_model_len": integer(1), "parent": _NAME},
+        {"max_model_len": integer(1), "parent": _NAME, "task": _NAME, "name": _NAME},
     ),
     "ModelList": obj({"object": one_of("list"), "data": array(ref("Model"))}),
     "Health": obj({"status": one_of("ok")}),

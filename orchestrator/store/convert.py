@@ -1,7 +1,8 @@
-"""Runs the GGUF converter as a process of its own and relays its progress.
+"""Runs a converter as a process of its own and relays its progress.
 
-Above it: `pull`. Below it: `python -m workers.convert`, the only place where a model's tensors are handled. The two
-rooms meet only at that command line and its JSON lines.
+Above it: `pull`, `whisper`. Below it: `python -m workers.convert` and
+`workers.convert_whisper`, the only places where a model's tensors are handled. The two
+rooms meet only at those command lines and its JSON lines.
 """
 
 from __future__ import annotations
@@ -51,8 +52,17 @@ def convert_into(place: Workplace, gguf: Path, report: Report) -> None:
     shutil.rmtree(place.partial, ignore_errors=True)
     place.partial.mkdir(parents=True)
     require_space(place.partial, _GROWTH * gguf.stat().st_size)
+    run_converter(place, "workers.convert", gguf, place.partial, report)
+
+
+def run_converter(place: Workplace, module: str, source: Path, destination: Path, report: Report) -> None:
+    """Run `python -m MODULE SOURCE DESTINATION --json` and relay its progress.
+
+    Raises:
+        ModelLoadFailed, InvalidRequest: with the converter's own sentence; the partial directory is removed.
+    """
     # -P would hide a checkout that is run in place, so the child inherits the path as it is.
-    command = [sys.executable, "-m", "workers.convert", str(gguf), str(place.partial), "--json"]
+    command = [sys.executable, "-m", module, str(source), str(destination), "--json"]
     failure: dict[str, str] | None = None
     finished = False
     with (
@@ -69,7 +79,7 @@ def convert_into(place: Workplace, gguf: Path, report: Report) -> None:
                 except ValueError:
                     continue  # a library's own print
                 if event["stage"] == "convert":
-                    report(Progress("convert", event["done_bytes"], event["total_bytes"], gguf.name))
+                    report(Progress("convert", event["done_bytes"], event["total_bytes"], source.name))
                 elif event["stage"] == "error":
                     failure = event
                 elif event["stage"] == "done":
@@ -86,5 +96,7 @@ def convert_into(place: Workplace, gguf: Path, report: Report) -> None:
     if failure is not None:
         raise BY_REASON.get(failure["reason"], ModelLoadFailed)(failure["message"])
     if status < 0:
-        raise ModelLoadFailed(f"The conversion of {gguf.name} was killed (signal {-status}); memory may have run out.")
-    raise ModelLoadFailed(f"The conversion of {gguf.name} failed: {' '.join(last_words) or f'status {status}'}")
+        raise ModelLoadFailed(
+            f"The conversion of {source.name} was killed (signal {-status}); memory may have run out."
+        )
+    raise ModelLoadFailed(f"The conversion of {source.name} failed: {' '.join(last_words) or f'status {status}'}")

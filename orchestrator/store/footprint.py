@@ -242,6 +242,8 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
     head_dim = _first(config, "head_dim") or (hidden // heads if heads else 0)
     kv_heads = _first(config, "num_key_value_heads") or heads
     activations = 4 * _CHUNK_TOKENS * (8 * hidden + 3 * (_first(config, "intermediate_size", "n_inner") or 4 * hidden))
+    if config.get("model_type") == "whisper":
+        activations = _hearing_bytes(config, item_bytes)
     if config.get("model_type") == "vits":
         activations = SPEECH_BYTES
     vocabulary = _first(config, "vocab_size")
@@ -252,6 +254,20 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
         max_context_tokens=_first(config, "max_position_embeddings", "n_positions", "max_sequence_length"),
         workspace_bytes=_PROCESS_BYTES + _TOKEN_BYTES * vocabulary + activations + logits,
     )
+
+
+def _hearing_bytes(config: dict[str, Any], item_bytes: int) -> int:
+    """Return what Whisper's rows and its encoder's activations take.
+
+    A row is one window of 30 s: keys and values of what is heard and of what is said. There are as many rows as 600 MB
+    hold, 2 … 8; two windows are encoded at once.
+    """
+    width, layers = _first(config, "d_model"), _first(config, "decoder_layers")
+    sounds, tokens = _first(config, "max_source_positions"), _first(config, "max_target_positions")
+    row = 2 * layers * width * (sounds + tokens) * item_bytes
+    rows = max(2, min(8, 600 * 10**6 // max(1, row)))
+    inner = _first(config, "encoder_ffn_dim") or 4 * width
+    return rows * row + 2 * 4 * sounds * (8 * width + 3 * inner)
 
 
 def adapter_bytes(name: str, directory: Path) -> int:

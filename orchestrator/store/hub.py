@@ -161,6 +161,9 @@ def choose_files(snapshot: Snapshot, trust_remote_code: bool) -> tuple[list[Remo
     weights = [file for file in tensors if _WEIGHTS.fullmatch(file.path)]
     if any(file.path == "model.safetensors" for file in weights):
         weights = [file for file in weights if file.path == "model.safetensors"]
+    names = {file.path for file in top}
+    if not weights and "model.bin" in names and names & {"vocabulary.txt", "vocabulary.json"}:
+        weights = [file for file in top if file.path == "model.bin"]  # CTranslate2's, a plain format; to be converted
     if not weights:
         raise InvalidRequest(
             f"{snapshot.hub_id} has no safetensors weights (model.safetensors), and other formats can run code when "

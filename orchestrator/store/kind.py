@@ -1,4 +1,4 @@
-"""What a model's directory is for: text, embeddings, ranking documents, speaking. Pure but for reading files.
+"""What a model's directory is for: text, embeddings, ranking, hearing, speaking. Pure but for reading files.
 
 Above it: the orchestrator, when it has located a model. Below it: `config.json` and, of sentence-transformers,
 `modules.json` and `config_sentence_transformers.json`.
@@ -12,26 +12,27 @@ from typing import Any, Literal
 from orchestrator.store.footprint import read_json
 from orchestrator.store.piper import voice_file
 
-Kind = Literal["text", "embedding", "rerank", "speech"]
+Kind = Literal["text", "embedding", "rerank", "transcription", "speech"]
 
 _MODULES = "modules.json"
 _SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _SCORES = "ForSequenceClassification"
-# Their last words in `architectures`: whole encoders and decoders without a head, and heads that embeddings do not use.
+_HEARS = ("ForCTC", "ForSpeechSeq2Seq", "ForSpeechToText", "ForRNNT", "ForTDT")
 _SPEAKS = frozenset(
     {"vits", "speecht5", "bark", "csm", "dia", "fastspeech2_conformer", "fastspeech2_conformer_with_hifigan"}
     | {"gradium_phonon_tts", "higgs_audio_v2", "parler_tts", "pocket_tts", "vibevoice"}
 )
 """Model types that do nothing but speak. Their engine says which it serves."""
+# Their last words in `architectures`: whole encoders and decoders without a head, and heads that embeddings do not use.
 _HEADLESS = ("Model", "EncoderModel", "ForMaskedLM")
 
 
 def kind_of(path: Path) -> Kind:
     """Return what the model in directory `path` is for.
 
-    A Piper voice speaks, and so does what transformers made for nothing else. A classifier with one label ranks
-    documents. Whatever sentence-transformers lists modules for, and an encoder without a head that writes, makes
-    embeddings. Everything else writes text.
+    A Piper voice speaks, and so does what transformers made for nothing else. Whisper and other recognisers of speech
+    write it down. A classifier with one label ranks documents. Whatever sentence-transformers lists modules for, and an
+    encoder without a head that writes, makes embeddings. Everything else writes text.
 
     Raises:
         ModelLoadFailed: config.json is missing or damaged.
@@ -43,6 +44,8 @@ def kind_of(path: Path) -> Kind:
         return "speech"
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if config.get("model_type") == "whisper" or architecture.endswith(_HEARS):
+        return "transcription"
     if architecture.endswith(_SCORES):
         return "rerank" if _num_labels(config) == 1 else "text"
     if (path / _MODULES).is_file():

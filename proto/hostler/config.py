@@ -96,7 +96,7 @@ class ModelConfig(_Strict):
         default_factory=dict,
         description="LoRA adapters served beside the model: name that clients ask for, directory that peft wrote.",
     )
-    engine: Literal["auto", "text", "embedding", "rerank", "speech", "scripted"] = Field(
+    engine: Literal["auto", "text", "embedding", "rerank", "transcription", "speech", "scripted"] = Field(
         default="auto", description="Which engine runs it; auto: what its files are for."
     )
     device: str | None = Field(default=None, description="Pin to one device id, e.g. cuda:1 or cpu.")

@@ -227,6 +227,12 @@ def test_the_curl_line_asks_a_model_for_what_it_is_for(
     assert field in json.loads(line.partition("-d '")[2].rpartition("'")[0])
 
 
+def test_the_curl_line_sends_a_recording_to_a_model_that_hears() -> None:
+    config = HostlerConfig(port=9, models=(ModelConfig(name="it"),))
+    line = curl_line(config, "it", lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION)
+    assert line == "curl http://127.0.0.1:9/v1/audio/transcriptions -F model=it -F file=@recording.wav"
+
+
 def test_plain_progress_is_at_most_a_line_a_second(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     reporter = LineReporter(False, clock=lambda: now[0])

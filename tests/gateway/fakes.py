@@ -26,6 +26,7 @@ from hostler.placement.v1.placement_pb2_grpc import PlacementServiceServicer, ad
 from gateway.app import create_app
 from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
+from tests.gateway.hearing import Hears
 from tests.gateway.speaking import Speaks
 
 MODEL = "org/tiny-chat"
@@ -93,7 +94,7 @@ def counting(max_context_tokens: int = 8192) -> Callable[[Any], Awaitable[Any]]:
     return count
 
 
-class FakeWorker(Speaks, InferenceServiceServicer):
+class FakeWorker(Hears, Speaks, InferenceServiceServicer):
     """A worker that runs `script`, checks the generation, and remembers what it was asked."""
 
     def __init__(self, directory: Path, name: str = "a", generation: int = 7) -> None:
@@ -157,7 +158,6 @@ class FakeWorker(Speaks, InferenceServiceServicer):
             await asyncio.shield(self._count(-1))
 
     Embed = Rerank = Tokenize = Detokenize = _answer
-    Transcribe = None
 
 
 EnsureScript = Callable[[str], AsyncIterator[placement_pb2.EnsureProgress | placement_pb2.Replica]]

@@ -1118,15 +1118,25 @@ class TranscribeRequest(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     WORD_TIMESTAMPS_FIELD_NUMBER: _builtins.int
     SEGMENT_TIMESTAMPS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
     task: Global___TranscribeTask.ValueType
     language: _builtins.str
-    """BCP 47; empty: detect."""
+    """A code ("en", "pt-BR") or an English name; empty: detect."""
     prompt: _builtins.str
     temperature: _builtins.float
+    """Absent or 0: greedy, warmer where the result looks wrong."""
     word_timestamps: _builtins.bool
+    """Segments carry their words; segments are sent beside the text."""
     segment_timestamps: _builtins.bool
+    logprobs: _builtins.bool
+    """Text carries the logprobs of its tokens."""
+    keep_alive_ms: _builtins.int
+    """As in GenerateRequest."""
     @_builtins.property
-    def audio(self) -> Global___Media: ...
+    def audio(self) -> Global___Media:
+        """A whole file of any container; the worker decodes it, in a process of its own."""
+
     def __init__(
         self,
         *,
@@ -1137,13 +1147,20 @@ class TranscribeRequest(_message.Message):
         temperature: _builtins.float | None = ...,
         word_timestamps: _builtins.bool = ...,
         segment_timestamps: _builtins.bool = ...,
+        logprobs: _builtins.bool = ...,
+        keep_alive_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "audio", b"audio", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_temperature", b"_temperature", "audio", b"audio", "keep_alive_ms", b"keep_alive_ms", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "audio", b"audio", "language", b"language", "prompt", b"prompt", "segment_timestamps", b"segment_timestamps", "task", b"task", "temperature", b"temperature", "word_timestamps", b"word_timestamps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_temperature", b"_temperature", "audio", b"audio", "keep_alive_ms", b"keep_alive_ms", "language", b"language", "logprobs", b"logprobs", "prompt", b"prompt", "segment_timestamps", b"segment_timestamps", "task", b"task", "temperature", b"temperature", "word_timestamps", b"word_timestamps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
+    _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_ms) -> _WhichOneofReturnType__keep_alive_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
 
 Global___TranscribeRequest: _TypeAlias = TranscribeRequest  # noqa: Y015
@@ -1156,6 +1173,7 @@ class Word(_message.Message):
     START_S_FIELD_NUMBER: _builtins.int
     END_S_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """With the spaces before it; times are from the recording's beginning."""
     start_s: _builtins.float
     end_s: _builtins.float
     def __init__(
@@ -1228,8 +1246,11 @@ class TranscribeFinish(_message.Message):
     LANGUAGE_FIELD_NUMBER: _builtins.int
     DURATION_S_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    LANGUAGE_NAME_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     duration_s: _builtins.float
+    language_name: _builtins.str
+    """In English, lower case."""
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     def __init__(
@@ -1238,10 +1259,11 @@ class TranscribeFinish(_message.Message):
         language: _builtins.str = ...,
         duration_s: _builtins.float = ...,
         usage: Global___Usage | None = ...,
+        language_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "language", b"language", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "language", b"language", "language_name", b"language_name", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1249,6 +1271,8 @@ Global___TranscribeFinish: _TypeAlias = TranscribeFinish  # noqa: Y015
 
 @_typing.final
 class TranscribeResponse(_message.Message):
+    """The texts joined are the whole transcript. A text comes before the segments that it is made of."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int

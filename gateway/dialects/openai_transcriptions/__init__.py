@@ -1,0 +1,1 @@
+"""The OpenAI dialect of transcriptions and translations, both ways. Pure functions."""

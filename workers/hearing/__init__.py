@@ -1,0 +1,1 @@
+"""The engine for speech recognition: recordings in, text with times out."""
