@@ -21,7 +21,7 @@ serve: setup ## set up, then serve on PORT=8000; MODEL=name, ARGS='--help' for m
 	@exec $(BIN)/hostler serve --port $(PORT) $(ARGS) $(MODEL)
 
 test: setup-dev ## run every test; ARGS='-k name' for some
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup-dev ## format, lint, types, import fences, proto lint and drift, docs
 	@exec deploy/check.sh
