@@ -25,7 +25,6 @@ from cli.seeing import show_json
 
 DEFAULT_CONTEXT_TOKENS = 8192
 _PLAIN_KEY = re.compile(r"[\w.~+/=-]+")
-_OTHER_ENGINES = ("embedding", "rerank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def find_target(wish: Wish) -> Target:
         models = {str(item["id"]): item for item in http.model_objects()}
     finally:
         http.close()
-    model = wish.model or _first_that_chats(models, wish)
+    model = wish.model or _first_that_chats(models)
     if model not in models and not _is_alias(model, wish):
         raise CliError(f"{http.url} serves no model {model!r}; it has {', '.join(models) or 'none'}")
     key = http.api_key
@@ -108,13 +107,10 @@ def find_target(wish: Wish) -> Target:
     return Target(http.url, model, shown, bool(key), tokens)
 
 
-def _first_that_chats(models: Mapping[str, Any], wish: Wish) -> str:
-    others: set[str] = set()
-    if not wish.url:
-        configured = servers.read_config(servers.find(wish.port).run_dir).get("models", ())
-        others = {model["name"] for model in configured if model.get("engine") in _OTHER_ENGINES}
-    for name in models:
-        if name not in others:
+def _first_that_chats(models: Mapping[str, Any]) -> str:
+    """Return the first model that tells no `task`: those that write text have none."""
+    for name, described in models.items():
+        if not described.get("task"):
             return name
     raise CliError("the server serves no model that chats; name one with --model")
 

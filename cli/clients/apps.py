@@ -34,6 +34,10 @@ APPS = (
                 "One that runs already: Admin Panel, Settings, Connections, OpenAI API, +; URL @BASE@, key @KEY@. "
                 "From a container without --network=host the server must listen beyond loopback, with a key."
             ),
+            Step(
+                "Speech, if the server has models for it: Admin Panel, Settings, Audio; both engines 'OpenAI', URL "
+                "@BASE@, key @KEY@; a model such as whisper-base hears, one such as piper-joe speaks."
+            ),
         ),
     ),
     Client(

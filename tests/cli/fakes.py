@@ -155,6 +155,7 @@ class FakeHttp:
     answer: Answer
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    models: tuple[dict[str, Any], ...] = ({"id": "tiny"}, {"id": "other"})
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -166,7 +167,7 @@ class FakeHttp:
                 pass
 
             def do_GET(self) -> None:
-                self.reply(200, [json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]}).encode()])
+                self.reply(200, [json.dumps({"data": fake.models}).encode()])
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -83,9 +83,9 @@ def test_the_model_is_the_first_that_the_server_lists_unless_one_is_named(run: R
 
 
 def test_the_server_that_runs_here_is_found_and_models_that_do_not_chat_are_passed_over(home: Path) -> None:
-    http = FakeHttp(lambda body: sse("hello"))
-    models = [{"name": "tiny", "engine": "embedding"}, {"name": "other", "engine": "text"}]
-    server = FakeServer(int(http.url.rsplit(":", 1)[1]), {"host": "127.0.0.1", "api_key": KEY, "models": models})
+    models = ({"id": "ears", "task": "automatic-speech-recognition"}, {"id": "other"})
+    http = FakeHttp(lambda body: sse("hello"), models=models)
+    server = FakeServer(int(http.url.rsplit(":", 1)[1]), {"host": "127.0.0.1", "api_key": KEY})
     try:
         said = json.loads(CliRunner().invoke(app, ["connect", "codex", "--json"]).stdout)
         told = CliRunner().invoke(app, ["connect", "codex", "--json", "--with-key"]).stdout
