@@ -53,7 +53,7 @@ async def test_text_to_speech_models_get_the_engine_that_speaks(voice: Path, tmp
     [
         ({"model_type": "bark", "architectures": ["BarkModel"]}, "speech"),
         ({"model_type": "speecht5", "architectures": ["SpeechT5ForTextToSpeech"]}, "speech"),
-        ({"model_type": "speecht5", "architectures": ["SpeechT5ForSpeechToText"]}, "text"),
+        ({"model_type": "speecht5", "architectures": ["SpeechT5ForSpeechToText"]}, "transcription"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "embedding"),
     ],
 )
