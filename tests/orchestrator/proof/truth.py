@@ -126,6 +126,10 @@ class Truth:
         self.departures.clear()
         if type(event) is events.WorkersFound:  # What was there already is promised from now on.
             self.promised_before = {d: max(self.promised_before[d], self.held_before[d]) for d in held}
+            # So is what has died since it was looked at: it holds nothing, and is found out in a moment.
+            for part in (p for w in cluster.workers.values() if w.id not in processes for p in w.parts):
+                self.held_before[part.device] += part.num_bytes
+                self.promised_before[part.device] += part.num_bytes
         elif type(event) is events.Reported:  # It holds more than it was given: the ledger only says so.
             for device, num_bytes in self._confessed.items():
                 self.held_before[device] += num_bytes
