@@ -218,7 +218,7 @@ def measure_transformers(
     peer.prepare(say)
     waits = []
     for _ in range(rounds):
-        running = peer.start()
+        running = peer.start(pinned=False)
         try:
             uvloop.run(until_answers(running, str(model.path)))
             waits.append(uvloop.run(ask(running.url, str(directories[0]))).ttft_s)

@@ -73,8 +73,8 @@ class TransformersServe:
         announce = "building the environment of transformers serve (once, one to two minutes)"
         self._environment.ensure(recipe, build, say, announce)
 
-    def command(self, port: int) -> list[str]:
-        """Return the command line that serves on `port`."""
+    def command(self, port: int, *, pinned: bool = True) -> list[str]:
+        """Return the command line that serves on `port`; not `pinned`, it loads whatever it is asked for."""
         options = {"--dtype": "bfloat16", "--device": "cpu", "--host": "127.0.0.1", "--port": port}
         batching = {
             "--cb-num-blocks": self._num_blocks,
@@ -82,17 +82,18 @@ class TransformersServe:
             "--cb-max-batch-tokens": 1024,
         }
         flags = [str(part) for pair in (options | (batching if self._continuous else {})).items() for part in pair]
-        program = [str(self._environment.directory / "bin/transformers"), "serve", str(self._model.path)]
+        program = [str(self._environment.directory / "bin/transformers"), "serve"]
+        program += [str(self._model.path)] if pinned else []
         return [*program, *(["--continuous-batching"] if self._continuous else []), *flags]
 
-    def start(self) -> Running:
+    def start(self, *, pinned: bool = True) -> Running:
         """Start it; returns at once."""
         port = free_port()
         environment = clean_environment(
             OMP_NUM_THREADS=str(self._threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
         )
         directory = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
-        return TreeServer.spawn(self.command(port), environment, port, directory)
+        return TreeServer.spawn(self.command(port, pinned=pinned), environment, port, directory)
 
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """Return a chat request; it has no `ignore_eos`, but an end token that never comes is the same."""
