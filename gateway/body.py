@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import orjson
@@ -50,12 +51,25 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
     Raises:
         PayloadTooLarge, RequestTimeout, ClientGone: as `read_json` says.
     """
+    too_large = f"The request's body is larger than {max_bytes} bytes. Send less."
+    chunks = [chunk async for chunk in body_chunks(headers, receive, max_bytes, too_large)]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def body_chunks(
+    headers: Headers, receive: Receive, max_bytes: int, too_large: str
+) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it comes, never more than `max_bytes` of it; `too_large` is said of what is longer.
+
+    Raises:
+        PayloadTooLarge, RequestTimeout, ClientGone: as `read_json` says.
+        InvalidRequest: its declared length is no number.
+    """
     declared = headers.get("content-length")
     if declared is not None and (not declared.isascii() or not declared.isdigit()):
         raise InvalidRequest("The Content-Length header is not a number.")
     if declared is not None and (len(declared) > 18 or int(declared) > max_bytes):
-        raise _too_large(max_bytes)
-    chunks: list[bytes] = []
+        raise PayloadTooLarge(too_large)
     num_bytes = 0
     while True:
         try:
@@ -68,14 +82,10 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
         chunk = message.get("body", b"")
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        chunks.append(chunk)
+            raise PayloadTooLarge(too_large)
+        yield chunk
         if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _too_large(max_bytes: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"The request's body is larger than {max_bytes} bytes. Send less.")
+            return
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

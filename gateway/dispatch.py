@@ -59,13 +59,14 @@ class Loading:
 
 Event = Loading | pb.GenerateResponse
 Q = TypeVar("Q", bound=Message)
-T = TypeVar("T")
 R = TypeVar("R", bound=Message)
-Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, T]]
+Method = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[Q, R]]
 StreamMethod = Callable[["InferenceServiceAsyncStub"], grpc.aio.UnaryStreamMultiCallable[Q, R]]
+Attempt = Callable[[placement_pb2.Replica], AsyncGenerator[R, None]]
 _OPERATIONS: dict[type[Message], str] = {
     pb.EmbedRequest: "embeddings",
     pb.RerankRequest: "rerank",
+    pb.TranscribeRequest: "transcription",
     speaking_pb2.SpeakRequest: "speech",
 }
 
@@ -117,7 +118,8 @@ class Dispatcher:
         """
         request.cache_scope = cache_scope
         request.adapter = target.adapter
-        carried = self._carry(target, lambda stub: stub.Generate, request, request_id, request)
+        attempt = self._streamed(lambda stub: stub.Generate, request, request_id)
+        carried = self._carry(target, attempt, request, request_id, request)
         async with aclosing(carried) as events:
             async for event in events:
                 yield event
@@ -130,19 +132,20 @@ class Dispatcher:
         Args:
             method: the stub's method to call with `message`.
         """
-        async with aclosing(self._carry(target, method, message, request_id)) as events:
+        attempt = self._streamed(method, message, request_id)
+        async with aclosing(self._carry(target, attempt, message, request_id)) as events:
             async for event in events:
                 yield event
 
     async def _carry(
         self,
         target: Target,
-        method: StreamMethod[Q, R],
-        message: Q,
+        attempt: Attempt[R],
+        message: Message,
         request_id: str,
         generation: pb.GenerateRequest | None = None,
     ) -> AsyncGenerator[Loading | R, None]:
-        """Do what `generate` and `stream` promise; `generation` is the message where it is one."""
+        """Do what `generate`, `stream` and `ask` promise; `generation` is the message where it is one."""
         model = target.route.name
         lost: set[ReplicaKey] = set()
         full: set[ReplicaKey] = set()
@@ -151,7 +154,7 @@ class Dispatcher:
             self._meter.request(_operation_of(message), target.name) as seen,
             self._room.enter(model, message.ByteSize(), self._places(model, batch=batch)) as place,
         ):
-            for attempt in range(1, MAX_TRIES + 1):
+            for number in range(1, MAX_TRIES + 1):
                 replica = self._pick(model, lost | full, generation)
                 if replica is None:
                     for key in lost:
@@ -166,15 +169,12 @@ class Dispatcher:
                     raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
                 begun = False
                 try:
-                    async with aclosing(self._attempt(replica, method, message, request_id)) as events:
+                    async with aclosing(attempt(replica)) as events:
                         async for event in events:
                             if not begun and (generation is None or event.WhichOneof("event") != "progress"):
                                 begun = True
                                 place.begin()
-                            if isinstance(event, pb.GenerateResponse):
-                                seen.event(event)
-                            else:
-                                seen.answer(event)
+                            seen.take(event)
                             yield event
                     return
                 except HostlerError as error:
@@ -183,62 +183,35 @@ class Dispatcher:
                         full.add(key_of(replica))
                     else:
                         lost.add(key_of(replica))
-                    if begun or attempt == MAX_TRIES or not self._worth_retrying(error, model, lost | full):
+                    if begun or number == MAX_TRIES or not self._worth_retrying(error, model, lost | full):
                         raise
                     log.warning(
                         "retrying elsewhere",
-                        extra={"request_id": request_id, "reason": error.reason, "attempt": attempt},
+                        extra={"request_id": request_id, "reason": error.reason, "attempt": number},
                     )
 
-    async def ask(self, target: Target, method: Method[Q, T], message: Q, request_id: str) -> T:
-        """Return a worker's one answer. Cancelling the wait cancels the call. Lost and full workers: as in `generate`.
+    async def ask(self, target: Target, method: Method[Q, R], message: Q, request_id: str) -> R:
+        """Return a worker's one answer. Cancelling the wait cancels the call. Otherwise as `stream`.
 
         Args:
             method: the stub's method to call with `message`.
-
-        Raises:
-            Overloaded: too many wait, here or in the worker; says when to come back.
-            HostlerError: from the worker, from the orchestrator, or for the loss of either.
         """
-        model = target.route.name
-        avoided: set[ReplicaKey] = set()
-        lost: set[ReplicaKey] = set()
-        with (
-            self._meter.request(_operation_of(message), target.name) as seen,
-            self._room.enter(model, message.ByteSize(), self._max_waiting(model)) as place,
-        ):
-            for attempt in range(1, MAX_TRIES + 1):
-                replica = self._pick(model, avoided)
-                if replica is None:
-                    for key in lost:
-                        await self._table.gone(key, self._gone_timeout_s)
-                    async with aclosing(self._ensure(model, request_id)) as steps:
-                        async for step in steps:
-                            replica = None if isinstance(step, Loading) else step
-                if replica is None:
-                    raise ModelLoadFailed(f"The model '{target.name}' could not be brought up.")
-                try:
-                    with self._channels.lease(replica) as stub:
-                        metadata = call_metadata(request_id=request_id, generation=replica.generation)
-                        answer = await method(stub)(message, metadata=metadata)
-                    place.begin()
-                    if isinstance(answer, pb.EmbedResponse | pb.RerankResponse):
-                        seen.finish = pb.Finish(usage=answer.usage)
-                    return answer
-                except grpc.RpcError as problem:
-                    error = _worker_error(problem)
-                    avoided.add(key_of(replica))
-                    if isinstance(error, Overloaded):
-                        error.retry_after_s = self._room.retry_after_s(model) or error.retry_after_s
-                    else:
-                        lost.add(key_of(replica))
-                    if attempt == MAX_TRIES or not self._worth_retrying(error, model, avoided):
-                        raise error from None
-                    log.warning(
-                        "retrying elsewhere",
-                        extra={"request_id": request_id, "reason": error.reason, "attempt": attempt},
-                    )
-        raise AssertionError("the last try returns or raises")
+
+        async def once(replica: placement_pb2.Replica) -> AsyncGenerator[R, None]:
+            metadata = call_metadata(request_id=request_id, generation=replica.generation)
+            try:
+                with self._channels.lease(replica) as stub:
+                    answer = await method(stub)(message, metadata=metadata)
+            except grpc.RpcError as error:
+                raise _worker_error(error) from None
+            yield answer
+
+        answers: list[R] = []
+        async with aclosing(self._carry(target, once, message, request_id)) as events:
+            async for event in events:
+                if not isinstance(event, Loading):
+                    answers.append(event)
+        return answers[0]
 
     def _places(self, model: str, *, batch: bool) -> int:
         max_waiting = self._max_waiting(model)
@@ -282,22 +255,23 @@ class Dispatcher:
         # Plain `unavailable` is a worker that has just begun to drain.
         return type(error) in (WorkerLost, StaleGeneration, Unavailable)
 
-    async def _attempt(
-        self, replica: placement_pb2.Replica, method: StreamMethod[Q, R], message: Q, request_id: str
-    ) -> AsyncGenerator[R, None]:
-        metadata = call_metadata(request_id=request_id, generation=replica.generation)
-        with self._channels.lease(replica) as stub:
-            call = method(stub)(message, metadata=metadata)
-            try:
-                async for event in call:
-                    yield event
-                    if event.HasField("finish"):
-                        return
-            except grpc.RpcError as error:
-                raise _worker_error(error) from None
-            finally:
-                call.cancel()
-        raise WorkerLost("The worker ended the reply before it was finished. Try again.")
+    def _streamed(self, method: StreamMethod[Q, R], message: Q, request_id: str) -> Attempt[R]:
+        async def attempt(replica: placement_pb2.Replica) -> AsyncGenerator[R, None]:
+            metadata = call_metadata(request_id=request_id, generation=replica.generation)
+            with self._channels.lease(replica) as stub:
+                call = method(stub)(message, metadata=metadata)
+                try:
+                    async for event in call:
+                        yield event
+                        if event.HasField("finish"):
+                            return
+                except grpc.RpcError as error:
+                    raise _worker_error(error) from None
+                finally:
+                    call.cancel()
+            raise WorkerLost("The worker ended the reply before it was finished. Try again.")
+
+        return attempt
 
 
 def _operation_of(message: Message) -> str:

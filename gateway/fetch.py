@@ -1,6 +1,6 @@
 """Fetches what a stranger's URL points at, without becoming the stranger's hand inside our network (SSRF).
 
-Above: `linked_images`. Below: httpcore, the resolver. What holds, each by a test in `tests/gateway/test_fetch.py`:
+Above: `linked_images`. Below: httpcore2, the resolver. What holds, each by a test in `tests/gateway/test_fetch.py`:
 http and https only, on their usual ports; every address that a name resolves to must be public; the connection goes
 to the very address that was checked, with no second look-up; each redirect, of at most three, passes the same checks;
 no proxy, cookie or key of ours goes along; one deadline and one cap of bytes cover everything.
@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
 
-import httpcore
+import httpcore2
 import httpx
 
 from gateway.addresses import is_public
@@ -52,19 +52,19 @@ async def public_addresses(resolve: Resolve, host: str, port: int) -> list[str]:
     return addresses[:_MAX_TRIED_ADDRESSES]
 
 
-class PinnedBackend(httpcore.AsyncNetworkBackend):
-    """Connects a name to an address that was checked, resolved once for each connection.
+class PublicBackend(httpcore2.AsyncNetworkBackend):
+    """Connects a name to a public address that was checked, resolved once for each connection.
 
-    httpcore asks for a connection by name and keeps that name for the Host header, SNI and the certificate's check.
+    httpcore2 asks for a connection by name and keeps that name for the Host header, SNI and the certificate's check.
 
     Args:
         resolve: the one look-up.
-        connect: opens the connection, by address.
+        connect: opens the connection, by address; None: TCP.
     """
 
-    def __init__(self, resolve: Resolve, connect: httpcore.AsyncNetworkBackend) -> None:
+    def __init__(self, resolve: Resolve, connect: httpcore2.AsyncNetworkBackend | None = None) -> None:
         self._resolve = resolve
-        self._connect = connect
+        self._connect = connect or httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -72,30 +72,30 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         port: int,
         timeout: float | None = None,
         local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
         """Open a connection to a public address of `host`.
 
         Raises:
             FetchRefused: it has none, or not only such.
-            httpcore.ConnectError: none of them answers.
+            httpcore2.ConnectError: none of them answers.
         """
         failure: Exception | None = None
         for address in await public_addresses(self._resolve, host, port):
             try:
                 return await self._connect.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
-        raise httpcore.ConnectError from failure
+        raise httpcore2.ConnectError from failure
 
     async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None
-    ) -> httpcore.AsyncNetworkStream:
+        self, path: str, timeout: float | None = None, socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None
+    ) -> httpcore2.AsyncNetworkStream:
         """Refuse: no URL leads here."""
         raise FetchRefused("it is not an http address")
 
     async def sleep(self, seconds: float) -> None:
-        """Wait between tries, as httpcore asks."""
+        """Wait between tries, as httpcore2 asks."""
         await asyncio.sleep(seconds)
 
 
@@ -112,11 +112,11 @@ class Fetcher:
     def __init__(
         self,
         resolve: Resolve = resolve,
-        connect: httpcore.AsyncNetworkBackend | None = None,
+        connect: httpcore2.AsyncNetworkBackend | None = None,
         ssl_context: ssl.SSLContext | None = None,
         deadline_s: float = DEADLINE_S,
     ) -> None:
-        self._backend = PinnedBackend(resolve, connect or httpcore.AnyIOBackend())
+        self._backend = PublicBackend(resolve, connect)
         self._ssl_context = ssl_context
         self._deadline_s = deadline_s
 
@@ -131,17 +131,17 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(self._deadline_s),
-                httpcore.AsyncConnectionPool(
+                httpcore2.AsyncConnectionPool(
                     ssl_context=self._ssl_context, network_backend=self._backend, max_keepalive_connections=0
                 ) as pool,
             ):
                 return await self._follow(pool, url, budget)
         except TimeoutError:
             raise FetchRefused(f"it did not arrive within {self._deadline_s:g} s") from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError):
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError):
             raise FetchRefused("its server cannot be reached, or does not speak HTTP") from None
 
-    async def _follow(self, pool: httpcore.AsyncConnectionPool, url: str, budget: Budget) -> bytes:
+    async def _follow(self, pool: httpcore2.AsyncConnectionPool, url: str, budget: Budget) -> bytes:
         target = checked_url(url, None)
         for _ in range(MAX_REDIRECTS + 1):
             async with pool.stream("GET", _core_url(target), headers=[*_HEADERS, ("Host", _host(target))]) as response:
@@ -171,19 +171,19 @@ def checked_url(text: str, base: httpx.URL | None) -> httpx.URL:
     return url
 
 
-def _core_url(url: httpx.URL) -> httpcore.URL:
-    return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+def _core_url(url: httpx.URL) -> httpcore2.URL:
+    return httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
 
 
 def _host(url: httpx.URL) -> bytes:
     return url.netloc
 
 
-def _header(response: httpcore.Response, name: bytes) -> str:
+def _header(response: httpcore2.Response, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in response.headers if key.lower() == name), "")
 
 
-async def _body(response: httpcore.Response, budget: Budget) -> bytes:
+async def _body(response: httpcore2.Response, budget: Budget) -> bytes:
     if response.status != 200:
         raise FetchRefused(f"its server answers {response.status}")
     if _header(response, b"content-encoding").lower() not in ("", "identity"):

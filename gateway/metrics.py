@@ -40,22 +40,25 @@ class Seen:
     last_s: float = 0.0
     finish: pb.Finish | None = None
 
-    def answer(self, answer: Message) -> None:
-        """Take in one answer of a stream that is no text; it has times, and ends with a `finish`, but no tokens."""
-        self.last_s = time.perf_counter()
-        self.first_s = self.first_s or self.last_s
-        if answer.HasField("finish"):
-            self.finish = pb.Finish()
+    def take(self, message: Message) -> None:
+        """Take in a worker's message: an event of a generation, one of another stream, or a whole answer."""
+        if isinstance(message, pb.GenerateResponse):
+            kind = message.WhichOneof("event")
+            if kind == "progress":
+                return
+            self._clock()
+            if kind == "finish":
+                self.finish = message.finish
+        elif isinstance(message, pb.EmbedResponse | pb.RerankResponse):
+            self.finish = pb.Finish(usage=message.usage)
+        elif "finish" in message.DESCRIPTOR.fields_by_name:  # A stream that is no text has times, but no tokens.
+            self._clock()
+            if message.HasField("finish"):
+                self.finish = pb.Finish()
 
-    def event(self, event: pb.GenerateResponse) -> None:
-        """Take one of a worker's events in."""
-        kind = event.WhichOneof("event")
-        if kind == "progress":
-            return
+    def _clock(self) -> None:
         self.last_s = time.perf_counter()
         self.first_s = self.first_s or self.last_s
-        if kind == "finish":
-            self.finish = event.finish
 
 
 class Meter:

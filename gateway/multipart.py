@@ -6,7 +6,6 @@ whether the client says its length or sends chunks. Names and types that a clien
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -16,8 +15,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
-from gateway.body import READ_TIMEOUT_S
-from gateway.errors import ClientGone, RequestTimeout
+from gateway.body import body_chunks
 
 MAX_FILE_BYTES = 25 * 2**20
 """OpenAI's."""
@@ -74,34 +72,15 @@ async def read_form(headers: Headers, receive: Receive, file_field: str) -> Form
         raise UnsupportedMedia("The body must be a form with a file: send 'Content-Type: multipart/form-data'.")
     if not boundary or len(boundary) > 256:
         raise InvalidRequest("The Content-Type header names no boundary for multipart/form-data.")
-    declared = headers.get("content-length")
-    if declared is not None and (not declared.isascii() or not declared.isdigit()):
-        raise InvalidRequest("The Content-Length header is not a number.")
-    most = MAX_FILE_BYTES + _MAX_OVERHEAD_BYTES
-    if declared is not None and (len(declared) > 18 or int(declared) > most):
-        raise PayloadTooLarge(_TOO_LARGE)
     reading = _Reading(file_field)
     parser = reading.parser(boundary)
-    num_bytes = 0
     try:
-        while True:
-            try:
-                async with asyncio.timeout(READ_TIMEOUT_S):
-                    message = await receive()
-            except TimeoutError:
-                raise RequestTimeout("The request's body stopped arriving.") from None
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            chunk = message.get("body", b"")
-            num_bytes += len(chunk)
-            if num_bytes > most:
-                raise PayloadTooLarge(_TOO_LARGE)
+        async for chunk in body_chunks(headers, receive, MAX_FILE_BYTES + _MAX_OVERHEAD_BYTES, _TOO_LARGE):
             parser.write(chunk)
-            if not message.get("more_body", False):
-                parser.finalize()
-                return reading.form()
+        parser.finalize()
     except python_multipart.exceptions.FormParserError:
         raise InvalidRequest("The request's body is not valid multipart/form-data.") from None
+    return reading.form()
 
 
 class _Reading:

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import error_body
 from gateway.lifetime import Lifetime
-from gateway.sse import ABORT_EXTENSION
+from gateway.streamed_reply import ABORT_EXTENSION
 
 log = logging.getLogger(__name__)
 

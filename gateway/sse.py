@@ -1,4 +1,4 @@
-"""Server-sent events: frames, and the reply that carries them. Above: routes; below: `lifetime`, `errors`.
+"""Server-sent events: frames, and the reply that carries them. Above: routes; below: `streamed_reply`.
 
 A stream ends in exactly one way: its frames to the end; or an error frame and then nothing; or the client has left.
 Before the first byte an error is still an ordinary HTTP reply, so nothing is sent before there is something to say.
@@ -7,20 +7,17 @@ Before the first byte an error is still an ordinary HTTP reply, so nothing is se
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
 import orjson
 from hostler.errors import HostlerError
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.errors import ClientGone, as_hostler_error, error_body
+from gateway.errors import error_body
 from gateway.lifetime import Lifetime
-
-log = logging.getLogger(__name__)
+from gateway.streamed_reply import StreamedReply
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -30,9 +27,6 @@ FIRST_COMMENT_S = 0.25
 # A load may report its progress many times a second; people read the latest.
 COMMENT_GAP_S = 0.5
 STALLED_READER_S = 60.0
-ABORT_EXTENSION = "hostler.abort"
-
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 # JSON may hold these as they are, but clients that cut lines as Python's str.splitlines does (httpx among
@@ -70,17 +64,15 @@ def comment_frame(text: str) -> bytes:
     return b": " + " ".join(text.split()).encode("utf-8", errors="replace") + b"\n\n"
 
 
-class EventStream(Response):
+class EventStream(StreamedReply):
     """Sends frames as they come, comments in silence, and an error frame when the frames end in one.
 
     Args:
         frames: whole frames; those that begin with a colon are comments. Closed in every case.
-        lifetime: ends the stream when the server must stop.
-        is_spectator: it only watches, so it ends as soon as the server begins to stop.
+        lifetime, is_spectator, stalled_reader_s: as `StreamedReply` has them.
         ping_s: longest silence.
         first_comment_s: grace before a comment may be the first byte.
         comment_gap_s: shortest time from a frame to a comment; of those in between the last is sent.
-        stalled_reader_s: a reader that takes nothing for so long is dropped.
         error_frames: what a stream that has begun says of its failure, in its dialect.
         ping: what breaks a silence.
     """
@@ -99,36 +91,19 @@ class EventStream(Response):
         error_frames: Callable[[HostlerError], bytes] = error_frame,
         ping: Callable[[], bytes] = lambda: PING,
     ) -> None:
-        super().__init__(media_type="text/event-stream", headers=_HEADERS)
-        del self.headers["content-length"]
+        super().__init__(
+            "text/event-stream",
+            lifetime,
+            request_id=request_id,
+            stalled_reader_s=stalled_reader_s,
+            is_spectator=is_spectator,
+        )
         self._frames = frames
-        self._lifetime = lifetime
-        self._request_id = request_id
-        self._is_spectator = is_spectator
         self._ping_s = ping_s
         self._first_comment_s = first_comment_s
         self._comment_gap_s = comment_gap_s
-        self._stalled_reader_s = stalled_reader_s
         self.error_frames = error_frames
         self._ping = ping
-        self._started = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the stream to its end.
-
-        Raises:
-            HostlerError: nothing has been sent yet, so the caller may still choose the status.
-        """
-        try:
-            await self._lifetime.until_gone(receive, self._pump(scope, send), is_spectator=self._is_spectator)
-        except ClientGone:
-            return
-        except Exception as exception:
-            error = as_hostler_error(exception, request_id=self._request_id)
-            if not self._started:
-                raise error from exception
-            log.warning("stream failed", extra={"request_id": self._request_id, "reason": error.reason})
-            await self._write(scope, send, self.error_frames(error), last=True)
 
     async def _pump(self, scope: Scope, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -177,21 +152,8 @@ class EventStream(Response):
         async with writing:
             await self._write(scope, send, b"", last=True)
 
-    async def _write(self, scope: Scope, send: Send, frame: bytes, *, last: bool = False) -> None:
-        try:
-            async with asyncio.timeout(self._stalled_reader_s):
-                if not self._started:
-                    self._started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": frame, "more_body": not last})
-        except TimeoutError:
-            log.warning("dropped a stalled reader", extra={"request_id": self._request_id})
-            abort = scope.get("extensions", {}).get(ABORT_EXTENSION)
-            if abort is not None:
-                abort()
-            raise ClientGone from None
-        except OSError:
-            raise ClientGone from None
+    async def _fail(self, error: HostlerError, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._write(scope, send, self.error_frames(error), last=True)
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

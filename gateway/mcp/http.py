@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import httpcore2
@@ -18,7 +18,6 @@ from mcp.client._transport import TransportStreams
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
 
-from gateway.fetch import Resolve, public_addresses
 from gateway.links import FetchRefused
 from gateway.mcp.remote import McpFault
 from gateway.mcp.wire import ByteMeter
@@ -27,46 +26,6 @@ CONNECT_S = 10.0
 # Between two events of a stream; each call has its own, shorter deadline.
 _SILENCE_S = 3600.0
 UNREACHABLE = "The MCP server cannot be reached."
-
-
-class PublicBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to public addresses only, and to the very ones that were checked."""
-
-    def __init__(self, resolve: Resolve, connect: httpcore2.AsyncNetworkBackend | None = None) -> None:
-        self._resolve = resolve
-        self._connect = connect or httpcore2.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
-    ) -> httpcore2.AsyncNetworkStream:
-        """Open a connection to a public address of `host`.
-
-        Raises:
-            FetchRefused: it has none, or not only such.
-            httpcore2.ConnectError: none of them answers.
-        """
-        failure: Exception | None = None
-        for address in await public_addresses(self._resolve, host, port):
-            try:
-                return await self._connect.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-                failure = error
-        raise httpcore2.ConnectError from failure
-
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None
-    ) -> httpcore2.AsyncNetworkStream:
-        """Refuse: no URL leads here."""
-        raise FetchRefused("it is not an http address")
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait between tries, as httpcore asks."""
-        await asyncio.sleep(seconds)
 
 
 class GuardedTransport(httpx2.AsyncBaseTransport):

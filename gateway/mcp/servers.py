@@ -215,8 +215,8 @@ class McpServers:
         return open_command
 
     def _address(self, config: McpServerConfig, headers: Mapping[str, str], *, is_trusted: bool) -> Open:
-        from gateway.fetch import resolve
-        from gateway.mcp.http import PublicBackend, open_http
+        from gateway.fetch import PublicBackend, resolve
+        from gateway.mcp.http import open_http
         from gateway.mcp.wire import ByteMeter
 
         @asynccontextmanager

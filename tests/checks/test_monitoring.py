@@ -35,8 +35,8 @@ def metrics_that_there_are() -> set[str]:
             num_prompt_tokens=1, num_cached_tokens=1, num_completion_tokens=2, num_reasoning_tokens=1
         )
         timing = inference.Timing(queue_us=1, prefill_us=1)
-        seen.event(inference.GenerateResponse(text=inference.TextDelta(text="x")))
-        seen.event(inference.GenerateResponse(finish=inference.Finish(usage=usage, timing=timing)))
+        seen.take(inference.GenerateResponse(text=inference.TextDelta(text="x")))
+        seen.take(inference.GenerateResponse(finish=inference.Finish(usage=usage, timing=timing)))
     status = pb.GetStatusResponse(
         devices=[pb.Device(id="cuda:0")],
         models=[pb.ModelRoute(name="m", state=pb.MODEL_STATE_FAILED)],

@@ -13,6 +13,8 @@ from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, ModelInfo, RawMessageStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
+from tests.gateway.event_frames import frames_of
+
 _MESSAGE: TypeAdapter[Any] = TypeAdapter(Message)
 _EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 _MODEL: TypeAdapter[Any] = TypeAdapter(ModelInfo)
@@ -52,22 +54,6 @@ def check_error(body: dict[str, Any], status: int) -> str:
 def check_model(model: dict[str, Any]) -> None:
     """Validate one model of a list."""
     _no_strangers(_MODEL.validate_json(orjson.dumps(model), strict=True))
-
-
-def frames_of(body: str) -> list[dict[str, Any]]:
-    """Return the events of a stream, pings too: each has its name in both of its lines. Comments are skipped."""
-    events = []
-    for frame in body.split("\n\n"):
-        lines = [line for line in frame.split("\n") if line and not line.startswith(":")]
-        if not lines:
-            continue
-        assert len(lines) == 2
-        assert lines[0].startswith("event: ")
-        assert lines[1].startswith("data: ")
-        event = orjson.loads(lines[1][6:])
-        assert event["type"] == lines[0][7:]
-        events.append(event)
-    return events
 
 
 def check_stream(body: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

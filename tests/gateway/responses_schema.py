@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import orjson
 from openai.types.conversations import Conversation, ConversationItem
 from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
+
+from tests.gateway.event_frames import frames_of
 
 REQUIRED_KEYS = """
     id object created_at completed_at status incomplete_details model previous_response_id instructions output error
@@ -58,17 +59,7 @@ def check_conversation(conversation: dict[str, Any], items: Iterable[dict[str, A
 
 def check_stream(body: str, *, first_number: int = 0) -> list[dict[str, Any]]:
     """Validate a whole stream, frames and order, and return its events."""
-    events = []
-    for frame in body.split("\n\n"):
-        lines = [line for line in frame.split("\n") if line and not line.startswith(":")]
-        if not lines:
-            continue
-        assert len(lines) == 2
-        assert lines[0].startswith("event: ")
-        assert lines[1].startswith("data: ")
-        event = orjson.loads(lines[1][6:])
-        assert event["type"] == lines[0][7:]
-        events.append(event)
+    events = frames_of(body)
     check_events(events, first_number=first_number)
     return events
 

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import httpcore
+import httpcore2
 import pytest
 
 from gateway.addresses import is_public
@@ -34,7 +34,7 @@ def redirect(to: str) -> list[bytes]:
     return answer(b"", 302, location=to)
 
 
-class Stream(httpcore.AsyncNetworkStream):
+class Stream(httpcore2.AsyncNetworkStream):
     """Plays a server's bytes; an iterator that never ends must not be read to its end."""
 
     def __init__(self, wire: Wire, data: Iterable[bytes]) -> None:
@@ -56,7 +56,7 @@ class Stream(httpcore.AsyncNetworkStream):
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
+    ) -> httpcore2.AsyncNetworkStream:
         self.wire.tls.append((server_hostname, ssl_context.check_hostname, ssl_context.verify_mode))
         return self
 
@@ -64,7 +64,7 @@ class Stream(httpcore.AsyncNetworkStream):
         return None
 
 
-class Wire(httpcore.AsyncNetworkBackend):
+class Wire(httpcore2.AsyncNetworkBackend):
     """Takes connections by address and plays one reply to each, in order, or the one that `by_address` has for it."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Wire(httpcore.AsyncNetworkBackend):
         self.sent = b""
         self.num_reads = self.num_closed = 0
 
-    async def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+    async def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore2.AsyncNetworkStream:
         self.connected.append((host, port))
         reply = self.by_address[host] if host in self.by_address else self.replies.pop(0)
         if isinstance(reply, Exception):
@@ -185,7 +185,7 @@ async def test_an_unknown_and_a_private_name_are_answered_alike() -> None:
 
 
 async def test_the_next_address_is_tried_when_one_does_not_answer() -> None:
-    wire = Wire(httpcore.ConnectError(), answer())
+    wire = Wire(httpcore2.ConnectError(), answer())
     assert await fetcher(wire, Names(cat_example=[[PUBLIC, "1.1.1.1"]])).get(CAT, IMAGES) == PNG
     assert wire.connected == [(PUBLIC, 80), ("1.1.1.1", 80)]
 
@@ -297,7 +297,7 @@ async def test_one_deadline_covers_look_up_head_and_body(when: str) -> None:
 async def test_garbage_and_a_server_that_hangs_up_are_refusals() -> None:
     for reply in ([b"SSH-2.0-OpenSSH\r\n"], [b""], [b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n" + PNG, b""]):
         assert "cannot be reached" in await refused(Wire(reply), CAT)
-    assert "cannot be reached" in await refused(Wire(*[httpcore.ConnectError()] * 3), CAT)
+    assert "cannot be reached" in await refused(Wire(*[httpcore2.ConnectError()] * 3), CAT)
 
 
 @pytest.mark.parametrize(

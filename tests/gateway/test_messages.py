@@ -13,8 +13,9 @@ from hostler.errors import ContextLengthExceeded, Internal, Overloaded, WorkerLo
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.placement.v1 import placement_pb2
 
+from tests.gateway.event_frames import frames_of
 from tests.gateway.fakes import MODEL, World, counting, echo, fail_once, finish, route, text, world
-from tests.gateway.messages_schema import check_error, check_message, check_model, check_stream, frames_of
+from tests.gateway.messages_schema import check_error, check_message, check_model, check_stream
 from tests.gateway.test_messages_requests import IMAGE, LINKED, LOOK
 from tests.gateway.test_responses_events import arguments, end, reasoning, start
 

@@ -54,6 +54,14 @@ async def test_json_is_the_default_and_tells_the_text_and_the_seconds(hearer: Wo
     assert not asked.HasField("temperature")
 
 
+async def test_the_metrics_count_a_transcription_as_one(hearer: World) -> None:
+    """A past bug: they counted it as a count of tokens."""
+    assert (await send(hearer)).status_code == 200
+    told = (await hearer.client.get("/metrics")).text.splitlines()
+    labels = f'gen_ai_operation_name="transcription",gen_ai_request_model="{MODEL}"'
+    assert f"gen_ai_server_time_to_first_token_seconds_count{{{labels}}} 1.0" in told
+
+
 async def test_text_is_the_text_alone(hearer: World) -> None:
     reply = await send(hearer, response_format="text")
     assert (reply.text, reply.headers["content-type"]) == (f"{SAID.decode()}\n", "text/plain; charset=utf-8")

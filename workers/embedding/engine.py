@@ -25,7 +25,6 @@ from hostler.errors import (
     OutOfMemory,
     Overloaded,
     Unavailable,
-    UnsupportedParameter,
 )
 
 from workers.embedding.batching import choose_batch
@@ -307,20 +306,6 @@ def normalized(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: Vectors = vectors / np.maximum(lengths, np.float32(1e-12))
     return unit
-
-
-def refuse_unknown(spec: LoadSpec) -> None:
-    """Refuse what this engine cannot do for a model.
-
-    Raises:
-        UnsupportedParameter: names the option.
-    """
-    if spec.quantize:
-        raise UnsupportedParameter(f"{spec.model}: embedding models are not quantized here.", param="quantize")
-    if spec.adapters:
-        raise UnsupportedParameter(f"{spec.model}: embedding models take no adapters here.", param="adapters")
-    if len(spec.devices) > 1:
-        raise UnsupportedParameter(f"{spec.model}: embedding models are not split over devices.", param="devices")
 
 
 def _fail(job: _Job, error: HostlerError) -> None:

@@ -22,11 +22,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from workers.embedding.engine import EmbeddingEngine, Loaded, refuse_unknown
+from workers.embedding.engine import EmbeddingEngine, Loaded
 from workers.embedding.models import CrossEncoder, EmbeddingModel, SequenceModel
 from workers.embedding.recipe import DenseLayer, Recipe, read_recipe
 from workers.embedding.texts import TextEncoder
 from workers.engine import LoadSpec, ModelFacts
+from workers.refusals import refuse_text_options
 
 Report = Callable[[str, int, int], None]
 
@@ -66,7 +67,7 @@ def load(spec: LoadSpec, report: Report, *, scores_pairs: bool) -> Loaded:
     Raises:
         ModelLoadFailed, UnsupportedParameter: as above.
     """
-    refuse_unknown(spec)
+    refuse_text_options(spec, "embedding models")
     path, device = Path(spec.path), torch.device(spec.device)
     total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report("read", 0, total)

@@ -218,17 +218,3 @@ class HearingEngine:
         await self._listener.close()
         self._cutting.shutdown(wait=False)
         await self._unpacker.close()
-
-
-def refuse_unknown(spec: LoadSpec) -> None:
-    """Refuse what this engine cannot do for a model.
-
-    Raises:
-        UnsupportedParameter: names the option.
-    """
-    if spec.quantize:
-        raise UnsupportedParameter(f"{spec.model}: speech models are not quantized here.", param="quantize")
-    if spec.adapters:
-        raise UnsupportedParameter(f"{spec.model}: speech models take no adapters here.", param="adapters")
-    if len(spec.devices) > 1:
-        raise UnsupportedParameter(f"{spec.model}: speech models are not split over devices.", param="devices")

@@ -24,12 +24,13 @@ from workers.embedding.texts import TextEncoder
 from workers.engine import LoadSpec, ModelFacts
 from workers.hearing.audio import Samples
 from workers.hearing.decoding import Decoding
-from workers.hearing.engine import HearingEngine, Loaded, refuse_unknown
+from workers.hearing.engine import HearingEngine, Loaded
 from workers.hearing.listening import Features, Listener, Threads, as_floats
 from workers.hearing.unpacking import SAMPLE_RATE_HZ
 from workers.hearing.vocabulary import read_vocabulary
 from workers.hearing.whisper import Whisper, shape_of
 from workers.memory import trim
+from workers.refusals import refuse_text_options
 from workers.text.threads import choose
 from workers.text.vocabulary import TokenBytes
 
@@ -63,7 +64,7 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
     Raises:
         ModelLoadFailed, UnsupportedParameter: as above.
     """
-    refuse_unknown(spec)
+    refuse_text_options(spec, "speech models")
     path, device = Path(spec.path), torch.device(spec.device)
     total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report("read", 0, total)

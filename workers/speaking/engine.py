@@ -282,17 +282,3 @@ class SpeakingEngine:
     def _begin(self, job: _Job) -> None:
         job.began = True
         self._changed()
-
-
-def refuse_unknown(spec: LoadSpec) -> None:
-    """Refuse what this engine cannot do for a model.
-
-    Raises:
-        UnsupportedParameter: names the option.
-    """
-    if spec.quantize:
-        raise UnsupportedParameter(f"{spec.model}: speaking models are not quantized here.", param="quantize")
-    if spec.adapters:
-        raise UnsupportedParameter(f"{spec.model}: speaking models take no adapters here.", param="adapters")
-    if len(spec.devices) > 1:
-        raise UnsupportedParameter(f"{spec.model}: speaking models are not split over devices.", param="devices")

@@ -13,7 +13,8 @@ from pathlib import Path
 from hostler.errors import HostlerError, ModelLoadFailed
 
 from workers.engine import LoadSpec, ModelFacts
-from workers.speaking.engine import SpeakingEngine, refuse_unknown
+from workers.refusals import refuse_text_options
+from workers.speaking.engine import SpeakingEngine
 from workers.speaking.models import SpeechModel
 
 Report = Callable[[str, int, int], None]
@@ -36,7 +37,7 @@ def load(spec: LoadSpec, report: Report) -> tuple[SpeechModel, ModelFacts]:
     Raises:
         ModelLoadFailed, UnsupportedParameter: as above.
     """
-    refuse_unknown(spec)
+    refuse_text_options(spec, "speaking models")
     path = Path(spec.path)
     weights = [*path.glob("*.safetensors"), *path.glob("*.onnx")]
     total = sum(file.stat().st_size for file in weights)
