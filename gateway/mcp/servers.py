@@ -6,6 +6,7 @@ Above: `services`, `responses`, `routes`; below: `connection`, and (loaded with 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import importlib
 import logging
@@ -70,9 +71,21 @@ class McpServers:
 
     async def load(self) -> None:
         """Import what connections need, off the loop; before the first `configured` or `at_address`."""
-        if not self._is_loaded:
+        if self._is_loaded:
+            return
+        for name in ("mcp", "httpx2", "httpcore2"):
+            # They log addresses, headers and what servers say. What matters is logged here.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        # Were the cycle collector to run in that thread, it might finalize objects of gRPC there, which wait for
+        # threads of gRPC's; one such wait seemed to last for ever, with the lock of all logging held.
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
             await asyncio.to_thread(_import)
-            self._is_loaded = True
+        finally:
+            if enabled:
+                gc.enable()
+        self._is_loaded = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -230,9 +243,6 @@ class McpServers:
 
 
 def _import() -> None:
-    for name in ("mcp", "httpx2", "httpcore2"):
-        # They log addresses, headers and what servers say. What matters is logged here.
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     for module in ("gateway.mcp.connection", "gateway.mcp.stdio", "gateway.mcp.http"):
         importlib.import_module(module)
 

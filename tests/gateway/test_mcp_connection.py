@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -227,3 +228,12 @@ async def test_addresses_in_requests_lead_to_public_places_only() -> None:
         await here.close()
     with pytest.raises(PermissionDenied):
         McpServers(HostlerConfig()).at_address("http://1.1.1.1/", {}, "me", "p")
+
+
+async def test_the_collector_rests_while_a_thread_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A past bug: it finalized objects of gRPC in that thread, and everything stood still."""
+    seen: list[bool] = []
+    monkeypatch.setattr("gateway.mcp.servers._import", lambda: seen.append(gc.isenabled()))
+    await McpServers(HostlerConfig()).load()
+    assert seen == [False]
+    assert gc.isenabled()
