@@ -16,7 +16,7 @@ from hostler.errors import HostlerError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from gateway.auth import HostCheck, KeyCheck, is_loopback
+from gateway.auth import HostCheck, KeyCheck, PageCheck, is_loopback
 from gateway.doors import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.error_reply import error_response
 from gateway.errors import ClientGone, as_hostler_error
@@ -110,11 +110,13 @@ def create_app(
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, _answer_error)
+    host_check = HostCheck(config.host, config.allowed_hosts, has_key=config.api_key is not None)
     # The last one added is the outermost.
     app.add_middleware(
         Gate,
-        host_check=HostCheck(config.host, config.allowed_hosts, has_key=config.api_key is not None),
+        host_check=host_check,
         key_check=KeyCheck(config.api_key) if config.api_key else None,
+        page_check=None if config.api_key else PageCheck(config.cors, host_check),
     )
     if config.cors:
         app.add_middleware(

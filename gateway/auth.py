@@ -1,4 +1,4 @@
-"""Who may come in: key check and Host allow-list, as pure functions. Above: `doors`; below: nothing.
+"""Who may come in: key check, Host allow-list, pages' origins, as pure functions. Above: `doors`; below: nothing.
 
 Nobody is let in for the address they come from: tunnels and browsers all arrive from 127.0.0.1. Without a key, the Host
 header is what tells a local client from a web page whose name was pointed here (DNS rebinding).
@@ -85,6 +85,46 @@ class HostCheck:
             return False
         host = _normal(hosts[0].decode("latin-1"))
         return host in self._names or _without_port(host) in self._names
+
+
+class PageCheck:
+    """Tells other sites' pages from local programs, where no key is demanded (CSRF).
+
+    A page may send forms, plain text and GETs to a local port without asking first; it never reads the reply, but the
+    work is done. Browsers say who asks in `Origin` and `Sec-Fetch-Site`, which pages cannot change.
+
+    Args:
+        cors: origins that the configuration lets in, or "*".
+        host_check: what counts as a name of this server.
+    """
+
+    def __init__(self, cors: Iterable[str], host_check: HostCheck) -> None:
+        self._allowed = frozenset(cors)
+        self._host_check = host_check
+
+    def allows(self, method: str, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Return whether a request may have come from a program of this machine, or from a page that is let in."""
+        if "*" in self._allowed:
+            return True
+        origins = [value.decode("latin-1").strip() for name, value in headers if name == b"origin"]
+        if origins:
+            return all(self._is_local(origin) for origin in origins)
+        fetch = {name: value for name, value in headers if name.startswith(b"sec-fetch-")}
+        # Following a link here changes nothing, and the page that holds the link sees nothing of it.
+        is_link = method == "GET" and fetch.get(b"sec-fetch-dest") == b"document"
+        return is_link or fetch.get(b"sec-fetch-site") != b"cross-site"
+
+    def _is_local(self, origin: str) -> bool:
+        if origin in self._allowed:
+            return True
+        scheme, separator, host = origin.lower().partition("://")
+        if not separator:  # "null" is what any page's sandboxed frame sends.
+            return False
+        if scheme not in ("http", "https"):  # tauri://, vscode-file://, file://: programs on this machine
+            return True
+        # Names under .localhost are this machine's in every browser; Tauri's windows on Windows have such a one.
+        is_below_localhost = _without_port(host).endswith(".localhost")
+        return is_below_localhost or self._host_check.allows([(b"host", host.encode("latin-1"))])
 
 
 def _normal(host: str) -> str:

@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck
+from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck, PageCheck
 from gateway.error_reply import error_response, speaks_anthropic
 from gateway.errors import ClientGone, as_hostler_error
 from gateway.metrics import Meter
@@ -124,10 +124,13 @@ class Gate:
     Whoever comes in has a cache scope from here on (`cache_scope_of`).
     """
 
-    def __init__(self, app: ASGIApp, host_check: HostCheck, key_check: KeyCheck | None) -> None:
+    def __init__(
+        self, app: ASGIApp, host_check: HostCheck, key_check: KeyCheck | None, page_check: PageCheck | None = None
+    ) -> None:
         self._app = app
         self._host_check = host_check
         self._key_check = key_check
+        self._page_check = page_check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve, or refuse, one request."""
@@ -160,6 +163,10 @@ class Gate:
             await Response(status_code=204, headers=_ALLOW)(scope, receive, send)
         elif scope["method"] == "HEAD":
             await Response(status_code=200, headers=_ALLOW)(scope, receive, send)
+        elif self._page_check is not None and not self._page_check.allows(scope["method"], scope["headers"]):
+            raise PermissionDenied(
+                "Pages of other sites may not use a server that demands no API key. Allow their origin with 'cors'."
+            )
         elif (cache_scope := self._cache_scope(scope)) is not None:
             await self._app({**scope, "state": {**scope.get("state", {}), "cache_scope": cache_scope}}, receive, send)
         elif scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
