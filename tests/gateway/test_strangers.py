@@ -12,7 +12,7 @@ import pytest
 from starlette.routing import Route
 
 from gateway.auth import HostCheck, PageCheck
-from tests.gateway.fakes import MODEL, World, world
+from tests.gateway.fakes import MODEL, World, text, world
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 CHAT_PATH = "/v1/chat/completions"
@@ -255,3 +255,23 @@ def test_the_check_of_pages_is_pure_and_asks_for_nothing_but_headers() -> None:
     assert check.allows("POST", [])
     assert check.allows("POST", [(b"origin", b"http://box.lan:9000")])
     assert not check.allows("POST", [(b"origin", b"http://box.lan.evil.example")])
+
+
+SECRET_PLACES = "/srv/secret/model.safetensors at 10.1.2.3:5432"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, PermissionError, KeyError, ConnectionError, MemoryError])
+@pytest.mark.parametrize("streams", [False, True])
+async def test_no_error_tells_a_path_an_address_or_the_words_of_an_exception(
+    served: World, kind: type[Exception], streams: bool
+) -> None:
+    async def fails(request: Any) -> Any:
+        yield text("once ")
+        raise kind(SECRET_PLACES)
+
+    served.worker.script = fails
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/messages"):
+        reply = await served.client.post(path, json={**BODIES[path], "model": MODEL, "stream": streams})
+        assert "error" in reply.text
+        leaks = ("secret", "10.1.2.3", kind.__name__, "Traceback", ".py", str(served.directory), "unix:", ".sock")
+        assert [word for word in leaks if word in reply.text] == [], path
