@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from cli.doctor.listening import listeners
-from tests.journeys.server import Server, Servers
+from tests.journeys.server import SCRIPTED_CONFIG, Server, Servers, wait_until
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(200)]
 
@@ -86,8 +86,6 @@ def keyed() -> Iterator[Server]:
 
 
 def _wait(server: Server) -> None:
-    from tests.journeys.server import wait_until
-
     def ready() -> bool:
         try:
             return httpx.get(f"{server.url}/ready", headers=HEADERS, timeout=5).is_success
@@ -229,6 +227,20 @@ def test_a_ray_client_does_not_join_without_the_token(keyed: Server, variables: 
 
 def test_a_ray_client_with_the_token_joins_so_the_refusals_are_the_token_s(keyed: Server) -> None:
     assert _join(keyed, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="THE TOKEN").startswith("JOINED")
+
+
+def test_a_call_that_ends_rays_control_plane_without_a_token_costs_seconds(hostler_server: Servers) -> None:
+    """Ray 2.60 reads a header of this call before it looks at the token, and aborts when it is missing."""
+    server = hostler_server(config=SCRIPTED_CONFIG)
+    body: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}]}
+    session = json.loads((server.run_dir / "ray.json").read_text(encoding="utf-8"))
+    code, _ = _call(int(session["address"].rpartition(":")[2]), "ray.rpc.syncer.RaySyncer/StartSync", None)
+    assert code is not grpc.StatusCode.OK
+
+    def is_served() -> bool:
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).is_success
+
+    wait_until(is_served, 60, "served again")
 
 
 def test_no_secret_is_written_or_answered_anywhere(keyed: Server) -> None:
