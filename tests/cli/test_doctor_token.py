@@ -1,4 +1,4 @@
-"""`hostler doctor` on the Hub's token and the GPU's driver: what is wrong comes with what to do, and no token is shown."""
+"""`hostler doctor` on the Hub's token and the GPU's driver: what is wrong comes with advice, and no token is shown."""
 
 from __future__ import annotations
 
