@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from hostler import logs
 from hostler.channel import new_server
-from hostler.config import read_resolved
+from hostler.config import HostlerConfig, read_resolved
 from hostler.placement.v1 import placement_pb2_grpc
 from hostler.rundir import RunDir
 
@@ -35,10 +35,46 @@ TICK_S = 0.25
 EXIT_RAY_LOST = 3
 
 
-async def _tick(scheduler: Scheduler) -> None:
+async def _tick(scheduler: Scheduler, configuration: ConfigFile) -> None:
     while True:
         await asyncio.sleep(TICK_S)
+        if (config := configuration.changed()) is not None:
+            scheduler.post(events.Reconfigured(config))
         scheduler.post(events.Tick())
+
+
+class ConfigFile:
+    """The resolved configuration of this run, which `hostler serve` replaces while we run.
+
+    A file rather than a signal: nothing is missed while we start, and Ray's signal handlers have no part in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._look()
+
+    def read(self) -> HostlerConfig:
+        """Return the configuration."""
+        return read_resolved(self._path)
+
+    def changed(self) -> HostlerConfig | None:
+        """Return the configuration if it is another than the last time; None too when it cannot be read."""
+        stamp = self._look()
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            return self.read()
+        except (OSError, ValueError):
+            log.exception("the new configuration cannot be read; the old one stays")
+            return None
+
+    def _look(self) -> tuple[int, int]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return (0, 0)
+        return (found.st_ino, found.st_mtime_ns)
 
 
 async def _connect_and_guard(effects: RayEffects) -> None:
@@ -57,7 +93,8 @@ async def _connect_and_guard(effects: RayEffects) -> None:
 
 async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     """Serve until stopped; return the exit status."""
-    config = read_resolved(run_dir.config)
+    configuration = ConfigFile(run_dir.config)  # It looks before we read, so that no change is missed.
+    config = configuration.read()
     effects = RayEffects(config, run_dir, actor_class)
     # First of all: Ray's import takes half a second in its thread, everything below goes beside it.
     guard = asyncio.create_task(_connect_and_guard(effects))
@@ -81,7 +118,7 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     effects.on_connected(catch_signals)  # Again: Ray's core puts a handler that prints a stack over ours.
     log.info("serving", extra={"devices": [device.id for device in found]})
     scheduling = asyncio.create_task(scheduler.run())
-    ticking = asyncio.create_task(_tick(scheduler))
+    ticking = asyncio.create_task(_tick(scheduler, configuration))
     status = 0
     try:
         done, _ = await asyncio.wait({scheduling, guard, ticking}, return_when=asyncio.FIRST_COMPLETED)
