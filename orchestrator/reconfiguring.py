@@ -86,7 +86,9 @@ class Reconfiguring:
         model.leaving, model.wanted, model.pinned = True, False, False
         waiters, model.waiters = model.waiters, []
         for waiter in waiters:
-            waiter.fail(ModelNotFound(f"The model {name!r} has just been taken out of the configuration.", param="model"))
+            waiter.fail(
+                ModelNotFound(f"The model {name!r} has just been taken out of the configuration.", param="model")
+            )
         self._loading.drop(model)
         model.spec = dataclasses.replace(model.spec, configured=False, preload=False, aliases=(), adapters=())
         for worker in self._cluster.of(name, *_IN_SERVICE):
