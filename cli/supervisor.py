@@ -255,15 +255,12 @@ class Supervisor:
                 self._running[running.tag] = running
                 tried.append(running)
                 self._spawn_on_trial(running, arguments)
-            async with asyncio.timeout(within_s):
-                serve = [await running.ready for running in tried if running.ready is not None]
-            if all(serve) and not self._stopping:
-                return [running.tag for running in tried]
-        except TimeoutError:
-            pass
+            await asyncio.wait([running.ready for running in tried if running.ready is not None], timeout=within_s)
         except BaseException:
             self._discard(tried)
             raise
+        if all(_serves(running) for running in tried) and not self._stopping:
+            return [running.tag for running in tried]
         self._discard(tried)
         return []
 
@@ -290,7 +287,7 @@ class Supervisor:
         for running in tried:
             if running.process is None:
                 self._running.pop(running.tag, None)
-            elif running.ready is not None and running.ready.done() and running.ready.result():
+            elif _serves(running):
                 self._retire(running)  # It serves, so it may have been asked something already.
             else:
                 _kill_group(running.process.pid)
@@ -368,6 +365,10 @@ class Supervisor:
         if self._janitor is not None:
             self._janitor.kill()
             self._janitor.communicate()
+
+
+def _serves(running: _Running) -> bool:
+    return running.ready is not None and running.ready.done() and running.ready.result()
 
 
 def _adopt_orphans() -> None:
