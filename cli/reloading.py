@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hostler.config import HostlerConfig, write_resolved
+from hostler.config import HostlerConfig, stamp_of, write_resolved
 from hostler.rundir import RunDir
 
 from cli import changes
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 RELOAD_SIGNAL = signal.SIGUSR1
 _SUCCESSORS_S = 60.0
+_TAKEN_S = 10.0
+_LOOK_EVERY_S = 0.05
 REQUEST, ANSWER = "reload-{}.request", "reload-{}.answer"
 
 
@@ -177,9 +179,27 @@ class Reloader:
         finally:
             draft.unlink(missing_ok=True)
         self.config = config
+        await self._until_taken()
         if tags:
             self._supervisor.hand_over(tags)
         return None
+
+    async def _until_taken(self) -> None:
+        """Wait until the orchestrator goes by the new configuration. One that is away takes it when it is back."""
+        import asyncio
+
+        stamp = stamp_of(self._run_dir.config)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TAKEN_S):
+                while _read(self._run_dir.config_taken) != stamp:
+                    await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def _take_requests(directory: Path) -> dict[str, bool]:

@@ -326,6 +326,15 @@ def read_resolved(path: Path) -> HostlerConfig:
     return build(json.loads(path.read_text(encoding="utf-8")))
 
 
+def stamp_of(path: Path) -> str:
+    """Return what tells the present resolved configuration from those before; empty if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_ino}-{found.st_mtime_ns}"
+
+
 def write_resolved(config: HostlerConfig, path: Path) -> None:
     """Replace the resolved configuration by this one, readable by this user alone (it may hold the API key)."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")

@@ -184,12 +184,12 @@ async def test_successors_take_over_when_all_serve_and_the_old_ones_finish(stage
     assert (stage.count("a", "up"), stage.count("b", "up")) == (2, 1)
     # The successor is kept running, without what was for its first life alone.
     first = supervisor.pids()[successor]
-    assert b"--config" in Path(f"/proc/{first}/cmdline").read_bytes()
+    assert "--config" in _command(first)
     os.kill(first, signal.SIGKILL)
     await until(lambda: stage.count("a", "up") == 3)
-    line = Path(f"/proc/{supervisor.pids()[successor]}/cmdline").read_bytes()
-    assert b"--config" not in line
-    assert b"--ready-fd" not in line
+    line = _command(supervisor.pids()[successor])
+    assert "--config" not in line
+    assert "--ready-fd" not in line
 
 
 @pytest.mark.parametrize("manner", ["mute", "crash"])
@@ -250,6 +250,10 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> N
     await until(lambda: not stage.processes(), within_s=5)
     pids = {line[2] for line in stage.lines()}
     await until(lambda: not any(_runs(pid) for pid in pids), within_s=2)
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def _runs(pid: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from hostler.config import build, write_resolved
+from hostler.config import HostlerConfig, build, stamp_of, write_resolved
 from hostler.errors import ModelNotFound
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
@@ -178,11 +178,13 @@ async def test_the_policy_follows_the_new_rules(start: Start, effects: FakeEffec
 def test_the_file_is_read_again_only_when_it_was_replaced(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     write_resolved(build({"drain_s": 1}), path)
-    file = ConfigFile(path)
+    file = ConfigFile(path, tmp_path / "taken")
     assert file.read().drain_s == 1
     assert file.changed() is None
     write_resolved(build({"drain_s": 2}), path)
-    assert (file.changed() or file.read()).drain_s == 2
+    assert (file.changed() or HostlerConfig()).drain_s == 2
+    file.tell_taken()
+    assert (tmp_path / "taken").read_text() == stamp_of(path)
     assert file.changed() is None
     path.write_text("{", encoding="utf-8")
     assert file.changed() is None
