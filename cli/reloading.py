@@ -189,10 +189,10 @@ class Reloader:
         import asyncio
 
         stamp = stamp_of(self._run_dir.config)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_TAKEN_S):
-                while _read(self._run_dir.config_taken) != stamp:
-                    await asyncio.sleep(_LOOK_EVERY_S)
+        for _ in range(round(_TAKEN_S / _LOOK_EVERY_S)):
+            if _read(self._run_dir.config_taken) == stamp:
+                return
+            await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def _read(path: Path) -> str:

@@ -123,7 +123,8 @@ async def test_streams_run_through_a_reload_and_new_requests_see_the_new_configu
     # The old gateway has nothing left to do; the new ones are two.
     wait_until(lambda: not set(old_gateways) & set(server.pids("-m gateway")), 20, "the old gateway ends")
     assert len(server.pids("-m gateway")) == 2
-    assert served(server, NEW_KEY) == ["stays", "comes"]
+    # Behind them only what is in the store.
+    assert served(server, NEW_KEY)[:2] == ["stays", "comes"]
     assert server.stop() == 0
     assert not server.leftovers
 
@@ -133,10 +134,11 @@ async def test_a_load_that_is_under_way_goes_on_through_a_reload(hostler_server:
     server = hostler_server(config=config)
     asking = asyncio.create_task(asyncio.to_thread(ask, server, "SmolLM2-135M-Instruct", "any", max_tokens=4))
     log = server.run_dir / "logs" / "orchestrator.log"
-    await asyncio.sleep(0.3)
-    write(server, config + "  - {name: comes, engine: scripted}\nmax_body: 1MB\n")
+    await asyncio.sleep(0.1)
+    write(server, config + "  - {name: comes, engine: scripted}\n")
     outcome = await asyncio.to_thread(server.hostler, "reload", "--port", str(server.port))
     assert outcome.returncode == 0, outcome.stderr
+    assert not asking.done(), "the load must outlast the reload"
     assert (await asyncio.to_thread(ask, server, "comes", "any")).status_code == 200
     reply = await asking
     assert reply.status_code == 200, reply.text
