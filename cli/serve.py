@@ -20,7 +20,7 @@ from hostler import rundir
 from hostler.config import HostlerConfig, write_resolved
 from hostler.rundir import RunDir
 
-from cli import janitor, reloading, servers, settings
+from cli import janitor, reloading, restarts, servers, settings
 from cli.exits import CliError
 from cli.supervisor import Child, Supervisor
 
@@ -120,6 +120,7 @@ def _clean(run_dir: RunDir) -> None:
     for path in left:
         path.unlink(missing_ok=True)
     shutil.rmtree(run_dir.metrics, ignore_errors=True)
+    restarts.clear(run_dir)
 
 
 def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: float) -> None:

@@ -23,7 +23,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
-from cli import placement, report, servers
+from cli import placement, report, restarts, servers
 from cli.placement import Progress, Ready
 from cli.reloading import Reloader
 from cli.supervisor import Event, Supervisor
@@ -87,6 +87,7 @@ class Screen:
 
     def _on_event(self, event: Event) -> None:
         if event.kind == "ended":
+            restarts.note(self._run_dir, event)
             code = event.exit_code or 0
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             text = f"{event.child} ended ({how}); starting it again in {event.restart_in_s:.1f} s"
