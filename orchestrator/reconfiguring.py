@@ -58,7 +58,6 @@ class Reconfiguring:
         log.info("took a new configuration over", extra={"num_models": len(specs)})
         self.retire_outdated()
         self.forget()
-        self._requests.rescan()  # What is configured no more may be in the store, which is served, too.
         self._loading.place_waiting()
         self._runtime.publish()
 
@@ -79,6 +78,7 @@ class Reconfiguring:
             del self._cluster.models[name]
         if gone:
             self._runtime.publish()
+            self._requests.rescan()  # What is configured no more may be in the store, which is served, too.
 
     def _remove(self, model: Model) -> None:
         name, drain_s = model.spec.name, self._runtime.config.reload_drain

@@ -15,7 +15,7 @@ from hostler.placement.v1 import placement_pb2 as pb
 from orchestrator import events
 from orchestrator.__main__ import ConfigFile
 from orchestrator.effects import FoundWorker, Memory
-from orchestrator.models import Footprint
+from orchestrator.models import Footprint, ModelSpec
 from tests.orchestrator.conftest import MB, FakeEffects, Rig
 
 Start = Callable[..., Awaitable[Rig]]
@@ -56,6 +56,21 @@ async def test_a_model_that_is_gone_leaves_the_routes_at_once_and_its_worker_whe
     assert list(await rig.routes()) == ["b"]
     await reconfigure(rig, "b", "a")
     assert (await rig.ensure("a")).ready is not None
+
+
+async def test_what_is_configured_no_more_but_in_the_store_is_served_as_all_that_is_there(
+    start: Start, effects: FakeEffects
+) -> None:
+    effects.listed = (ModelSpec("a", "a", configured=False), ModelSpec("b", "b", configured=False))
+    rig = await start({"name": "a", "preload": True, "aliases": ["x"]}, {"name": "b", "aliases": ["y"]})
+    gate = effects.hold("drain")
+    await reconfigure(rig, "c")
+    assert list(await rig.routes()) == ["c", "b"]
+    gate.set()
+    await rig.settle()
+    assert list(await rig.routes()) == ["c", "b", "a"]
+    assert (await rig.ensure("a")).ready is not None
+    assert isinstance((await rig.ensure("x")).error, ModelNotFound)
 
 
 async def test_one_that_comes_back_while_its_worker_leaves_is_served_by_another(
