@@ -145,6 +145,21 @@ async def test_a_load_that_is_under_way_goes_on_through_a_reload(hostler_server:
     assert "its load was given up" not in log.read_text(encoding="utf-8")
 
 
+def test_a_background_response_is_finished_by_the_gateway_that_has_begun_it(hostler_server: Servers) -> None:
+    server = hostler_server(config=SCRIPTED + "drain_s: 0.5\n")
+    body = {"model": "one", "background": True, "input": "[[tokens=60]] [[delay_ms=100]] go on"}
+    begun = httpx.post(f"{server.url}/v1/responses", json=body, timeout=30).json()
+    write(server, SCRIPTED + "drain_s: 0.5\nmax_body: 1MB\n")
+    assert server.hostler("reload", "--port", str(server.port)).returncode == 0
+
+    def look() -> str:
+        return str(httpx.get(f"{server.url}/v1/responses/{begun['id']}", timeout=10).json()["status"])
+
+    assert look() in ("queued", "in_progress")
+    wait_until(lambda: look() not in ("queued", "in_progress"), 30, "the response ends")
+    assert look() == "completed"
+
+
 async def test_clients_do_not_notice_twenty_reloads_in_a_row(hostler_server: Servers) -> None:
     server = hostler_server(config=SCRIPTED)
     failures: list[str] = []
