@@ -295,6 +295,27 @@ def config(
     typer.echo(settings.as_yaml(values), nl=False)
 
 
+@app.command(
+    epilog=_examples(
+        "hostler reload --dry-run    check the file, say what would change",
+        "hostler reload              change it",
+    )
+)
+@friendly
+def reload(
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would change.")] = False,
+    as_json: Json = False,
+    port: Port = None,
+) -> None:
+    """Have the running server read its configuration again: all of it is taken over, or nothing.
+
+    Running requests finish as they began. Fails (exit code 2) if the file is wrong or needs a restart.
+    """
+    from cli import reload_command
+
+    reload_command.reload(port, dry_run, as_json)
+
+
 @app.command(epilog=_examples("hostler version", "hostler version --json"))
 @friendly
 def version(as_json: Json = False) -> None:

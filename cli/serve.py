@@ -20,7 +20,7 @@ from hostler import rundir
 from hostler.config import HostlerConfig, write_resolved
 from hostler.rundir import RunDir
 
-from cli import janitor, servers, settings
+from cli import janitor, reloading, restarts, servers, settings
 from cli.exits import CliError
 from cli.supervisor import Child, Supervisor
 
@@ -31,7 +31,7 @@ BACKLOG = 2048
 SEND_BUFFER_BYTES = 128 * 1024
 _ORCHESTRATOR_GRACE_S = 15.0
 _RAY_GRACE_S = 10.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -92,6 +92,7 @@ def children(config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env:
             env={**extra_env, **single},
             pass_fds=(descriptor,),
             stop_grace_s=config.drain_s + 5.0,
+            has_successors=True,
         )
         for number in range(config.gateways)
     ]
@@ -119,6 +120,7 @@ def _clean(run_dir: RunDir) -> None:
     for path in left:
         path.unlink(missing_ok=True)
     shutil.rmtree(run_dir.metrics, ignore_errors=True)
+    restarts.clear(run_dir)
 
 
 def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: float) -> None:
@@ -127,6 +129,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     `started_at` is `time.time()` when the command began, for the elapsed time.
     """
     config, path = settings.resolve(flags)
+    asked = reloading.Signals()
     try:
         run_dir = rundir.create(config.port)
     except ValueError as error:
@@ -140,11 +143,15 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     def remember(number: int, frame: FrameType | None) -> None:
         early.append(number)
 
-    signals = [s for s in _STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+    signals = [*_STOP_SIGNALS, signal.SIGHUP] if asked.hangup_stops else [*_STOP_SIGNALS]
     for number in signals:
         signal.signal(number, remember)
+
+    def make_children(config: HostlerConfig) -> list[Child]:
+        return children(config, run_dir, listener.fileno(), {})
+
     supervisor = Supervisor(
-        children(config, run_dir, listener.fileno(), {}),
+        make_children(config),
         run_dir.logs,
         f"{run_dir.path}#{os.getpid()}-{time.time_ns()}",
         env=child_environment(as_json, verbose),
@@ -156,8 +163,11 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
 
         from cli.startup import Screen
 
+        reloader = reloading.Reloader(
+            lambda: settings.resolve(flags)[0], config, run_dir, supervisor, make_children, asked
+        )
         screen = Screen(config, path, run_dir, supervisor, listener, as_json=as_json, verbose=verbose)
-        asyncio.run(screen.run(signals, early, started_at))
+        asyncio.run(screen.run(signals, early, started_at, reloader))
     except BaseException:
         supervisor.abandon()
         raise

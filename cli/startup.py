@@ -23,8 +23,9 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
-from cli import placement, report, servers
+from cli import placement, report, restarts, servers
 from cli.placement import Progress, Ready
+from cli.reloading import Reloader
 from cli.supervisor import Event, Supervisor
 
 _GATEWAY_DEADLINE_S = 20.0
@@ -55,8 +56,8 @@ class Screen:
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, signals: list[Any], early: list[int], started_at: float) -> None:
-        """Show the start, wait for a signal, drain. Never raises for what children do."""
+    async def run(self, signals: list[Any], early: list[int], started_at: float, reloader: Reloader) -> None:
+        """Show the start, reload when asked, wait for a signal, drain. Never raises for what children do."""
         loop = asyncio.get_running_loop()
         for number in signals:
             loop.add_signal_handler(number, self._on_signal)
@@ -68,6 +69,7 @@ class Screen:
         if self._verbose:
             self._begin(self._follow_logs())
         self._begin(self._start_up(started_at))
+        self._begin(reloader.run(self._report))
         await self._stop.wait()
         await self._drain()
 
@@ -85,6 +87,7 @@ class Screen:
 
     def _on_event(self, event: Event) -> None:
         if event.kind == "ended":
+            restarts.note(self._run_dir, event)
             code = event.exit_code or 0
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             text = f"{event.child} ended ({how}); starting it again in {event.restart_in_s:.1f} s"

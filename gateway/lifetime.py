@@ -18,6 +18,8 @@ class Lifetime:
     """The end that all running requests of this process share. For the event loop's thread only."""
 
     def __init__(self) -> None:
+        # Another process accepts in this one's place, so that this one has as long as a reload grants.
+        self.has_successor = False
         self._expired = False
         self._stopping = False
         self._running: set[asyncio.Task[Any]] = set()

@@ -101,7 +101,8 @@ class Services:
         try:
             yield
         finally:
-            await self.background.close(self.config.drain_s)
+            has_successor = self.lifetime.has_successor
+            await self.background.close(self.config.reload_drain if has_successor else self.config.drain_s)
             await self.responses.close()
             await self.mcp.close()
             if loading_mcp is not None:

@@ -240,6 +240,9 @@ class HostlerConfig(_Strict):
     apart: tuple[str, ...] = Field(default=(), description="Groups whose models may not share a device.")
     step_budget_s: float = Field(default=60.0, gt=0, le=3600, description="A busy worker that takes longer is hung.")
     drain_s: float = Field(default=20.0, ge=0, le=3600, description="How long a stop waits for running requests.")
+    reload_drain: Seconds = Field(
+        default=3600.0, description="How long requests that run when the configuration is reloaded may go on."
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> HostlerConfig:
@@ -323,8 +326,19 @@ def read_resolved(path: Path) -> HostlerConfig:
     return build(json.loads(path.read_text(encoding="utf-8")))
 
 
+def stamp_of(path: Path) -> str:
+    """Return what tells the present resolved configuration from those before; empty if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_ino}-{found.st_mtime_ns}"
+
+
 def write_resolved(config: HostlerConfig, path: Path) -> None:
-    """Write the resolved configuration, readable by this user alone (it may hold the API key)."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Replace the resolved configuration by this one, readable by this user alone (it may hold the API key)."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(config.model_dump_json())
+    draft.replace(path)

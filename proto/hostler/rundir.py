@@ -57,6 +57,11 @@ class RunDir:
         return self.path / "metrics"
 
     @property
+    def config_taken(self) -> Path:
+        """Holds the `stamp` of the configuration that the orchestrator goes by."""
+        return self.path / "config.taken"
+
+    @property
     def orchestrator_socket(self) -> Path:
         """The placement service's socket."""
         return self.path / "orchestrator.sock"
