@@ -138,8 +138,7 @@ async def test_a_revoked_keys_stream_ends_with_an_error_and_anothers_goes_on(fil
             began_s = time.monotonic()
             rest = [line async for line in lines]
         took_s = time.monotonic() - began_s
-        print(f"the stream ended {took_s:.2f} s after the key")
-        assert took_s < 3
+        assert took_s < 3, took_s
         assert any("revoked" in line for line in rest[-5:]), rest[-5:]
         assert (await whole).status_code == 401
         await here.worker.until_running(1)
