@@ -20,6 +20,7 @@ from cli.exits import friendly  # noqa: E402
 from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
 from cli.flags import complete_model as _complete_model  # noqa: E402
 from cli.flags import examples as _examples  # noqa: E402
+from cli.key_commands import app as key_app  # noqa: E402
 from cli.mcp_commands import app as mcp_app  # noqa: E402
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app = typer.Typer(
     ),
 )
 
+app.add_typer(key_app, name="key")
 app.add_typer(mcp_app, name="mcp")
 
 

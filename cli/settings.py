@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 # An organisation, a repository, perhaps a folder of it, perhaps a revision.
 _HUB_ID = re.compile(rf"{_PART}/[\w.-]+(/{_PART}){{0,8}}(@[\w./-]+)?")
 _FILES = (".gguf", ".onnx")
+CREATE_A_KEY = "hostler key create laptop"
 MAKE_A_KEY = '--api-key "$(openssl rand -hex 32)"'
 
 
@@ -158,10 +160,36 @@ def refuse_open_door(config: HostlerConfig) -> None:
     """
     if config.api_key:
         return
-    if not is_loopback(config.host):
-        raise UsageError(f"listening on {config.host} lets others in, so it needs an API key. Add:  {MAKE_A_KEY}")
-    if config.cors:
-        raise UsageError(f"--cors lets web pages call the server, so it needs an API key. Add:  {MAKE_A_KEY}")
+    from hostler.keys import KeyFile, KeysError
+
+    if config.cors and is_loopback(config.host) and not config.require_key:
+        raise UsageError(
+            "--cors lets web pages call the server, so it needs an API key. Set `require_key: true` and run"
+            f"  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}"
+        )
+    if is_loopback(config.host) and not config.require_key:
+        return
+    try:
+        keys = KeyFile(config.keys_file).read() if config.keys_file else []
+    except KeysError as error:
+        raise UsageError(str(error)) from None
+    if not any(key.lives(time.time()) for key in keys):
+        why = "require_key is set" if is_loopback(config.host) else f"listening on {config.host} lets others in"
+        raise UsageError(f"{why}, so it needs an API key. Run:  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}")
+
+
+def keys_path(config: HostlerConfig, config_file: Path | None) -> Path:
+    """Return where the keys lie, absolute; a relative path is beside the configuration file."""
+    if config.keys_file is None:
+        return default_keys_path().absolute()
+    return ((config_file.parent if config_file else Path.cwd()) / config.keys_file.expanduser()).absolute()
+
+
+def default_keys_path() -> Path:
+    """Return where the user's keys lie unless the configuration says otherwise."""
+    from hostler.keys import default_path
+
+    return default_path()
 
 
 def default_gateways(cores: int) -> int:
@@ -207,6 +235,7 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
     if config.models_dir is not None:
         values["models_dir"] = config.models_dir.expanduser().resolve()
+    values["keys_file"] = keys_path(config, path)
     config = configuration.build(values)
     refuse_open_door(config)
     return config, path

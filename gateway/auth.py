@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -38,27 +38,30 @@ def scope_of_key(digest: bytes) -> str:
     return hmac.new(digest, b"hostler cache scope", hashlib.sha256).hexdigest()[:32]
 
 
+def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    """Yield what `Authorization: Bearer` and `x-api-key` hold."""
+    for name, value in headers:
+        if name == b"x-api-key":
+            yield value.strip()
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            yield value[7:].strip()
+
+
 class KeyCheck:
     """Compares presented keys with the configured one; holds only its SHA-256."""
 
     def __init__(self, api_key: str) -> None:
         self._digest = hashlib.sha256(api_key.encode()).digest()
-        self._cache_scope = scope_of_key(self._digest)
+        self.own_scope = scope_of_key(self._digest)
 
     def cache_scope(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
         """Return the cache scope of the key that the headers present; None if they present no valid one."""
-        return self._cache_scope if self.allows(headers) else None
+        return self.own_scope if self.allows(headers) else None
 
     def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Return whether `Authorization: Bearer` or `x-api-key` holds the key, in time that says nothing about it."""
         allowed = False
-        for name, value in headers:
-            if name == b"x-api-key":
-                presented = value.strip()
-            elif name == b"authorization" and value[:7].lower() == b"bearer ":
-                presented = value[7:].strip()
-            else:
-                continue
+        for presented in presented_keys(headers):
             allowed |= hmac.compare_digest(hashlib.sha256(presented).digest(), self._digest)
         return allowed
 

@@ -15,11 +15,12 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import orjson
 import uvicorn
-from hostler.errors import InvalidRequest
+from hostler.errors import HostlerError, InvalidApiKey, InvalidRequest
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -49,6 +50,7 @@ class Connection(HttpToolsProtocol):
     last_reply = False
     _num_head_bytes = 0
     _num_discarded_bytes = 0
+    _has_long_key = False
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -77,6 +79,7 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take one header."""
+        self._has_long_key = len(value) > MAX_HEAD_BYTES and name.lower() in (b"authorization", b"x-api-key")
         self._count_head(len(name) + len(value))
         super().on_header(name, value)
 
@@ -106,9 +109,13 @@ class Connection(HttpToolsProtocol):
         """Answer what is not HTTP, and hang up."""
         if self.transport.is_closing():
             return
-        body = orjson.dumps(error_body(InvalidRequest("The request is not valid HTTP, or its head is too long.")))
+        error: HostlerError = InvalidRequest("The request is not valid HTTP, or its head is too long.")
+        if self._has_long_key:
+            error = InvalidApiKey("Wrong API key.")
+        body = orjson.dumps(error_body(error))
+        status = HTTPStatus(error.http_status)
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nx-request-id: req_{uuid.uuid4().hex}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)

@@ -18,6 +18,8 @@ from hostler.errors import HostlerError
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
 from gateway.doors import request_id_of
+from gateway.keys.limits import KeyLimits
+from gateway.keys.ring import KeyRing
 from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
@@ -56,6 +58,8 @@ class Services:
 
     config: HostlerConfig
     placement_target: str
+    ring: KeyRing
+    limits: KeyLimits
     token: str = ""
     patience: Patience = field(default_factory=Patience)
     lifetime: Lifetime = field(default_factory=Lifetime)
@@ -91,6 +95,7 @@ class Services:
             max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
+            limits=self.limits,
         )
         self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
         self.mcp = McpServers(self.config)
@@ -98,6 +103,8 @@ class Services:
         loading_mcp = asyncio.create_task(self.mcp.load()) if self.config.mcp_servers else None
         self._open_responses()
         watching = asyncio.create_task(self.placement.watch(self.table))
+        self.ring.on_end = self.lifetime.end_key
+        watching_keys = asyncio.create_task(self.ring.watch())
         try:
             yield
         finally:
@@ -105,6 +112,7 @@ class Services:
             await self.background.close(self.config.reload_drain if has_successor else self.config.drain_s)
             await self.responses.close()
             await self.mcp.close()
+            watching_keys.cancel()
             if loading_mcp is not None:
                 await asyncio.wait((loading_mcp,))
             watching.cancel()
@@ -112,6 +120,7 @@ class Services:
                 await watching
             await self.channels.close()
             await self.placement.close()
+            self.limits.close()
 
     def _open_responses(self) -> None:
         limits = Limits(self.config.responses_max_count, self.config.responses_max_bytes, self.config.responses_max_age)

@@ -201,6 +201,10 @@ class HostlerConfig(_Strict):
     host: str = Field(default="127.0.0.1", description="Address to listen on. Anything but loopback needs an API key.")
     port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     api_key: str | None = Field(default=None, min_length=8, max_length=512, description="Bearer key that clients send.")
+    keys_file: Path | None = Field(
+        default=None, description="Keys made by `hostler key create`; null: ~/.config/hostler/keys.json."
+    )
+    require_key: bool = Field(default=False, description="Demand a key on loopback, too.")
     cors: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
         default=(), description="Origins allowed from browsers, or '*'."
     )
