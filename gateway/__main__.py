@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gateway", description="One gateway process of a hostler server.")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory with config.json")
     parser.add_argument("--fd", type=int, required=True, help="inherited listening socket")
+    parser.add_argument("--public-fd", type=int, help="inherited listening socket of the public application")
     arguments = parser.parse_args()
     configure()
     run_dir = RunDir(arguments.run_dir)
@@ -32,6 +33,11 @@ def main() -> None:
         config, placement_target=run_dir.orchestrator_target, token=run_dir.token(), state_dir=run_dir.path
     )
     server = build_server(app, drain_s=config.drain_s, lifetime=app.state.services.lifetime)
+    if arguments.public_fd is not None:
+        from gateway.public_app import create_public_app
+
+        listener = socket.socket(fileno=arguments.public_fd)
+        server.add_public(create_public_app(app.state.services, told=run_dir.tunnel), listener)
     # What lives as long as the process need not be looked at by the cycle collector ever again.
     gc.collect()
     gc.freeze()

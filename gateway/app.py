@@ -109,7 +109,7 @@ def create_app(
     for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
     # The last one added is the outermost.
     app.add_middleware(
         Gate,
@@ -129,7 +129,8 @@ def create_app(
     return app
 
 
-async def _answer_error(request: Request, exception: Exception) -> Response:
+async def answer_error(request: Request, exception: Exception) -> Response:
+    """Return the reply to a request that failed, in the shape of its dialect."""
     if isinstance(exception, ClientGone):
         return Response(status_code=499)
     return error_response(as_hostler_error(exception, request_id=request_id_of(request.scope)), request.scope)

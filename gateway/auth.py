@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -63,6 +64,13 @@ class KeyCheck:
         return allowed
 
 
+class Hosts(Protocol):
+    """Says which names a request may call this server by."""
+
+    def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Return whether the one Host header names this server."""
+
+
 class HostCheck:
     """The Host allow-list.
 
@@ -74,7 +82,7 @@ class HostCheck:
 
     def __init__(self, listen_host: str, allowed_hosts: Iterable[str], *, has_key: bool) -> None:
         self._any = has_key and not is_loopback(listen_host)
-        self._names = _LOOPBACK_NAMES | {_normal(name) for name in allowed_hosts}
+        self._names = _LOOPBACK_NAMES | {normal_host(name) for name in allowed_hosts}
 
     def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Return whether the one Host header names this server."""
@@ -83,15 +91,17 @@ class HostCheck:
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1:
             return False
-        host = _normal(hosts[0].decode("latin-1"))
-        return host in self._names or _without_port(host) in self._names
+        host = normal_host(hosts[0].decode("latin-1"))
+        return host in self._names or without_port(host) in self._names
 
 
-def _normal(host: str) -> str:
+def normal_host(host: str) -> str:
+    """Return a Host header's value as names are compared."""
     return host.strip().lower().rstrip(".")
 
 
-def _without_port(host: str) -> str:
+def without_port(host: str) -> str:
+    """Return a Host header's name; what has no port, or an odd one, stays as it is."""
     name, colon, port = host.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()):
         return host

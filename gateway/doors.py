@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck
+from gateway.auth import KEYLESS_SCOPE, Hosts, KeyCheck
 from gateway.error_reply import error_response, speaks_anthropic
 from gateway.errors import ClientGone, as_hostler_error
 from gateway.metrics import Meter
@@ -124,7 +124,7 @@ class Gate:
     Whoever comes in has a cache scope from here on (`cache_scope_of`).
     """
 
-    def __init__(self, app: ASGIApp, host_check: HostCheck, key_check: KeyCheck | None) -> None:
+    def __init__(self, app: ASGIApp, host_check: Hosts, key_check: KeyCheck | None) -> None:
         self._app = app
         self._host_check = host_check
         self._key_check = key_check

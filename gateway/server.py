@@ -14,7 +14,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import uvicorn
@@ -130,9 +130,28 @@ class GatewayServer(uvicorn.Server):
         self, config: uvicorn.Config, *, drain_s: float, on_stop: Callable[[], None], on_drained: Callable[[], None]
     ) -> None:
         super().__init__(config)
+        self._public: tuple[uvicorn.Config, socket.socket] | None = None
         self._drain_s = drain_s
         self._on_stop = on_stop
         self._on_drained = on_drained
+
+    def add_public(self, app: ASGIApp, listener: socket.socket) -> None:
+        """Serve a second application on a second listening socket; both stop and drain as one."""
+        self._public = _uvicorn_config(app, self._drain_s, lifespan="off"), listener
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; the public socket only once the local one does, so that what they share is there."""
+        await super().startup(sockets)
+        if self._public is None:
+            return
+        config, listener = self._public
+        config.load()
+
+        def connect() -> asyncio.Protocol:
+            return Connection(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        loop = asyncio.get_running_loop()
+        self.servers.append(await loop.create_server(connect, sock=listener, backlog=config.backlog))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -160,12 +179,17 @@ class GatewayServer(uvicorn.Server):
 
 def build_server(app: ASGIApp, *, drain_s: float, lifetime: Lifetime) -> GatewayServer:
     """Return the server for an application whose requests share `lifetime`; `serve` runs it."""
-    config = uvicorn.Config(
+    config = _uvicorn_config(app, drain_s, lifespan="on")
+    return GatewayServer(config, drain_s=drain_s, on_stop=lifetime.stop, on_drained=lifetime.expire)
+
+
+def _uvicorn_config(app: ASGIApp, drain_s: float, *, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         loop="uvloop",
         http=Connection,
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -174,7 +198,6 @@ def build_server(app: ASGIApp, *, drain_s: float, lifetime: Lifetime) -> Gateway
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(drain_s) + _FAREWELL_S,
     )
-    return GatewayServer(config, drain_s=drain_s, on_stop=lifetime.stop, on_drained=lifetime.expire)
 
 
 def serve(server: GatewayServer, listener: socket.socket) -> None:

@@ -43,6 +43,8 @@ class Patience:
     # Longest wait, before a retry, for a lost worker to leave the table.
     gone_s: float = GONE_TIMEOUT_S
     ping_s: float = PING_S
+    # The same for the first sign of life.
+    first_ping_s: float = PING_S
     first_comment_s: float = FIRST_COMMENT_S
     comment_gap_s: float = COMMENT_GAP_S
     stalled_reader_s: float = STALLED_READER_S
@@ -75,6 +77,8 @@ class Services:
     has_served: bool = False
     # Callers that follow events.
     num_followers: int = 0
+    # Called when all parts are there.
+    on_open: list[Callable[[], None]] = field(default_factory=list)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -92,13 +96,15 @@ class Services:
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
         )
-        self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
+        self.linked_images = LinkedImages(fetcher() if self.config.fetch_urls else None)
         self.mcp = McpServers(self.config)
         # Ahead of the first request that needs it.
         loading_mcp = asyncio.create_task(self.mcp.load()) if self.config.mcp_servers else None
         self._open_responses()
         watching = asyncio.create_task(self.placement.watch(self.table))
         try:
+            for tell in self.on_open:
+                tell()
             yield
         finally:
             await self.background.close(self.config.drain_s)
@@ -137,7 +143,8 @@ def max_waiting_of(config: HostlerConfig) -> Callable[[str], int]:
     return max_waiting
 
 
-def _fetch() -> Fetch:
+def fetcher() -> Fetch:
+    """Return what fetches addresses."""
     from gateway.fetch import Fetcher  # 200 ms and 6 MB of HTTP client
 
     return Fetcher()
@@ -166,6 +173,7 @@ def event_stream(
         request_id=request_id_of(request.scope),
         is_spectator=is_spectator,
         ping_s=patience.ping_s,
+        first_ping_s=min(patience.first_ping_s, patience.ping_s),
         first_comment_s=patience.first_comment_s,
         comment_gap_s=patience.comment_gap_s,
         stalled_reader_s=patience.stalled_reader_s,

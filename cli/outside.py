@@ -1,0 +1,66 @@
+"""What `hostler serve --public` prints: the public address, Cursor's settings, and a test through that address.
+
+Above: `cli.startup`; below: `cli.self_test`, `cli.clients` (Cursor's entry) and `cli.tunnel` (where the address is).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from hostler.config import HostlerConfig
+from hostler.rundir import RunDir
+
+from cli import tunnel
+from cli.clients.catalog import CLIENTS
+from cli.clients.render import KEY_TO_FILL_IN, Target, steps_of
+from cli.report import Reporter
+from cli.self_test import run
+
+_TUNNEL_WITHIN_S = 60.0
+_LOOK_EVERY_S = 0.1
+_ANY_CONTEXT = 8192  # Cursor's steps name no length
+
+
+async def show_outside(config: HostlerConfig, run_dir: RunDir, models: Sequence[str], report: Reporter) -> None:
+    """Print the address and the settings, then test from outside in with the first of `models`, which chat."""
+    url = config.public.url.rstrip("/")
+    if config.public.ngrok:
+        url = await _told(run_dir)
+        if not url:
+            log = run_dir.logs / "tunnel.log"
+            report.say("tunnel_silent", f"✗ the tunnel is not up; see {log}", "bad", path=str(log))
+            return
+    local = f"{config.public.host}:{config.public.port}"
+    if not url:
+        hosts = ", ".join(config.public.hosts)
+        report.say("public", f"\nPublic on http://{local}/v1 for {hosts}. --public-url has it tested.", "head")
+        return
+    report.say("public", f"\nPublic on {url}/v1, which leads to {local}: models only, key demanded", "head", url=url)
+    if urlsplit(url).scheme != "https":
+        report.say("not_secret", "  Without https the key and all prompts can be read on the way.", "warn")
+    if not models:
+        report.say("untested", "  Not tested: no model that chats is loaded.", "warn")
+        return
+    target = Target(url, models[0], KEY_TO_FILL_IN, True, _ANY_CONTEXT)
+    cursor = next(client for client in CLIENTS if client.name == "cursor")
+    report.say("cursor", "Cursor:", "dim")
+    for step in steps_of(cursor, target):
+        report.say("cursor_step", f"  {step.text}", "dim")
+    report.say("self_test", f"Testing through {url} with {models[0]}", url=url, model=models[0])
+    async for check in run(url, models[0], config.api_key):
+        mark, tone = ("✗", "bad") if check.problem else ("✓", "good")
+        text = f"  {mark} {check.name}: {check.problem or check.found}"
+        report.say("self_test_step", text, tone, check=check.name, ok=not check.problem)
+
+
+async def _told(run_dir: RunDir) -> str:
+    url = ""
+    try:
+        async with asyncio.timeout(_TUNNEL_WITHIN_S):
+            while not (url := tunnel.read_url(run_dir.tunnel)):
+                await asyncio.sleep(_LOOK_EVERY_S)
+    except TimeoutError:
+        return ""
+    return url
