@@ -13,7 +13,7 @@ from hostler.config import HostlerConfig
 from hostler.rundir import RunDir
 
 from cli import tunnel
-from cli.clients.catalog import CLIENTS
+from cli.clients import catalog
 from cli.clients.render import KEY_TO_FILL_IN, Target, steps_of
 from cli.report import Reporter
 from cli.self_test import run
@@ -44,9 +44,8 @@ async def show_outside(config: HostlerConfig, run_dir: RunDir, models: Sequence[
         report.say("untested", "  Not tested: no model that chats is loaded.", "warn")
         return
     target = Target(url, models[0], KEY_TO_FILL_IN, True, _ANY_CONTEXT)
-    cursor = next(client for client in CLIENTS if client.name == "cursor")
     report.say("cursor", "Cursor:", "dim")
-    for step in steps_of(cursor, target):
+    for step in steps_of(catalog.find("cursor"), target):
         report.say("cursor_step", f"  {step.text}", "dim")
     report.say("self_test", f"Testing through {url} with {models[0]}", url=url, model=models[0])
     async for check in run(url, models[0], config.api_key):
@@ -56,11 +55,8 @@ async def show_outside(config: HostlerConfig, run_dir: RunDir, models: Sequence[
 
 
 async def _told(run_dir: RunDir) -> str:
-    url = ""
-    try:
-        async with asyncio.timeout(_TUNNEL_WITHIN_S):
-            while not (url := tunnel.read_url(run_dir.tunnel)):
-                await asyncio.sleep(_LOOK_EVERY_S)
-    except TimeoutError:
-        return ""
-    return url
+    for _ in range(round(_TUNNEL_WITHIN_S / _LOOK_EVERY_S)):
+        if url := tunnel.read_url(run_dir.tunnel):
+            return url
+        await asyncio.sleep(_LOOK_EVERY_S)
+    return ""

@@ -71,6 +71,11 @@ def tell(path: Path, url: str) -> None:
     draft.replace(path)
 
 
+def untell(path: Path) -> None:
+    """Take the address back: the tunnel is down."""
+    path.unlink(missing_ok=True)
+
+
 def read_url(path: Path) -> str:
     """Return the address that a tunnel has told; empty while none is up."""
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -95,7 +100,7 @@ async def hold(config: HostlerConfig, path: Path, token: str, stop: asyncio.Even
         tell(path, listener.url())
         await stop.wait()
     finally:
-        path.unlink(missing_ok=True)
+        untell(path)
         await listener.close()
 
 
