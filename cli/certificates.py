@@ -7,7 +7,7 @@ import ssl
 
 
 def trusted() -> ssl.SSLContext:
-    """Return the usual authorities, or those of $SSL_CERT_FILE: proxies of the environment are left out, this is not."""
+    """Return the usual authorities, or those of $SSL_CERT_FILE."""
     import certifi
 
     return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())

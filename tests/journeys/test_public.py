@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from cli.self_test import run
 from tests.journeys.server import Server, Servers, free_port, wait_until
 from tests.tunnel.stand_in import NAME, Moods, StandIn, stand_in
 
@@ -111,13 +112,25 @@ def test_nothing_but_models_is_reachable_and_nothing_without_the_key(outside: Ou
     assert httpx.get(f"{outside.server.url}/metrics", headers=right).status_code == 200
 
 
-def test_the_doctor_finds_cursor_well_through_the_tunnel(outside: Outside) -> None:
+def test_the_doctor_finds_cursor_well_through_the_tunnel(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(outside.edge.authority))
     done = outside.server.hostler(
         "doctor", "--client", "cursor", "--url", outside.url, "--api-key", KEY, "--json", timeout_s=600
     )
     report = json.loads(done.stdout)
     assert report["works"], report
     assert not [step for step in report["steps"] if step["problems"]]
+
+
+async def test_the_self_test_tells_a_way_that_holds_back(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(outside.edge.authority))
+    outside.edge.moods = Moods(flush_s=None)
+    try:
+        checks = {check.name: check async for check in run(outside.url, "coder", KEY)}
+    finally:
+        outside.edge.moods = Moods()
+    assert "buffering" in checks["stream"].problem
+    assert not checks["verify"].problem
 
 
 def test_a_reply_that_is_cut_off_on_the_way_leaves_the_server_whole(outside: Outside) -> None:
