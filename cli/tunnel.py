@@ -42,9 +42,9 @@ def find_token(environ: Mapping[str, str], home: Path) -> str | None:
             if not isinstance(values, dict):
                 continue
             agent = values.get("agent")
-            token = values.get("authtoken") or (agent.get("authtoken") if isinstance(agent, dict) else None)
-            if isinstance(token, str) and token.strip():
-                return token.strip()
+            found = values.get("authtoken") or (agent.get("authtoken") if isinstance(agent, dict) else None)
+            if isinstance(found, str) and found.strip():
+                return found.strip()
     return None
 
 

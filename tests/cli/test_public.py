@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,13 @@ def resolve(**flags: Any) -> HostlerConfig:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDir]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sdk").mkdir()
     (tmp_path / "sdk" / "ngrok.py").write_text(SDK)
     public = PublicConfig(enabled=True, ngrok=True, port=8001, domain="roundhouse.ngrok-free.app")
     write_resolved(HostlerConfig(api_key=KEY, public=public), RunDir(tmp_path).config)
-    yield RunDir(tmp_path)
+    return RunDir(tmp_path)
 
 
 def start(place: RunDir, **env: str) -> subprocess.Popen[str]:
