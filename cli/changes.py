@@ -14,6 +14,9 @@ from hostler.config import HostlerConfig, ModelConfig
 NEEDS_RESTART = frozenset({"host", "port", "models_dir", "ray_address", "devices", "sleep_memory"})
 """What processes take in only when they start, or what other processes find them by."""
 
+PUBLIC_NEEDS_RESTART = frozenset({"enabled", "host", "port", "ngrok", "domain"})
+"""The same, of the section `public`."""
+
 PLACEMENT_ONLY = frozenset({"warm_workers", "min_residency", "max_wait", "apart", "step_budget_s"})
 """What no gateway reads."""
 
@@ -56,12 +59,16 @@ def between(old: HostlerConfig, new: HostlerConfig) -> Changes:
             gateways = gateways or limits_differ
             continue
         line = f"{key}: changed" if key in _SECRET else f"{key}: {_shown(before)} → {_shown(after)}"
-        if key in NEEDS_RESTART:
+        if key in NEEDS_RESTART or (key == "public" and _opens_elsewhere(old, new)):
             refused.append(line)
         else:
             lines.append(line)
             gateways = gateways or key not in PLACEMENT_ONLY
     return Changes(tuple(lines), tuple(refused), gateways)
+
+
+def _opens_elsewhere(old: HostlerConfig, new: HostlerConfig) -> bool:
+    return any(getattr(old.public, key) != getattr(new.public, key) for key in PUBLIC_NEEDS_RESTART)
 
 
 def _models(old: Iterable[ModelConfig], new: Iterable[ModelConfig]) -> tuple[list[str], bool]:

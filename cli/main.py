@@ -51,6 +51,8 @@ app.add_typer(mcp_app, name="mcp")
         "hostler serve ./my-model ~/models/tiny.gguf",
         "hostler serve --config hostler.yaml --json-logs",
         'hostler serve --host 0.0.0.0 --api-key "$(openssl rand -hex 32)"',
+        "hostler serve --ngrok --api-key $KEY                  reached from everywhere, through ngrok",
+        "hostler serve --public --public-url https://llm.example.org --api-key $KEY",
         "hostler serve --device cpu0=2GiB --device cpu1=2GiB    two virtual devices",
     )
 )
@@ -83,6 +85,16 @@ def serve(
         list[str] | None, typer.Option(help="Use only this device: ID or ID=SIZE, e.g. cuda:0 or cpu=8GiB; repeatable.")
     ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Listen on a second port for a proxy or tunnel: models only, key demanded.")
+    ] = False,
+    public_url: Annotated[str | None, typer.Option(help="Where others reach that port; it is tested at start.")] = None,
+    public_host: Annotated[
+        list[str] | None, typer.Option(help="Further Host header to accept there; repeatable.")
+    ] = None,
+    public_port: Annotated[int | None, typer.Option(min=1, max=65535, help="That port; default --port + 1.")] = None,
+    ngrok: Annotated[bool, typer.Option("--ngrok", help="--public through a tunnel; $NGROK_AUTHTOKEN.")] = False,
+    domain: Annotated[str | None, typer.Option(help="The tunnel's name; default what ngrok gives.")] = None,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object a line instead of text.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of all processes, too.")] = False,
 ) -> None:
@@ -102,6 +114,12 @@ def serve(
         models_dir=models_dir,
         devices=tuple(device or ()),
         ray_address=ray_address,
+        public=public,
+        public_host=tuple(public_host or ()),
+        public_port=public_port,
+        public_url=public_url,
+        ngrok=ngrok,
+        domain=domain,
     )
     run(flags, as_json=json_logs, verbose=verbose, started_at=_BEGAN)
 

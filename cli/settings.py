@@ -43,6 +43,12 @@ class Flags:
     models_dir: Path | None = None
     devices: tuple[str, ...] = ()
     ray_address: str | None = None
+    public: bool = False
+    public_host: tuple[str, ...] = ()
+    public_port: int | None = None
+    public_url: str | None = None
+    ngrok: bool = False
+    domain: str | None = None
 
 
 def find_file(given: Path | None, environ: Mapping[str, str] | None = None) -> Path | None:
@@ -167,14 +173,18 @@ def refuse_open_door(config: HostlerConfig) -> None:
             "--cors lets web pages call the server, so it needs an API key. Set `require_key: true` and run"
             f"  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}"
         )
-    if is_loopback(config.host) and not config.require_key:
+    if is_loopback(config.host) and not config.require_key and not config.public.enabled:
         return
     try:
         keys = KeyFile(config.keys_file).read() if config.keys_file else []
     except KeysError as error:
         raise UsageError(str(error)) from None
     if not any(key.lives(time.time()) for key in keys):
-        why = "require_key is set" if is_loopback(config.host) else f"listening on {config.host} lets others in"
+        why = "require_key is set"
+        if config.public.enabled:
+            why = "--public and --ngrok let others in"
+        elif not is_loopback(config.host):
+            why = f"listening on {config.host} lets others in"
         raise UsageError(f"{why}, so it needs an API key. Run:  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}")
 
 
@@ -190,6 +200,27 @@ def default_keys_path() -> Path:
     from hostler.keys import default_path
 
     return default_path()
+
+
+def public_settings(values: Mapping[str, Any], flags: Flags, port: int) -> dict[str, Any]:
+    """Return the `public` section with the flags, and the port that it will have.
+
+    Raises:
+        UsageError: a flag that would be of no effect.
+    """
+    given = {"port": flags.public_port, "url": flags.public_url, "domain": flags.domain}
+    section = {**values, **{key: value for key, value in given.items() if value is not None}}
+    section["hosts"] = flags.public_host or section["hosts"]
+    section["ngrok"] = section["ngrok"] or flags.ngrok
+    section["enabled"] = section["enabled"] or section["ngrok"] or flags.public
+    if section["domain"] and not section["ngrok"]:
+        raise UsageError("--domain is the name of ngrok's tunnel: add --ngrok, or use --public-url")
+    if not section["enabled"] and (flags.public_host or any(value is not None for value in given.values())):
+        raise UsageError("--public-host, --public-port and --public-url want --public or --ngrok")
+    if section["enabled"] and not (section["ngrok"] or section["url"] or section["hosts"]):
+        raise UsageError("--public wants the address that others use. Add:  --public-url https://llm.example.org")
+    section["port"] = section["port"] or (port + 1 if port < 65535 else port - 1)
+    return section
 
 
 def default_gateways(cores: int) -> int:
@@ -232,6 +263,7 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     for server in values["mcp_servers"].values():
         if server["cwd"] is not None:
             server["cwd"] = ((path.parent if path else Path.cwd()) / server["cwd"].expanduser()).resolve()
+    values["public"] = public_settings(values["public"], flags, config.port)
     values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
     if config.models_dir is not None:
         values["models_dir"] = config.models_dir.expanduser().resolve()

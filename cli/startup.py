@@ -41,6 +41,7 @@ class Screen:
         run_dir: RunDir,
         supervisor: Supervisor,
         listener: socket.socket,
+        door: socket.socket | None,
         *,
         as_json: bool,
         verbose: bool,
@@ -50,6 +51,7 @@ class Screen:
         self._run_dir = run_dir
         self._supervisor = supervisor
         self._listener = listener
+        self._door = door
         self._verbose = verbose
         self._report = report.make(as_json)
         self._num_signals = 0
@@ -128,7 +130,14 @@ class Screen:
             gateway.cancel()
             devices.cancel()
         can_answer = [m for m, is_ready in zip(wanted, ready, strict=True) if is_ready]
-        self._banner(can_answer, wanted, started_at, await self._engines())
+        engines = await self._engines()
+        self._banner(can_answer, wanted, started_at, engines)
+        if self._config.public.enabled:
+            from cli.outside import show_outside
+
+            text = (lifecycle_pb2.ENGINE_KIND_TEXT, lifecycle_pb2.ENGINE_KIND_SCRIPTED)
+            chatting = [model.name for model in can_answer if engines.get(model.name) in text]
+            await show_outside(self._config, self._run_dir, chatting, self._report)
 
     async def _show_devices(self) -> None:
         status = await placement.wait_for_status(self._run_dir)
@@ -229,6 +238,8 @@ class Screen:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._report.close()
         self._listener.close()
+        if self._door is not None:
+            self._door.close()
         started = time.monotonic()
         num_running = await self._count_running()
         self._report.say(

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited listening socket")
     parser.add_argument("--config", type=Path, help="another configuration than the run directory's")
     parser.add_argument("--ready-fd", type=int, help="inherited pipe that gets one byte once requests are accepted")
+    parser.add_argument("--public-fd", type=int, help="inherited listening socket of the public application")
     arguments = parser.parse_args()
     configure()
     run_dir = RunDir(arguments.run_dir)
@@ -40,6 +41,11 @@ def main() -> None:
         lifetime=app.state.services.lifetime,
         ready_fd=arguments.ready_fd,
     )
+    if arguments.public_fd is not None:
+        from gateway.public_app import create_public_app
+
+        listener = socket.socket(fileno=arguments.public_fd)
+        server.add_public(create_public_app(app.state.services, told=run_dir.tunnel), listener)
     # What lives as long as the process need not be looked at by the cycle collector ever again.
     gc.collect()
     gc.freeze()

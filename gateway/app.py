@@ -123,7 +123,7 @@ def create_app(
     for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
     host_check = HostCheck(config.host, config.allowed_hosts, has_key=demands)
     # The last one added is the outermost.
     app.add_middleware(
@@ -146,7 +146,8 @@ def create_app(
     return app
 
 
-async def _answer_error(request: Request, exception: Exception) -> Response:
+async def answer_error(request: Request, exception: Exception) -> Response:
+    """Return the reply to a request that failed, in the shape of its dialect."""
     if isinstance(exception, ClientGone):
         return Response(status_code=499)
     return error_response(as_hostler_error(exception, request_id=request_id_of(request.scope)), request.scope)

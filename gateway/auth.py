@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -66,6 +67,13 @@ class KeyCheck:
         return allowed
 
 
+class Hosts(Protocol):
+    """Says which names a request may call this server by."""
+
+    def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Return whether the one Host header names this server."""
+
+
 class HostCheck:
     """The Host allow-list.
 
@@ -77,7 +85,7 @@ class HostCheck:
 
     def __init__(self, listen_host: str, allowed_hosts: Iterable[str], *, has_key: bool) -> None:
         self._any = has_key and not is_loopback(listen_host)
-        self._names = _LOOPBACK_NAMES | {_normal(name) for name in allowed_hosts}
+        self._names = _LOOPBACK_NAMES | {normal_host(name) for name in allowed_hosts}
 
     def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Return whether the one Host header names this server."""
@@ -86,8 +94,8 @@ class HostCheck:
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1:
             return False
-        host = _normal(hosts[0].decode("latin-1"))
-        return host in self._names or _without_port(host) in self._names
+        host = normal_host(hosts[0].decode("latin-1"))
+        return host in self._names or without_port(host) in self._names
 
 
 class PageCheck:
@@ -126,15 +134,17 @@ class PageCheck:
         if scheme not in ("http", "https"):  # tauri://, vscode-file://, file://: programs on this machine
             return True
         # Names under .localhost are this machine's in every browser; Tauri's windows on Windows have such a one.
-        is_below_localhost = _without_port(host).endswith(".localhost")
+        is_below_localhost = without_port(host).endswith(".localhost")
         return is_below_localhost or self._host_check.allows([(b"host", host.encode("latin-1"))])
 
 
-def _normal(host: str) -> str:
+def normal_host(host: str) -> str:
+    """Return a Host header's value as names are compared."""
     return host.strip().lower().rstrip(".")
 
 
-def _without_port(host: str) -> str:
+def without_port(host: str) -> str:
+    """Return a Host header's name; what has no port, or an odd one, stays as it is."""
     name, colon, port = host.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()):
         return host

@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.auth import HostCheck, PageCheck
+from gateway.auth import Hosts, PageCheck
 from gateway.error_reply import error_response, speaks_anthropic
 from gateway.errors import ClientGone, as_hostler_error
 from gateway.keys.caller import Caller, set_caller
@@ -145,16 +145,18 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        host_check: HostCheck,
+        host_check: Hosts,
         ring: KeyRing,
         limits: KeyLimits,
         page_check: PageCheck | None = None,
+        demands: bool | None = None,
     ) -> None:
         self._app = app
         self._host_check = host_check
         self._ring = ring
         self._limits = limits
         self._page_check = page_check
+        self._demands = demands
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve, or refuse, one request."""
@@ -191,7 +193,7 @@ class Gate:
             raise PermissionDenied(
                 "Pages of other sites may not use a server that demands no API key. Allow their origin with 'cors'."
             )
-        elif (caller := self._ring.caller(scope["headers"])) is not None:
+        elif (caller := self._ring.caller(scope["headers"], demands=self._demands)) is not None:
             await self._serve_caller(caller, scope, receive, send)
         elif scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
             await self._app(scope, receive, send)

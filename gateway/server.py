@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import uvicorn
@@ -153,12 +153,35 @@ class GatewayServer(uvicorn.Server):
         lifetime: Lifetime,
     ) -> None:
         super().__init__(config)
+        self._public: tuple[uvicorn.Config, socket.socket] | None = None
         self._drain_s = drain_s
         self._reload_drain_s = reload_drain_s
         self._ready_fd = ready_fd
         self._retired = False
         self._leaving = False
         self._lifetime = lifetime
+
+    def add_public(self, app: ASGIApp, listener: socket.socket) -> None:
+        """Serve a second application on a second listening socket; both stop and drain as one."""
+        self._public = _uvicorn_config(app, self._drain_s, lifespan="off"), listener
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, and say so; on the public socket once what it shares with the local one is there."""
+        await super().startup(sockets)
+        if self._public is not None:
+            await self._open_public(*self._public)
+        if self._ready_fd is not None and self.started:
+            os.write(self._ready_fd, b"1")
+            os.close(self._ready_fd)
+
+    async def _open_public(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        config.load()
+
+        def connect() -> asyncio.Protocol:
+            return Connection(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        loop = asyncio.get_running_loop()
+        self.servers.append(await loop.create_server(connect, sock=listener, backlog=config.backlog))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -172,13 +195,6 @@ class GatewayServer(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 loop.remove_signal_handler(number)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept, and say so."""
-        await super().startup(sockets)
-        if self._ready_fd is not None and self.started:
-            os.write(self._ready_fd, b"1")
-            os.close(self._ready_fd)
 
     def stop(self) -> None:
         """Accept no more, let requests finish, and end those that have not by the deadline."""
@@ -226,12 +242,23 @@ def build_server(
 
     The rest is as `GatewayServer` has it.
     """
-    config = uvicorn.Config(
+    config = _uvicorn_config(app, drain_s, lifespan="on")
+    return GatewayServer(
+        config,
+        drain_s=drain_s,
+        reload_drain_s=reload_drain_s,
+        ready_fd=ready_fd,
+        lifetime=lifetime,
+    )
+
+
+def _uvicorn_config(app: ASGIApp, drain_s: float, *, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         loop="uvloop",
         http=Connection,
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -239,13 +266,6 @@ def build_server(
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(drain_s) + _FAREWELL_S,
-    )
-    return GatewayServer(
-        config,
-        drain_s=drain_s,
-        reload_drain_s=reload_drain_s,
-        ready_fd=ready_fd,
-        lifetime=lifetime,
     )
 
 

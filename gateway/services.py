@@ -45,6 +45,8 @@ class Patience:
     # Longest wait, before a retry, for a lost worker to leave the table.
     gone_s: float = GONE_TIMEOUT_S
     ping_s: float = PING_S
+    # The same for the first sign of life.
+    first_ping_s: float = PING_S
     first_comment_s: float = FIRST_COMMENT_S
     comment_gap_s: float = COMMENT_GAP_S
     stalled_reader_s: float = STALLED_READER_S
@@ -79,6 +81,8 @@ class Services:
     has_served: bool = False
     # Callers that follow events.
     num_followers: int = 0
+    # Called when all parts are there.
+    on_open: list[Callable[[], None]] = field(default_factory=list)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -97,7 +101,7 @@ class Services:
             gone_timeout_s=self.patience.gone_s,
             limits=self.limits,
         )
-        self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
+        self.linked_images = LinkedImages(fetcher() if self.config.fetch_urls else None)
         self.mcp = McpServers(self.config)
         # Ahead of the first request that needs it.
         loading_mcp = asyncio.create_task(self.mcp.load()) if self.config.mcp_servers else None
@@ -106,6 +110,8 @@ class Services:
         self.ring.on_end = self.lifetime.end_key
         watching_keys = asyncio.create_task(self.ring.watch())
         try:
+            for tell in self.on_open:
+                tell()
             yield
         finally:
             has_successor = self.lifetime.has_successor
@@ -147,7 +153,8 @@ def max_waiting_of(config: HostlerConfig) -> Callable[[str], int]:
     return max_waiting
 
 
-def _fetch() -> Fetch:
+def fetcher() -> Fetch:
+    """Return what fetches addresses."""
     from gateway.fetch import Fetcher  # 200 ms and 6 MB of HTTP client
 
     return Fetcher()
@@ -176,6 +183,7 @@ def event_stream(
         request_id=request_id_of(request.scope),
         is_spectator=is_spectator,
         ping_s=patience.ping_s,
+        first_ping_s=min(patience.first_ping_s, patience.ping_s),
         first_comment_s=patience.first_comment_s,
         comment_gap_s=patience.comment_gap_s,
         stalled_reader_s=patience.stalled_reader_s,

@@ -52,10 +52,11 @@ class KeyRing:
         now_s = time.time()
         return self._own is None and not any(c.key and c.key.lives(now_s) for c in self._callers.values())
 
-    def caller(self, headers: Sequence[tuple[bytes, bytes]]) -> Caller | None:
+    def caller(self, headers: Sequence[tuple[bytes, bytes]], *, demands: bool | None = None) -> Caller | None:
         """Return who presents these headers; None if a key is demanded and none that is valid is among them.
 
-        Where none is demanded, an unknown key counts as none: clients send "unused".
+        Where none is demanded, an unknown key counts as none: clients send "unused". `demands`: of this door, which may
+        be stricter than the server's own.
         """
         if self._own is not None and self._own.allows(headers):
             return self._own_caller
@@ -68,7 +69,7 @@ class KeyRing:
                 # The table finds by a hash that nobody can aim at; the comparison that decides takes equal time.
                 if hmac.compare_digest(bytes.fromhex(caller.key.digest), digest) and caller.key.lives(time.time()):
                     return caller
-        return None if self.demands else KEYLESS
+        return None if (self.demands if demands is None else demands) else KEYLESS
 
     def refresh(self) -> None:
         """Look at the file; take in what has changed, and tell of keys that have ended."""

@@ -195,6 +195,26 @@ class McpServerConfig(_Strict):
         return self
 
 
+class PublicConfig(_Strict):
+    """A second application for a tunnel or reverse proxy: the models' API alone, and never without a key."""
+
+    enabled: bool = Field(default=False, description="Listen for a tunnel or proxy, too.")
+    host: str = Field(default="127.0.0.1", description="Address that the proxy connects to.")
+    port: int = Field(default=0, ge=0, le=65535, description="0: the server's port + 1.")
+    hosts: tuple[str, ...] = Field(default=(), description="Names that Host may carry; a tunnel's is known by itself.")
+    url: str = Field(
+        default="", pattern=r"^(https?://[^\s/?#@]+/?)?$", max_length=512, description="Where others reach it."
+    )
+    cors: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        default=(), description="Origins allowed from browsers, or '*'."
+    )
+    fetch_urls: bool = Field(
+        default=False, description="Fetch images, and call MCP servers if mcp_urls is on, by addresses of requests."
+    )
+    ngrok: bool = Field(default=False, description="Open a tunnel with ngrok; pip install 'hostler[ngrok]'.")
+    domain: str = Field(default="", max_length=253, description="The tunnel's name; empty: ngrok chooses.")
+
+
 class HostlerConfig(_Strict):
     """Everything that `hostler serve` needs to know."""
 
@@ -226,6 +246,7 @@ class HostlerConfig(_Strict):
     mcp_urls: bool = Field(
         default=False, description="Let requests name MCP servers by public http(s) address, beyond those above."
     )
+    public: PublicConfig = Field(default_factory=PublicConfig)
     models: tuple[ModelConfig, ...] = Field(default=())
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")
@@ -283,7 +304,7 @@ def _explain(error: ValidationError) -> str:
             continue
         owner: type[BaseModel] = HostlerConfig
         if len(item["loc"]) > 1:
-            owner = _PARTS.get(str(item["loc"][0]), HostlerConfig)
+            owner = PublicConfig if item["loc"][0] == "public" else _PARTS.get(str(item["loc"][0]), HostlerConfig)
         near = difflib.get_close_matches(str(item["loc"][-1]), owner.model_fields, n=1, cutoff=0.4)
         lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
     return "\n".join(lines)
