@@ -48,6 +48,6 @@ async def attend(answers: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def _until_ready(answers: Callable[[], Awaitable[bool]]) -> None:
-    while not await answers():
-        await asyncio.sleep(0.1)
+    while not await answers():  # which itself waits a while before it says no
+        send("STATUS=waits for the gateway")
     send("READY=1", "STATUS=accepts requests")

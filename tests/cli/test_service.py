@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import serve
 from cli.exits import CliError, UsageError
 from cli.service import control, unit
 from tests.cli.test_serve import Served
@@ -26,7 +27,7 @@ def wish(account: str | None = None, *words: str, **more: str) -> unit.Wish:
 
 
 @needs_systemd_analyze
-@pytest.mark.parametrize("account", [None, "nobody"])
+@pytest.mark.parametrize("account", [None, "daemon"])
 def test_systemd_takes_every_line_of_the_units(tmp_path: Path, account: str | None) -> None:
     file = tmp_path / "hostler.service"
     file.write_text(unit.text_of(wish(account, "--port", "9000", memory_high="70%", memory_max="48G")))
@@ -46,7 +47,7 @@ def test_the_checker_sees_a_planted_fault(tmp_path: Path) -> None:
 @needs_systemd_analyze
 def test_the_system_unit_is_exposed_no_more_than_it_must_be(tmp_path: Path) -> None:
     file = tmp_path / "hostler.service"
-    file.write_text(unit.text_of(wish("nobody")))
+    file.write_text(unit.text_of(wish("daemon")))
     command = [str(ANALYZE), "security", "--offline=true", "--threshold=50", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-500:]
@@ -80,6 +81,12 @@ def test_a_stop_may_take_longer_than_the_drain(place: Path) -> None:
 def test_where_systemd_does_not_run_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="foreground"):
         control.require_systemd(tmp_path / "absent")
+
+
+def test_the_manager_is_nobody_else_s_to_talk_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "1")
+        assert name not in serve.child_environment(False, False)
 
 
 class Manager:
