@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ ANALYZE = shutil.which("systemd-analyze")
 needs_systemd_analyze = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
 
 
-def wish(account: str | None = None, *words: str, **more: str) -> unit.Wish:
+def wish(account: str | None = None, *words: str, **more: Any) -> unit.Wish:
     command = (sys.executable, "-P", "-m", "cli.main", "serve", *words)
     return unit.Wish("hostler", command, Path("/srv/ada"), account, 20.0, **more)
 
