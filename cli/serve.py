@@ -108,7 +108,8 @@ def children(
 
 def child_environment(as_json: bool, verbose: bool) -> dict[str, str]:
     """Return our environment for children: without the key (they read it from the 0600 file), with log settings."""
-    environment = {key: value for key, value in os.environ.items() if key != "HOSTLER_API_KEY"}
+    ours = {"HOSTLER_API_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}  # the last three: cli.notify
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault("PYTHONFAULTHANDLER", "1")
     environment.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -23,7 +23,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
-from cli import placement, report, restarts, servers
+from cli import notify, placement, report, restarts, servers
 from cli.placement import Progress, Ready
 from cli.reloading import Reloader
 from cli.supervisor import Event, Supervisor
@@ -71,9 +71,13 @@ class Screen:
         if self._verbose:
             self._begin(self._follow_logs())
         self._begin(self._start_up(started_at))
+        reloader.on_begin, reloader.on_end = notify.reloading, notify.reloaded
         self._begin(reloader.run(self._report))
+        attending = asyncio.create_task(notify.attend(self._wait_for_gateway))  # through the drain: it may take long
         await self._stop.wait()
+        notify.send("STOPPING=1", "STATUS=lets running requests finish")
         await self._drain()
+        attending.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
