@@ -30,8 +30,8 @@ _SPREAD, _LEAST_SHARE = 0.25, 0.5
 class ChunkCost:
     """What prompt tokens add to a step: a fixed share, because there are any, and so much for each. In seconds.
 
-    A weighted line through the steps seen, the latest most. With one figure for each token alone, small chunks look dear,
-    so smaller ones are taken, which look dearer.
+    A weighted line through the steps seen, the latest most. With one figure for each token alone small chunks look
+    dear, so smaller ones are taken, which look dearer.
     """
 
     tokens: float = 0.0
