@@ -185,7 +185,7 @@ def refuse_open_door(config: HostlerConfig) -> None:
             why = "--public and --ngrok let others in"
         elif not is_loopback(config.host):
             why = f"listening on {config.host} lets others in"
-        raise UsageError(f"{why}, so it needs an API key. Run:  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}")
+        raise UsageError(f"{why}, so the server needs an API key. Run:  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}")
 
 
 def keys_path(config: HostlerConfig, config_file: Path | None) -> Path:

@@ -66,8 +66,8 @@ def start(place: RunDir, **env: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"public": True, "public_url": "https://a.example"}, "need an API key"),
-        ({"ngrok": True}, "need an API key"),
+        ({"public": True, "public_url": "https://a.example"}, "needs an API key"),
+        ({"ngrok": True}, "needs an API key"),
         ({"public": True, "api_key": KEY}, "--public-url"),
         ({"domain": "a.example", "api_key": KEY}, "add --ngrok"),
         ({"public_port": 9000, "api_key": KEY}, "want --public"),

@@ -126,6 +126,20 @@ def test_a_service_manager_hears_that_it_is_ready_alive_and_stopping(place: Path
             served.process.wait()
 
 
+def test_a_service_manager_hears_of_a_reload(place: Path, tmp_path: Path) -> None:
+    manager = Manager(tmp_path / "n")
+    served = Served(place, env={"NOTIFY_SOCKET": str(tmp_path / "n")})
+    try:
+        manager.wait_for("READY=1")
+        served.process.send_signal(signal.SIGUSR1)
+        manager.wait_for("RELOADING=1")
+        manager.wait_for("READY=1", times=2, within_s=90.0)
+    finally:
+        served.process.terminate()
+        served.process.wait(30)
+        manager.socket.close()
+
+
 def test_a_frozen_server_no_longer_says_that_it_lives(place: Path, tmp_path: Path) -> None:
     manager = Manager(tmp_path / "n")
     served = Served(place, env={"NOTIFY_SOCKET": str(tmp_path / "n"), "WATCHDOG_USEC": "400000"})
