@@ -397,8 +397,3 @@ async def _uvicorn(here: World) -> AsyncIterator[None]:
     finally:
         here.server.stop()
         await asyncio.wait_for(serving, 10)
-
-
-def sse_data(body: str) -> list[str]:
-    """Return the payloads of the data lines of an event stream."""
-    return [line[6:] for line in body.splitlines() if line.startswith("data: ")]

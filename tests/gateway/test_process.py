@@ -21,7 +21,8 @@ import pytest
 from hostler.config import HostlerConfig, write_resolved
 from hostler.inference.v1 import inference_pb2 as pb
 
-from tests.gateway.fakes import MODEL, FakePlacement, FakeWorker, finish, route, sse_data, text
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, FakePlacement, FakeWorker, finish, route, text
 
 
 async def test_the_gateway_loads_no_torch_no_ray_and_no_transformers() -> None:
