@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 ANTHROPIC_ID_HEADER = "request-id"
+READ_NO_MORE_EXTENSION = "hostler.read_no_more"
+"""In a request's scope: what leaves the rest of its body unread."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _PREFIX = "/v1"
 _OPEN_PATH = "/health"
@@ -198,6 +200,8 @@ class Gate:
         elif scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
             await self._app(scope, receive, send)
         else:
+            if (read_no_more := scope.get("extensions", {}).get(READ_NO_MORE_EXTENSION)) is not None:
+                read_no_more()
             raise InvalidApiKey("Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
 
     async def _serve_caller(self, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:

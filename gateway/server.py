@@ -24,6 +24,7 @@ from hostler.errors import HostlerError, InvalidApiKey, InvalidRequest
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway.doors import READ_NO_MORE_EXTENSION
 from gateway.errors import error_body
 from gateway.lifetime import Lifetime
 from gateway.streamed_reply import ABORT_EXTENSION
@@ -34,6 +35,8 @@ MAX_HEAD_BYTES = 16 * 1024
 HEAD_TIMEOUT_S = 30.0
 # What a refused client may still send before we hang up; reading it lets the client see the reply.
 MAX_DISCARDED_BYTES = 256 * 1024 * 1024
+# A stranger's body is not read at all; so long the connection stays, so that its reply can arrive.
+LINGER_S = 2.0
 SEND_BUFFER_BYTES = 128 * 1024
 KEEP_ALIVE_S = 65
 BACKLOG = 2048
@@ -51,6 +54,7 @@ class Connection(HttpToolsProtocol):
     _num_head_bytes = 0
     _num_discarded_bytes = 0
     _has_long_key = False
+    _head_came = False
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -67,7 +71,10 @@ class Connection(HttpToolsProtocol):
         """Begin one request; its scope can abort the connection."""
         super().on_message_begin()
         self._num_head_bytes = 0
-        extensions: dict[str, Any] = {ABORT_EXTENSION: self.transport.abort}
+        extensions: dict[str, Any] = {
+            ABORT_EXTENSION: self.transport.abort,
+            READ_NO_MORE_EXTENSION: self.read_no_more,
+        }
         self.scope["extensions"] = extensions
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
@@ -87,6 +94,7 @@ class Connection(HttpToolsProtocol):
         """Hand the request to the application."""
         self._stop_head_timer()
         super().on_headers_complete()
+        self._head_came = True
         if self.last_reply:
             self.cycle.keep_alive = False
 
@@ -99,11 +107,23 @@ class Connection(HttpToolsProtocol):
                 return
         super().on_body(body)
 
+    def read_no_more(self) -> None:
+        """Leave what is still to come of this request unread, and hang up once its reply has had time to arrive."""
+        if not self.cycle.more_body:
+            return
+        self.flow.pause_reading()
+        self.flow.read_paused = False  # so that the end of the reply does not lift it
+        self.loop.call_later(LINGER_S, self.transport.abort)
+
     def data_received(self, data: bytes) -> None:
-        """Parse; a head over the cap ends the connection."""
+        """Parse; a head over the cap ends the connection, a body waits to be asked for."""
         if self._num_head_bytes > MAX_HEAD_BYTES or self.transport.is_closing():
             return
         super().data_received(data)
+        if self._head_came:
+            self._head_came = False
+            if self.cycle.more_body:
+                self.flow.pause_reading()  # until the application asks for the body, which it does of no stranger's
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, and hang up."""

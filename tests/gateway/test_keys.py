@@ -13,7 +13,9 @@ from hostler.config import ConfigError, HostlerConfig
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.keys import KeyFile
 
+from gateway import server
 from gateway.app import create_app
+from gateway.server import Connection
 from tests.gateway.fakes import MODEL, counting, route, text, world
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hello there"}]}
@@ -208,6 +210,53 @@ async def test_an_upload_without_a_key_is_refused_before_its_body_is_read(file: 
         await here.app(scope, receive, send)  # type: ignore[arg-type]
         assert statuses[0] == 401
         assert num_read < 65536
+
+
+async def test_of_a_hundred_megabytes_without_a_key_next_to_nothing_is_read_and_the_reply_arrives(
+    file: KeyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.add("laptop")
+    num_read = 0
+    take = Connection.data_received
+
+    def counted(self: Connection, data: bytes) -> None:
+        nonlocal num_read
+        num_read += len(data)
+        take(self, data)
+
+    monkeypatch.setattr(Connection, "data_received", counted)
+    monkeypatch.setattr(server, "LINGER_S", 0.3)
+    async with world(config=config(file)) as here:
+        host, port = here.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n")
+
+        async def send_all() -> None:
+            for _ in range(100):
+                writer.write(bytes(10**6))
+                await writer.drain()
+
+        await asyncio.sleep(0.05)  # what is there together with the head is read together with it
+        sending = asyncio.create_task(send_all())
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+        assert b" 401 " in answer
+        with pytest.raises(ConnectionError):  # hung up on
+            await asyncio.wait_for(sending, 5)
+        assert num_read < 64 * 1024
+
+
+async def test_a_refused_request_whose_body_has_come_leaves_its_connection_open(file: KeyFile) -> None:
+    _, key = file.add("laptop")
+    async with world(config=config(file)) as here:
+        host, port = here.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for header, status in ((b"", b" 401 "), (b"Authorization: Bearer " + key.encode() + b"\r\n", b" 200 ")):
+            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n")
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            assert status in head.split(b"\r\n")[0]
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await asyncio.wait_for(reader.readexactly(length), 5)
+        writer.close()
 
 
 async def test_each_key_of_the_file_sees_its_own_cache_alone(file: KeyFile) -> None:
