@@ -6,7 +6,6 @@ what a positional MODEL means, which models load at start, and who may be let in
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hostler import config as configuration
-from hostler.config import DEFAULT_MODEL, HostlerConfig
+from hostler.config import DEFAULT_MODEL, HostlerConfig, is_loopback
 
 from cli.exits import UsageError
 
@@ -148,16 +147,6 @@ def read_device(text: str) -> dict[str, Any]:
     return entry | ({"budget": budget} if budget else {})
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def refuse_open_door(config: HostlerConfig) -> None:
     """Refuse a server that strangers, or any web page, could use without a key.
 
@@ -168,12 +157,12 @@ def refuse_open_door(config: HostlerConfig) -> None:
         return
     from hostler.keys import KeyFile, KeysError
 
-    if config.cors and is_loopback(config.host) and not config.require_key:
+    if config.cors and not config.demands_key:
         raise UsageError(
             "--cors lets web pages call the server, so it needs an API key. Set `require_key: true` and run"
             f"  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}"
         )
-    if is_loopback(config.host) and not config.require_key and not config.public.enabled:
+    if not config.demands_key and not config.public.enabled:
         return
     try:
         keys = KeyFile(config.keys_file).read() if config.keys_file else []

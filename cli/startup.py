@@ -283,7 +283,7 @@ def curl_line(
 ) -> str:
     """Return a command to paste that asks `model` for what it is for; the key stays in the environment."""
     path, fields, then = _ASKED.get(engine, ("chat/completions", _CHAT, ""))
-    key = ' -H "Authorization: Bearer $HOSTLER_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $HOSTLER_API_KEY"' if config.demands_key else ""
     url = f"{servers.base_url(config.host, config.port)}/v1/{path}"
     if engine == lifecycle_pb2.ENGINE_KIND_TRANSCRIPTION:  # a form, not JSON
         return f"curl {url}{key} -F model={shlex.quote(model)} -F file=@recording.wav"

@@ -16,7 +16,7 @@ from hostler.errors import HostlerError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from gateway.auth import HostCheck, PageCheck, is_loopback
+from gateway.auth import HostCheck, PageCheck
 from gateway.doors import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.error_reply import error_response
 from gateway.errors import ClientGone, as_hostler_error
@@ -73,7 +73,7 @@ def create_app(
     Raises:
         ConfigError: it would be open to strangers.
     """
-    demands = demand_key or config.require_key or config.api_key is not None or not is_loopback(config.host)
+    demands = demand_key or config.demands_key
     ring = KeyRing(config.api_key, config.keys_file, demands=demands)
     if demands and ring.is_empty:
         raise ConfigError(

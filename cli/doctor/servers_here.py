@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 from hostler import rundir
-from hostler.config import ConfigError, HostlerConfig
+from hostler.config import ConfigError, HostlerConfig, is_loopback
 from hostler.rundir import RunDir
 
 from cli import janitor, servers, settings
@@ -61,7 +61,7 @@ def sockets(server: Server) -> list[Finding]:
     if found is None:
         return [note(name, "this system does not tell")]
     host = str(servers.read_config(server.run_dir).get("host", "127.0.0.1"))
-    return judge_sockets(name, found, server.port, settings.is_loopback(host))
+    return judge_sockets(name, found, server.port, is_loopback(host))
 
 
 def judge_sockets(name: str, found: list[Listener], own_port: int, is_loopback: bool) -> list[Finding]:

@@ -7,6 +7,7 @@ Unknown keys stop the start and name the nearest valid one. `hostler.example.yam
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -215,6 +216,16 @@ class PublicConfig(_Strict):
     domain: str = Field(default="", max_length=253, description="The tunnel's name; empty: ngrok chooses.")
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on can be reached from this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 class HostlerConfig(_Strict):
     """Everything that `hostler serve` needs to know."""
 
@@ -268,6 +279,11 @@ class HostlerConfig(_Strict):
     reload_drain: Seconds = Field(
         default=3600.0, description="How long requests that run when the configuration is reloaded may go on."
     )
+
+    @property
+    def demands_key(self) -> bool:
+        """Whether callers of the local application need an API key."""
+        return self.require_key or self.api_key is not None or not is_loopback(self.host)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> HostlerConfig:

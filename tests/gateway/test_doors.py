@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hostler.config import ConfigError, HostlerConfig
+from hostler.config import ConfigError, HostlerConfig, is_loopback
 from starlette.routing import Route
 
 from gateway.app import create_app
-from gateway.auth import HostCheck, KeyCheck, is_loopback
+from gateway.auth import HostCheck, KeyCheck
 from gateway.doors import canonical_path, choose_request_id
 from tests.gateway.fakes import MODEL, World, world
 
