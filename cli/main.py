@@ -21,6 +21,7 @@ from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
 from cli.flags import complete_model as _complete_model  # noqa: E402
 from cli.flags import examples as _examples  # noqa: E402
 from cli.mcp_commands import app as mcp_app  # noqa: E402
+from cli.service.commands import app as service_app  # noqa: E402
 
 app = typer.Typer(
     name="hostler",
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 
 app.add_typer(mcp_app, name="mcp")
+app.add_typer(service_app, name="service")
 
 
 @app.command(

@@ -22,6 +22,7 @@ from hostler.rundir import RunDir
 
 from cli import janitor, servers, settings
 from cli.exits import CliError
+from cli.notify import ServiceManager
 from cli.supervisor import Child, Supervisor
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
 
     `started_at` is `time.time()` when the command began, for the elapsed time.
     """
+    manager = ServiceManager.take(os.environ)
     config, path = settings.resolve(flags)
     try:
         run_dir = rundir.create(config.port)
@@ -157,6 +159,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
         from cli.startup import Screen
 
         screen = Screen(config, path, run_dir, supervisor, listener, as_json=as_json, verbose=verbose)
+        screen.manager = manager
         asyncio.run(screen.run(signals, early, started_at))
     except BaseException:
         supervisor.abandon()

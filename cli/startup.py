@@ -24,6 +24,7 @@ from hostler.rundir import RunDir
 from hostler.words import size
 
 from cli import placement, report, servers
+from cli.notify import ServiceManager
 from cli.placement import Progress, Ready
 from cli.supervisor import Event, Supervisor
 
@@ -31,7 +32,11 @@ _GATEWAY_DEADLINE_S = 20.0
 
 
 class Screen:
-    """Runs in the supervisor's loop, in the main thread, for the life of the server."""
+    """Runs in the supervisor's loop, in the main thread, for the life of the server.
+
+    Attributes:
+        manager: the service manager that started us, if any.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Screen:
         self._listener = listener
         self._verbose = verbose
         self._report = report.make(as_json)
+        self.manager = ServiceManager()
         self._num_signals = 0
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,12 +70,14 @@ class Screen:
             self._on_signal()
         self._supervisor.on_event = self._on_event
         self._supervisor.watch()
+        life = asyncio.create_task(self.manager.show_life())
         self._head()
         if self._verbose:
             self._begin(self._follow_logs())
         self._begin(self._start_up(started_at))
         await self._stop.wait()
         await self._drain()
+        life.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -166,6 +174,7 @@ class Screen:
                         writer.write(request)
                         await writer.drain()
                         if (await reader.readline()).startswith(b"HTTP/1.1 "):
+                            self.manager.ready()
                             return True
                     finally:
                         writer.close()
@@ -190,6 +199,7 @@ class Screen:
         say = self._report.say
         url = servers.base_url(self._config.host, self._config.port)
         elapsed_s = time.time() - started_at
+        self.manager.status(f"serving on {url}/v1, {len(ready)} of {len(wanted)} models loaded at start")
         model = (ready or wanted or list(self._config.models))[0].name
         if wanted and not ready:
             say(
@@ -221,6 +231,7 @@ class Screen:
             await asyncio.sleep(0.25)
 
     async def _drain(self) -> None:
+        self.manager.stopping(self._supervisor.longest_stop_s)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
