@@ -37,18 +37,21 @@ def find(run_dir: RunDir) -> list[LogFile]:
     for path in sorted(run_dir.logs.glob("*.log")):
         found += [LogFile(path.stem, old) for old in (path.with_suffix(".log.1"),) if old.exists()]
         found.append(LogFile(path.stem, path))
-    return found + [LogFile(f"worker-{match[1]}", path) for path, match in _worker_files(run_dir)]
+    workers = _worker_files(run_dir, ".1") + _worker_files(run_dir)
+    return found + [LogFile(f"worker-{pid}", path) for path, pid in workers]
 
 
-def _worker_files(run_dir: RunDir) -> list[tuple[Path, re.Match[str]]]:
-    paths = sorted(run_dir.path.glob("ray/session_2*/logs/worker-*.*"))
-    return [(path, match) for path in paths if (match := _WORKER.fullmatch(path.name)) is not None]
+def _worker_files(run_dir: RunDir, suffix: str = "") -> list[tuple[Path, str]]:
+    """Return the files that Ray gave its workers, each with the worker's pid."""
+    paths = sorted(run_dir.path.glob(f"ray/session_2*/logs/worker-*{suffix}"))
+    found = [(path, _WORKER.fullmatch(path.name.removesuffix(suffix))) for path in paths]
+    return [(path, match[1]) for path, match in found if match is not None]
 
 
-def lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file as it is now; one that has gone has none."""
+def lines(path: Path, num_bytes: int | None = None) -> Iterator[str]:
+    """Yield the lines of a file, of its first `num_bytes` if given; one that has gone has none."""
     with suppress(FileNotFoundError), path.open("rb") as file:
-        while line := file.readline(_MAX_LINE_BYTES):
+        while (num_bytes is None or file.tell() < num_bytes) and (line := file.readline(_MAX_LINE_BYTES)):
             yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 

@@ -23,6 +23,8 @@ _FIELDS = re.compile(rf"^(.*?)((?: \w+=(?:{_VALUE}))+)$")
 _FIELD = re.compile(rf" (\w+)=({_VALUE})")
 _AGO = re.compile(r"(\d+(?:\.\d+)?)(s|m|min|h|d)")
 _UNIT_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MAX_MORE = 500
 """Lines kept of one entry: what a library prints without end must not fill our memory."""
 
@@ -150,14 +152,19 @@ def as_json(entry: Entry) -> str:
 
 
 def as_text(entry: Entry, width: int) -> str:
-    """Return an entry for people: time of day, level, process in `width` columns, message, fields; then what follows."""
+    """Return an entry for people: time, level, process in `width` columns, message, fields; then what follows."""
     if entry.unix_s:
         moment = time.strftime("%m-%d %H:%M:%S", time.localtime(entry.unix_s)) + f".{int(entry.unix_s % 1 * 1000):03}"
     else:
         moment = "-" * 18
     fields = "".join(f" {key}={_shown(value)}" for key, value in entry.fields.items())
     head = f"{moment} {entry.level:<7} {entry.process:<{width}} {entry.message}{fields}"
-    return "\n".join([head, *(f"    {line}" for line in entry.more)])
+    return "\n".join([_harmless(head.replace("\n", "\\n")), *(f"    {_harmless(line)}" for line in entry.more)])
+
+
+def _harmless(line: str) -> str:
+    """Return a line without what a terminal would obey: strangers' paths and libraries' colours are in logs."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _COLOUR.sub("", line))
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """What the commands of `hostler service` do: put a unit in place, take it away, start, stop, tell how it is.
 
-Above stands `cli.service.commands`; below, `cli.service.unit` (the text), `cli.service.systemd` and `cli.settings`, which
-checks before anything is written that `hostler serve` could start so.
+Above stands `cli.service.commands`; below, `cli.service.unit` (the text), `cli.service.systemd`, and `cli.settings`,
+which checks before anything is written that `hostler serve` could start so.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def flags_of(arguments: tuple[str, ...]) -> settings.Flags:
         raise UsageError(f"hostler serve: {message()}") from None
     if parameters["api_key"]:
         raise UsageError("--api-key would stand in the unit for all to read; put the key into the environment file")
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(settings.Flags):
         given = parameters[field.name if field.name in parameters else field.name.removesuffix("s")]
         values[field.name] = tuple(given or ()) if isinstance(field.default, tuple) else given

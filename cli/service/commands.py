@@ -23,7 +23,6 @@ System = Annotated[bool, typer.Option("--system/--user", help="The machine's ser
 Name = Annotated[str, typer.Option(help="The unit's name, if there are several.")]
 
 
-
 @app.command(
     epilog=examples(
         "hostler service install --linger                            your own, from boot on",

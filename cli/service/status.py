@@ -64,7 +64,7 @@ def read(scope: Scope, name: str) -> dict[str, Any]:
         "substate": found.get("SubState", ""),
         "result": found.get("Result", ""),
         "since": found.get("StateChangeTimestamp") or None,
-        "says": found.get("StatusText") or None,
+        "says": (found.get("StatusText") or None) if found.get("MainPID", "0") != "0" else None,
         "pid": int(found.get("MainPID") or 0) or None,
         "port": int(port[1] or port[2]) if port else None,
         "num_restarts": int(found.get("NRestarts") or 0),
