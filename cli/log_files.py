@@ -1,7 +1,7 @@
 """The log files of one server: which there are, reading them from the end or on and on, keeping them small.
 
-Above stand `cli.logs_command` and, for keeping them small, `cli.startup`; below, `cli.log_lines` and the run directory. A
-process of ours writes into `logs/NAME.log` (the part before that into `.log.1`), a worker into the file that Ray gave it.
+Above stand `cli.logs_command` and, for keeping them small, `cli.startup`; below, `cli.log_lines` and the run directory.
+A process of ours writes into `logs/NAME.log` (what was before into `.log.1`), a worker into the file that Ray gave it.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def plan(wish: Wish, environ: Mapping[str, str]) -> tuple[Unit, HostlerConfig]:
     if "/" in wish.name or not wish.name.replace("-", "").replace("_", "").isalnum():
         raise UsageError(f"{wish.name!r} is no name for a service; use letters, digits, - and _")
     account = _account(wish)
-    home = Path(account.pw_dir)
+    home = Path(account.pw_dir) if wish.scope == "system" else Path.home()
     environment_file = _configuration(wish.scope, home) / f"{wish.name}.env"
     given = {"HOME": str(home), **read_environment(environment_file)}
     if wish.with_key:
