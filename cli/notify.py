@@ -52,7 +52,7 @@ class ServiceManager:
     def ready(self) -> None:
         """Requests are answered from now on."""
         self._is_serving = True
-        self.tell("READY=1", f"MAINPID={os.getpid()}")
+        self.tell("READY=1", f"MAINPID={os.getpid()}", "STATUS=answering; models may still be loading")
 
     def reloading(self) -> None:
         """A reload begins. Before we were ready there is nothing to tell: the manager waits for that."""

@@ -73,6 +73,7 @@ def test_a_reload_is_told_only_once_we_serve(listener: Listener) -> None:
     assert [line.split("=")[0] for line in heard] == [
         "READY",
         "MAINPID",
+        "STATUS",
         "RELOADING",
         "MONOTONIC_USEC",
         "READY",

@@ -1,7 +1,7 @@
 """The units that `hostler service install` writes, judged by systemd's own tools and run by a real service manager.
 
-The manager is a user's, started in namespaces of its own: it needs root, `unshare` and systemd 250 or newer, and neither
-sees nor touches what else runs here.
+The manager is a user's, started in namespaces of its own: it needs root, `unshare` and systemd 250 or newer, and
+neither sees nor touches what else runs here.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ def until(condition):
         time.sleep(0.3)
     return state
 
+def is_another(state, before):
+    return state["state"] == "active" and state["pid"] not in (None, before["pid"])
+
 def health():
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20) as answer:
         return answer.status
@@ -119,15 +122,15 @@ port = os.environ["SERVE_PORT"]
 seen = {}
 seen["install"] = hostler("service", "install", "--", "--config", "hostler.yaml", "--port", port)
 seen["health"] = health()
-seen["running"] = first = status()
+seen["running"] = first = until(lambda state: "serving" in state["says"])
 seen["ps"] = hostler("ps", "--json", "--port", port)
 os.kill(first["pid"], signal.SIGKILL)
-seen["after_kill"] = second = until(lambda state: state["state"] == "active" and state["pid"] not in (None, first["pid"]))
+seen["after_kill"] = second = until(lambda state: is_another(state, first))
 seen["health_after_kill"] = health()
 subprocess.run(["systemctl", "--user", "reload", "hostler"], timeout=60)
 seen["after_reload"] = status()
 os.kill(second["pid"], signal.SIGSTOP)  # it hangs: only the watchdog can tell
-seen["after_hang"] = until(lambda state: state["state"] == "active" and state["pid"] not in (None, second["pid"]))
+seen["after_hang"] = until(lambda state: is_another(state, second))
 seen["health_after_hang"] = health()
 seen["stop"] = hostler("service", "stop")
 seen["stopped"] = status()
