@@ -1,1 +1,1 @@
-"""hostler as a systemd service: the unit (`unit`), talking to systemd (`systemd`), the commands (`actions`)."""
+"""The server as a systemd unit: `unit` writes its text, `systemd` asks and orders, `control` decides."""

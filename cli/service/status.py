@@ -1,6 +1,6 @@
 """`hostler service status`: what systemd knows of the service, as JSON or in a few lines.
 
-Above stands `cli.service.commands`; below, `cli.service.systemd`.
+Above stands `cli.service_commands`; below, `cli.service.systemd`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Talks to systemd: is there one, what does it know of a unit, have it do something. The only file that runs its tools.
 
-Above stands `cli.service.actions`; below, `systemctl` and `loginctl`.
+Above stands `cli.service.control`; below, `systemctl` and `loginctl`.
 """
 
 from __future__ import annotations

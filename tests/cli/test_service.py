@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from cli import settings
 from cli.exits import UsageError
-from cli.service import actions, systemd
+from cli.service import control, systemd
 from cli.service import status as showing
 from cli.service.unit import MARK, Unit, quoted, text
 
@@ -53,7 +53,7 @@ def unit_file(place: Path) -> Path:
 
 
 def environment_file(place: Path) -> Path:
-    return place / "home" / ".config" / "hostler" / "hostler.env"
+    return place / "home" / ".config" / "hostler" / "env"
 
 
 def test_install_writes_a_unit_enables_and_starts_it(hostler: Hostler, calls: Path, place: Path) -> None:
@@ -74,11 +74,11 @@ def test_install_writes_a_unit_enables_and_starts_it(hostler: Hostler, calls: Pa
     assert stat.S_IMODE(environment_file(place).stat().st_mode) == 0o600
 
 
-def test_a_dry_run_needs_no_systemd_and_writes_nothing(
+def test_printing_needs_no_systemd_and_writes_nothing(
     hostler: Hostler, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(place))
-    result = hostler("service", "install", "--dry-run")
+    result = hostler("service", "install", "--print")
     assert result.exit_code == 0, result.output
     assert result.output.startswith(MARK)
     assert "RestartSteps" not in result.output
@@ -104,7 +104,7 @@ def test_where_there_is_no_systemd_it_says_what_to_do_instead(
         (["./missing"], "no such file"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--api-key", "k" * 40], "for all to read"),
-        (["--host", "0.0.0.0"], "hostler.env"),
+        (["--host", "0.0.0.0"], "hostler/env"),
     ],
 )
 def test_what_serve_would_refuse_is_refused_before_anything_is_written(
@@ -121,18 +121,18 @@ def test_the_key_goes_into_a_file_that_only_its_owner_reads(
     hostler: Hostler, calls: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOSTLER_API_KEY", "first-" + "k" * 32)
-    forgotten = hostler("service", "install", "--no-start")
+    forgotten = hostler("service", "install")
     assert "--with-key" in forgotten.output
     assert "first-" not in environment_file(place).read_text()
     environment_file(place).write_text("HF_TOKEN=kept\nHOSTLER_API_KEY=old\n")
-    result = hostler("service", "install", "--with-key", "--no-start", "--", "--host", "0.0.0.0")
+    result = hostler("service", "install", "--with-key", "--", "--host", "0.0.0.0")
     assert result.exit_code == 0, result.output
     assert environment_file(place).read_text() == "HF_TOKEN=kept\nHOSTLER_API_KEY=first-" + "k" * 32 + "\n"
     assert stat.S_IMODE(environment_file(place).stat().st_mode) == 0o600
     assert "first-" not in unit_file(place).read_text() + result.output
     # From then on the door may be open without saying so again: the service has its key.
     monkeypatch.delenv("HOSTLER_API_KEY")
-    assert hostler("service", "install", "--no-start", "--", "--host", "0.0.0.0").exit_code == 0
+    assert hostler("service", "install", "--", "--host", "0.0.0.0").exit_code == 0
 
 
 def test_a_unit_of_somebody_else_is_left_alone(hostler: Hostler, calls: Path, place: Path) -> None:
@@ -190,12 +190,12 @@ def test_a_failed_start_says_where_its_output_is(
 
 
 def test_every_flag_of_serve_is_understood() -> None:
-    assert actions.flags_of(("a", "b", "--device", "cpu0=1GiB", "--allowed-host", "x")) == settings.Flags(
+    assert control.flags_of(("a", "b", "--device", "cpu0=1GiB", "--allowed-host", "x")) == settings.Flags(
         models=("a", "b"), devices=("cpu0=1GiB",), allowed_hosts=("x",)
     )
-    assert {field.name for field in fields(settings.Flags)} == set(vars_of(actions.flags_of(())))
+    assert {field.name for field in fields(settings.Flags)} == set(vars_of(control.flags_of(())))
     with pytest.raises(UsageError, match="hostler serve"):
-        actions.flags_of(("--port", "x"))
+        control.flags_of(("--port", "x"))
 
 
 def vars_of(flags: settings.Flags) -> dict[str, object]:
@@ -205,10 +205,10 @@ def vars_of(flags: settings.Flags) -> dict[str, object]:
 def test_a_system_service_needs_a_user_that_is_not_root(hostler: Hostler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUDO_USER", raising=False)
     monkeypatch.setenv("LOGNAME", "root")
-    assert "--run-as" in hostler("service", "install", "--system", "--dry-run").output
-    result = hostler("service", "install", "--system", "--run-as", "no-such-user", "--dry-run")
-    assert "there is no user 'no-such-user'" in result.output
-    assert "--run-as is for --system" in hostler("service", "install", "--run-as", "x", "--dry-run").output
+    assert "--account" in hostler("service", "install", "--system", "--print").output
+    result = hostler("service", "install", "--system", "--account", "no-such-user", "--print")
+    assert "there is no account 'no-such-user'" in result.output
+    assert "--account goes with --system" in hostler("service", "install", "--account", "x", "--print").output
 
 
 @pytest.mark.parametrize(
@@ -234,3 +234,35 @@ def test_a_user_unit_asks_for_nothing_that_needs_namespaces() -> None:
     for key in ("ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "CapabilityBoundingSet", "User="):
         assert key not in written
     assert "NoNewPrivileges=yes" in written
+
+
+def test_a_control_character_could_begin_another_setting() -> None:
+    with pytest.raises(UsageError, match="control character"):
+        quoted("x\nExecStartPre=/bin/evil")
+    assert quoted("A=$x", is_command=False) == '"A=$x"'
+
+
+@pytest.mark.parametrize("size", ["48 G", "-1", "1G\nUser=root"])
+def test_a_size_that_is_none_is_refused(hostler: Hostler, calls: Path, place: Path, size: str) -> None:
+    result = hostler("service", "install", f"--memory-max={size}")
+    assert result.exit_code == 2
+    assert "no size" in result.output
+    assert not unit_file(place).exists()
+
+
+def test_a_stop_may_take_longer_than_the_drain(hostler: Hostler, place: Path) -> None:
+    (place / "my.yaml").write_text("drain_s: 300\n")
+    assert "TimeoutStopSec=345\n" in hostler("service", "install", "--print", "--", "--config", "my.yaml").output
+
+
+def test_what_names_caches_goes_along_and_may_be_written_to(hostler: Hostler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/srv/hub")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.chdir("/")
+    printed = hostler(
+        "service", "install", "--print", "--system", "--account", "daemon", "--writable", "/srv/a b"
+    ).output
+    assert "Environment=HF_HOME=/srv/hub\n" in printed
+    assert "hf_secret" not in printed
+    (writable,) = [line for line in printed.splitlines() if line.startswith("ReadWritePaths=")]
+    assert writable.endswith(' -/srv/hub "-/srv/a b"')

@@ -30,7 +30,7 @@ needs_analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 
 def unit(scope: Scope, **options: Any) -> Unit:
     program = str(Path(sys.executable))
-    wish = {"run_as": "daemon", "memory_high": "80%", "memory_max": "24G", "writable": (Path("/srv/a b%"),)}
+    wish = {"account": "daemon", "memory_high": "80%", "memory_max": "24G", "writable": (Path("/srv/a b%"),)}
     return Unit(
         "hostler",
         scope,
@@ -38,7 +38,7 @@ def unit(scope: Scope, **options: Any) -> Unit:
         (program, "-c", ""),
         8000,
         Path("/"),
-        Path("/etc/hostler/hostler.env"),
+        Path("/etc/hostler/env"),
         **(wish | options),
     )
 
@@ -122,12 +122,12 @@ port = os.environ["SERVE_PORT"]
 seen = {}
 seen["install"] = hostler("service", "install", "--", "--config", "hostler.yaml", "--port", port)
 seen["health"] = health()
-seen["running"] = first = until(lambda state: "serving" in state["says"])
+seen["running"] = first = until(lambda state: "serves on" in (state["says"] or ""))
 seen["ps"] = hostler("ps", "--json", "--port", port)
 os.kill(first["pid"], signal.SIGKILL)
 seen["after_kill"] = second = until(lambda state: is_another(state, first))
 seen["health_after_kill"] = health()
-subprocess.run(["systemctl", "--user", "reload", "hostler"], timeout=60)
+seen["reload"] = subprocess.run(["systemctl", "--user", "reload", "hostler"], timeout=60).returncode
 seen["after_reload"] = status()
 os.kill(second["pid"], signal.SIGSTOP)  # it hangs: only the watchdog can tell
 seen["after_hang"] = until(lambda state: is_another(state, second))
@@ -213,9 +213,10 @@ def test_a_real_manager_runs_restarts_watches_and_stops_it(tmp_path: Path, contr
     seen = json.loads(done.stdout)
     assert seen["install"]["code"] == 0, (seen["install"], story)
     assert seen["health"] == seen["health_after_kill"] == seen["health_after_hang"] == 200
-    assert seen["running"]["says"].startswith("serving on http://127.0.0.1:")
+    assert seen["running"]["says"].startswith("serves on http://127.0.0.1:")
     assert json.loads(seen["ps"]["out"])["pid"] == seen["running"]["pid"]
     assert seen["after_kill"]["num_restarts"] == 1
+    assert seen["reload"] == 0
     assert seen["after_reload"]["pid"] == seen["after_kill"]["pid"]
     assert seen["after_reload"]["state"] == "active"
     assert seen["after_hang"]["num_restarts"] == 2

@@ -1,6 +1,6 @@
 """What the commands of `hostler service` do: put a unit in place, take it away, start, stop, tell how it is.
 
-Above stands `cli.service.commands`; below, `cli.service.unit` (the text), `cli.service.systemd`, and `cli.settings`,
+Above stands `cli.service_commands`; below, `cli.service.unit` (the text), `cli.service.systemd`, and `cli.settings`,
 which checks before anything is written that `hostler serve` could start so.
 """
 
@@ -26,10 +26,12 @@ from cli.service.unit import MARK, Scope, Unit, text
 
 KEY_VARIABLE = "HOSTLER_API_KEY"
 _NEW_ENVIRONMENT = f"""\
-# The environment of {{name}}.service, one KEY=VALUE a line; read at each start, by nobody but its owner.
+# The environment of hostler as a service, one KEY=VALUE a line; read at each start, by nobody but its owner.
 #{KEY_VARIABLE}=
 #HF_TOKEN=
 """
+_PLACES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+_KEPT = (*_PLACES, "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES")
 _GPU_TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dri")
 
 
@@ -39,7 +41,7 @@ class Wish:
 
     Args:
         serve: arguments of `hostler serve`.
-        run_as: of a system service, its user; None: who called sudo.
+        account: of a system service, whose it runs as; None: who called sudo.
         writable: further paths that a system service may write to.
         memory_high, memory_max: systemd's sizes.
         with_key: put this shell's $HOSTLER_API_KEY into the environment file.
@@ -48,7 +50,7 @@ class Wish:
     scope: Scope
     name: str
     serve: tuple[str, ...] = ()
-    run_as: str | None = None
+    account: str | None = None
     writable: tuple[Path, ...] = ()
     memory_high: str | None = None
     memory_max: str | None = None
@@ -90,18 +92,18 @@ def read_environment(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
 
 
-def plan(wish: Wish, environ: Mapping[str, str]) -> tuple[Unit, HostlerConfig]:
-    """Return the unit to write and the configuration that it would serve with, having changed nothing.
+def plan(wish: Wish, environ: Mapping[str, str]) -> Unit:
+    """Return the unit to write, having changed nothing.
 
     Raises:
         UsageError, ConfigError: `hostler serve` would not start so.
     """
-    if "/" in wish.name or not wish.name.replace("-", "").replace("_", "").isalnum():
-        raise UsageError(f"{wish.name!r} is no name for a service; use letters, digits, - and _")
     account = _account(wish)
     home = Path(account.pw_dir) if wish.scope == "system" else Path.home()
-    environment_file = _configuration(wish.scope, home) / f"{wish.name}.env"
-    given = {"HOME": str(home), **read_environment(environment_file)}
+    environment_file = _configuration(wish.scope, home) / "env"
+    # What the service will see, not what this shell has.
+    base = str(home / ".config") if wish.scope == "system" else environ.get("XDG_CONFIG_HOME", "")
+    given = {"XDG_CONFIG_HOME": base, **read_environment(environment_file)}
     if wish.with_key:
         if not environ.get(KEY_VARIABLE):
             raise UsageError(f"--with-key takes the key from ${KEY_VARIABLE}, which is empty")
@@ -112,7 +114,8 @@ def plan(wish: Wish, environ: Mapping[str, str]) -> tuple[Unit, HostlerConfig]:
     except UsageError as error:
         # An open door: here the key must not be a flag.
         how = f"put {KEY_VARIABLE}=… into {environment_file}, or set it here and add --with-key"
-        raise UsageError(str(error).replace(f"Add:  {settings.MAKE_A_KEY}", how)) from None
+        raise UsageError(str(error).replace(f"add:  {settings.MAKE_A_KEY}", how)) from None
+    kept = _KEPT if wish.scope == "system" else (*_KEPT, "XDG_CONFIG_HOME")
     program = _program()
     port = ("--port", str(config.port))
     directory = Path.cwd()
@@ -126,28 +129,31 @@ def plan(wish: Wish, environ: Mapping[str, str]) -> tuple[Unit, HostlerConfig]:
         port=config.port,
         directory=directory,
         environment_file=environment_file,
-        run_as=account.pw_name,
-        writable=_writable(wish, config, home),
+        drain_s=config.drain_s,
+        environment=tuple((key, environ[key]) for key in kept if environ.get(key)),
+        account=account.pw_name,
+        writable=_writable(wish, config, home, environ),
         memory_high=wish.memory_high,
         memory_max=wish.memory_max,
         has_gpu=any(Path(trace).exists() for trace in _GPU_TRACES),
         systemd_version=systemd.version(),
     )
-    return unit, config
+    text(unit)  # what cannot be written is refused now
+    return unit
 
 
 def _account(wish: Wish) -> pwd.struct_passwd:
     if wish.scope == "user":
-        if wish.run_as is not None:
-            raise UsageError("--run-as is for --system: your own service runs as you")
+        if wish.account is not None:
+            raise UsageError("--account goes with --system; your own service runs as you")
         return pwd.getpwuid(os.getuid())
-    name = wish.run_as or os.environ.get("SUDO_USER") or getpass.getuser()
-    if name == "root" and wish.run_as is None:
-        raise UsageError("models need no root: say with --run-as which user serves them")
+    name = wish.account or os.environ.get("SUDO_USER") or getpass.getuser()
+    if name == "root" and wish.account is None:
+        raise UsageError("models need no root: say with --account whose they are")
     try:
         return pwd.getpwnam(name)
     except KeyError:
-        raise UsageError(f"there is no user {name!r}") from None
+        raise UsageError(f"there is no account {name!r}; make it, e.g. with `useradd -m {name}`") from None
 
 
 def _configuration(scope: Scope, home: Path) -> Path:
@@ -161,21 +167,23 @@ def _program() -> tuple[str, ...]:
     return (str(beside),) if beside.is_file() else (sys.executable, "-P", "-m", "cli.main")
 
 
-def _writable(wish: Wish, config: HostlerConfig, home: Path) -> tuple[Path, ...]:
+def _writable(wish: Wish, config: HostlerConfig, home: Path, environ: Mapping[str, str]) -> tuple[Path, ...]:
     named = (config.models_dir, config.responses_dir, *wish.writable)
-    paths = [home / ".cache", *(path.expanduser().absolute() for path in named if path is not None)]
+    places = [Path(environ[key]) for key in _PLACES if environ.get(key)]
+    paths = [home / ".cache", home / ".local" / "share", *places]
+    paths += [path.expanduser().absolute() for path in named if path is not None]
     return tuple(dict.fromkeys(paths))
 
 
-def install(wish: Wish, *, linger: bool, start: bool, dry_run: bool) -> None:
+def install(wish: Wish, *, linger: bool, only_print: bool) -> None:
     """Write the unit, have it started with the machine, and start it.
 
     Raises:
         UsageError, ConfigError: `hostler serve` would not start so; nothing was written.
         CliError: no systemd, not allowed, a foreign unit of that name, or the server did not start.
     """
-    unit, config = plan(wish, os.environ)
-    if dry_run:
+    unit = plan(wish, os.environ)
+    if only_print:
         typer.echo(text(unit), nl=False)
         return
     if wish.scope == "system" and os.geteuid() != 0:
@@ -185,7 +193,7 @@ def install(wish: Wish, *, linger: bool, start: bool, dry_run: bool) -> None:
     _refuse_foreign(path)
     _write_environment(unit, os.environ[KEY_VARIABLE] if wish.with_key else None)
     if wish.scope == "system":
-        _make_cache(pwd.getpwnam(unit.run_as))
+        _make_cache(pwd.getpwnam(unit.account))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text(unit), encoding="utf-8")
     typer.echo(f"wrote {path}")
@@ -195,9 +203,8 @@ def install(wish: Wish, *, linger: bool, start: bool, dry_run: bool) -> None:
         typer.echo(f"${KEY_VARIABLE} of this shell is not used; --with-key puts it into {unit.environment_file}")
     if wish.scope == "user":
         _see_to_linger(linger)
-    if start:
-        systemd.do(wish.scope, "restart", f"{unit.name}.service")
-        typer.echo(f"{unit.name}.service serves on port {config.port}; `hostler service status` shows how it is")
+    systemd.do(wish.scope, "restart", f"{unit.name}.service")
+    typer.echo(f"{unit.name}.service serves on port {unit.port}; `hostler service status` shows how it is")
 
 
 def _see_to_linger(wanted: bool) -> None:
@@ -214,7 +221,7 @@ def _see_to_linger(wanted: bool) -> None:
 def _write_environment(unit: Unit, key: str | None) -> None:
     path = unit.environment_file
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    old = path.read_text(encoding="utf-8") if path.exists() else _NEW_ENVIRONMENT.format(name=unit.name)
+    old = path.read_text(encoding="utf-8") if path.exists() else _NEW_ENVIRONMENT
     if key is not None:
         kept = [line for line in old.splitlines() if not line.lstrip("# ").startswith(f"{KEY_VARIABLE}=")]
         old = "\n".join([*kept, f"{KEY_VARIABLE}={key}"]) + "\n"
