@@ -119,6 +119,10 @@ def plan(wish: Wish, environ: Mapping[str, str]) -> Unit:
     program = _program()
     port = ("--port", str(config.port))
     directory = Path.cwd()
+    if wish.scope == "system" and not wish.name.startswith("hostler"):
+        raise UsageError(
+            f"the machine's service must be called hostler…, so that `hostler ps` finds it; not {wish.name!r}"
+        )
     if wish.scope == "system" and directory.is_relative_to("/tmp"):
         raise UsageError("a system service has a /tmp of its own; install it from another directory")
     unit = Unit(

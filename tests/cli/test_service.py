@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hostler import rundir
 from typer.testing import Result
 
-from cli import settings
+from cli import servers, settings
 from cli.exits import UsageError
 from cli.service import control, systemd
 from cli.service import status as showing
@@ -234,6 +237,49 @@ def test_a_user_unit_asks_for_nothing_that_needs_namespaces() -> None:
     for key in ("ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "CapabilityBoundingSet", "User="):
         assert key not in written
     assert "NoNewPrivileges=yes" in written
+
+
+def test_a_service_of_the_machine_is_found_without_being_told_where(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOSTLER_RUN_DIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place / "own"))
+    monkeypatch.setattr(rundir, "SERVICES_DIR", place / "run")
+    for path in ("own/hostler/8001", "run/hostler/8000", "run/hostler-two/8002", "run/other/8003"):
+        (place / path).mkdir(parents=True)
+    assert [port for port, _ in rundir.existing()] == [8000, 8001, 8002]
+    monkeypatch.setenv("HOSTLER_RUN_DIR", str(place / "own" / "hostler"))
+    assert [port for port, _ in rundir.existing()] == [8001]
+
+
+def test_only_the_main_process_of_a_unit_is_called_by_its_name() -> None:
+    command = "import os, time; print(flush=True); time.sleep(60)"
+    wrapped = (
+        "import os, sys; os.environ['SYSTEMD_EXEC_PID'] = str(os.getpid()); os.execv(sys.executable, sys.argv[1:])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", wrapped, sys.executable, "-c", command], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        groups = Path(f"/proc/{process.pid}/cgroup").read_text()
+        assert (servers.unit_of(process.pid) is not None) == (".service\n" in groups)
+        process.kill()
+    assert servers.unit_of(os.getpid()) is None
+    assert servers.unit_of(None) is None
+
+
+def test_the_machines_service_has_a_name_by_which_it_is_found(
+    hostler: Hostler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    result = hostler("service", "install", "--system", "--account", "daemon", "--name", "models", "--print")
+    assert "must be called hostler" in result.output
+    printed = hostler(
+        "service", "install", "--system", "--account", "daemon", "--name", "hostler-two", "--print"
+    ).output
+    assert "RuntimeDirectory=hostler-two\n" in printed
+    assert "Environment=HOSTLER_RUN_DIR=%t/hostler-two\n" in printed
 
 
 def test_a_control_character_could_begin_another_setting() -> None:

@@ -215,6 +215,7 @@ def test_a_real_manager_runs_restarts_watches_and_stops_it(tmp_path: Path, contr
     assert seen["health"] == seen["health_after_kill"] == seen["health_after_hang"] == 200
     assert seen["running"]["says"].startswith("serves on http://127.0.0.1:")
     assert json.loads(seen["ps"]["out"])["pid"] == seen["running"]["pid"]
+    assert json.loads(seen["ps"]["out"])["unit"] == "hostler.service"
     assert seen["after_kill"]["num_restarts"] == 1
     assert seen["reload"] == 0
     assert seen["after_reload"]["pid"] == seen["after_kill"]["pid"]
