@@ -18,7 +18,7 @@ from cli import servers, settings
 from cli.exits import UsageError
 from cli.service import control, systemd
 from cli.service import status as showing
-from cli.service.unit import MARK, Unit, quoted, text
+from cli.service.unit import MARK, Scope, Unit, quoted, text
 
 Hostler = Callable[..., Result]
 
@@ -312,3 +312,17 @@ def test_what_names_caches_goes_along_and_may_be_written_to(hostler: Hostler, mo
     assert "hf_secret" not in printed
     (writable,) = [line for line in printed.splitlines() if line.startswith("ReadWritePaths=")]
     assert writable.endswith(' -/srv/hub "-/srv/a b"')
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "OOMPolicy=continue",  # else one worker that is killed for memory ends the whole service
+        "KillMode=mixed",  # else SIGTERM goes to all processes at once, and none of them drains
+        "RuntimeDirectoryPreserve=yes",  # else its logs go with it, and those of another server, too
+        "LimitCORE=0",  # a dump would hold prompts
+    ],
+)
+@pytest.mark.parametrize("scope", ["user", "system"])
+def test_what_a_server_could_not_do_without_is_in_both_units(scope: Scope, line: str) -> None:
+    assert line in text(Unit("h", scope, ("/x",), ("/x",), 1, Path("/d"), Path("/e"))).splitlines()

@@ -94,7 +94,7 @@ exec "$PYTHON" session.py
 """
 
 SESSION = """\
-import json, os, signal, subprocess, sys, time, urllib.request
+import json, os, signal, subprocess, sys, threading, time, urllib.request
 
 def hostler(*words):
     done = subprocess.run([sys.executable, "-m", "cli.main", *words], capture_output=True, text=True, timeout=120)
@@ -132,7 +132,29 @@ seen["after_reload"] = status()
 os.kill(second["pid"], signal.SIGSTOP)  # it hangs: only the watchdog can tell
 seen["after_hang"] = until(lambda state: is_another(state, second))
 seen["health_after_hang"] = health()
+question = {"model": "scripted", "messages": [{"role": "user", "content": "[[tokens=20]] [[delay_ms=150]]"}]}
+request = urllib.request.Request(
+    f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(question).encode(), {"content-type": "application/json"}
+)
+answers = []
+
+def ask():
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        answers.append(json.load(answer)["usage"]["completion_tokens"])
+
+def replica():
+    found = json.loads(hostler("ps", "--json", "--port", port)["out"])["replicas"]
+    return found[0] if found else {"state": "", "num_running": 0}
+
+while replica()["state"] != "ready":
+    time.sleep(0.2)
+asking = threading.Thread(target=ask)
+asking.start()
+while not replica()["num_running"]:
+    time.sleep(0.1)
 seen["stop"] = hostler("service", "stop")
+asking.join(30)
+seen["answered_while_stopping"] = answers
 seen["stopped"] = status()
 seen["logs"] = hostler("logs", "gateway", "--json", "-n", "1000", "--port", port)
 with open("hostler.yaml", "a") as file:
@@ -194,7 +216,7 @@ def test_a_real_manager_runs_restarts_watches_and_stops_it(tmp_path: Path, contr
     (tmp_path / "hostler.yaml").write_text(CONFIG, encoding="utf-8")
     drop_in = tmp_path / ".config" / "systemd" / "user" / "hostler.service.d"
     drop_in.mkdir(parents=True)
-    (drop_in / "quick.conf").write_text("[Service]\nWatchdogSec=4\nRestartSec=0.2\n")
+    (drop_in / "quick.conf").write_text("[Service]\nWatchdogSec=4\nRestartSec=0.2\nTimeoutStopSec=1\n")
     enter = "".join(f"echo $$ > {group}/cgroup.procs; " for group in control_groups)
     namespaces = f"exec unshare -m -p --mount-proc -f --kill-child sh {tmp_path}/manager.sh {tmp_path}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HOSTLER_")}
@@ -222,6 +244,7 @@ def test_a_real_manager_runs_restarts_watches_and_stops_it(tmp_path: Path, contr
     assert seen["after_reload"]["state"] == "active"
     assert seen["after_hang"]["num_restarts"] == 2
     assert seen["stop"]["code"] == 0
+    assert seen["answered_while_stopping"] == [20]  # three seconds, where the unit itself allows one
     assert (seen["stopped"]["state"], seen["stopped"]["result"]) == ("inactive", "success")
     assert "draining" in seen["logs"]["out"]  # they outlive the server
     assert seen["wrong"]["code"] == 1
