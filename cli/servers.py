@@ -108,13 +108,13 @@ def find(port: int | None) -> Server:
     return servers[0]
 
 
-def unit_of(pid: int | None) -> str | None:
+def unit_of(pid: int | None, proc: Path = Path("/proc")) -> str | None:
     """Return the systemd unit whose main process this is, e.g. "hostler.service"; None: it is nobody's."""
     try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        environment = (proc / str(pid) / "environ").read_bytes().split(b"\0")
         if f"SYSTEMD_EXEC_PID={pid}".encode() not in environment:  # inherited by whoever a service starts
             return None
-        groups = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
+        groups = (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     names = (line.rpartition("/")[2] for line in groups)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -252,21 +250,28 @@ def test_a_service_of_the_machine_is_found_without_being_told_where(
     assert [port for port, _ in rundir.existing()] == [8001]
 
 
-def test_only_the_main_process_of_a_unit_is_called_by_its_name() -> None:
-    command = "import os, time; print(flush=True); time.sleep(60)"
-    wrapped = (
-        "import os, sys; os.environ['SYSTEMD_EXEC_PID'] = str(os.getpid()); os.execv(sys.executable, sys.argv[1:])"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", wrapped, sys.executable, "-c", command], stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        groups = Path(f"/proc/{process.pid}/cgroup").read_text()
-        assert (servers.unit_of(process.pid) is not None) == (".service\n" in groups)
-        process.kill()
-    assert servers.unit_of(os.getpid()) is None
-    assert servers.unit_of(None) is None
+@pytest.mark.parametrize(
+    ("environment", "group", "unit"),
+    [
+        ("SYSTEMD_EXEC_PID=77", "0::/user.slice/app.slice/hostler.service", "hostler.service"),
+        (
+            "SYSTEMD_EXEC_PID=76",
+            "0::/user.slice/app.slice/gnome-terminal-server.service",
+            None,
+        ),  # started in a terminal
+        ("HOME=/", "0::/user.slice/app.slice/hostler.service", None),
+        ("SYSTEMD_EXEC_PID=77", "0::/user.slice/session-1.scope", None),
+    ],
+)
+def test_only_the_main_process_of_a_unit_is_called_by_its_name(
+    place: Path, environment: str, group: str, unit: str | None
+) -> None:
+    process = place / "proc" / "77"
+    process.mkdir(parents=True)
+    (process / "environ").write_bytes(f"PATH=/bin\0{environment}\0".encode())
+    (process / "cgroup").write_text(f"1:name=systemd:/x\n{group}\n")
+    assert servers.unit_of(77, place / "proc") == unit
+    assert servers.unit_of(78, place / "proc") is None
 
 
 def test_the_machines_service_has_a_name_by_which_it_is_found(
