@@ -224,7 +224,8 @@ def _see_to_linger(wanted: bool) -> None:
 
 def _write_environment(unit: Unit, key: str | None) -> None:
     path = unit.environment_file
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The machine's directory holds its configuration, too, which the service's account reads; the file is root's alone.
+    path.parent.mkdir(mode=0o755 if unit.scope == "system" else 0o700, parents=True, exist_ok=True)
     old = path.read_text(encoding="utf-8") if path.exists() else _NEW_ENVIRONMENT
     if key is not None:
         kept = [line for line in old.splitlines() if not line.lstrip("# ").startswith(f"{KEY_VARIABLE}=")]
