@@ -1,1 +1,1 @@
-"""What deploy/ shows, run or judged by the tools that it is meant for."""
+"""What stands in deploy/, judged by the checkers of the tools that it is for."""
