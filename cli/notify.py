@@ -35,6 +35,16 @@ def reloaded(is_applied: bool) -> None:
     send("READY=1", f"STATUS={how}")
 
 
+def serving(url: str, num_loaded: int, num_wanted: int) -> None:
+    """Say where requests go, and how many of the models that were to be loaded at the start are."""
+    send(f"STATUS=serves on {url}/v1; {num_loaded} of {num_wanted} models loaded at the start")
+
+
+def stopping(most_s: float) -> None:
+    """Say that a stop begins, and ask for the time that it may take, whatever limit the unit was written with."""
+    send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(most_s * 1e6)}", "STATUS=lets running requests finish")
+
+
 def watchdog_period_s() -> float | None:
     """Return how often to say that we live (half of what systemd waits), in seconds; None if nobody wants it."""
     text = os.environ.get("WATCHDOG_USEC", "")

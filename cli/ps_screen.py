@@ -155,7 +155,9 @@ def draw_status(values: dict[str, Any], width: int, *, plain: bool) -> Group:
     from rich.text import Text
 
     uptime = duration(max(0.0, time.time() - values["started_unix_ms"] / 1000)) if values["started_unix_ms"] else "?"
-    head = Text(f"hostler {values['version']}  port {values['port']}  pid {values['pid']}  up {uptime}", style="dim")
+    unit = f"  {values['unit']}" if values.get("unit") else ""
+    about = f"hostler {values['version']}  port {values['port']}  pid {values['pid']}{unit}  up {uptime}"
+    head = Text(about, style="dim")
     parts: list[RenderableType] = [head]
     parts += [Text(restarts.in_words(entry), style="yellow") for entry in values.get("restarts", ())]
     legend = _Legend([replica["model"] for replica in values["replicas"]], plain)

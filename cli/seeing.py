@@ -47,7 +47,7 @@ async def sample(server: servers.Server) -> dict[str, Any]:
     except errors.OrchestratorAway as error:
         raise errors.OrchestratorAway(" ".join([error.message, *map(restarts.in_words, ended)])) from None
     values = status_json(status, int(time.time() * 1000))
-    return {"port": server.port, "pid": server.pid, **values, "restarts": ended}
+    return {"port": server.port, "pid": server.pid, "unit": servers.unit_of(server.pid), **values, "restarts": ended}
 
 
 def ps(port: int | None, as_json: bool, watch: bool, interval_s: float) -> None:

@@ -108,6 +108,19 @@ def find(port: int | None) -> Server:
     return servers[0]
 
 
+def unit_of(pid: int | None, proc: Path = Path("/proc")) -> str | None:
+    """Return the systemd unit whose main process this is, e.g. "hostler.service"; None: it is nobody's."""
+    try:
+        environment = (proc / str(pid) / "environ").read_bytes().split(b"\0")
+        if f"SYSTEMD_EXEC_PID={pid}".encode() not in environment:  # inherited by whoever a service starts
+            return None
+        groups = (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    names = (line.rpartition("/")[2] for line in groups)
+    return next((name for name in names if name.endswith(".service")), None)
+
+
 def read_config(run_dir: RunDir) -> dict[str, Any]:
     """Return the resolved configuration as plain values (no pydantic: this is on the completion path)."""
     with suppress(OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,17 +34,32 @@ def install(
     account: Annotated[str | None, typer.Option(help="With --system: who it runs as; default who called sudo.")] = None,
     memory_high: Annotated[str | None, typer.Option(help="Slow down and reclaim beyond this, e.g. 40G or 70%.")] = None,
     memory_max: Annotated[str | None, typer.Option(help="Never more than this, e.g. 48G or 80%.")] = None,
+    writable: Annotated[
+        list[Path] | None, typer.Option(help="With --system: one more path that it may write to; repeatable.")
+    ] = None,
+    with_key: Annotated[
+        bool, typer.Option("--with-key", help="Put $HOSTLER_API_KEY into the service's environment file (0600).")
+    ] = False,
     linger: Annotated[bool, typer.Option("--linger", help="Let your units run without you logged in.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print the unit, install nothing.")] = False,
 ) -> None:
-    """Write the unit, start it, and have it started at boot. Again: with the new arguments."""
-    from cli.service import control, unit
+    """Write a unit that runs `hostler serve` from this directory, start it, and have it started at boot.
 
-    wish = control.wish_for(name, serve_args or [], system, account, memory_high, memory_max)
-    if show:
-        typer.echo(unit.text_of(wish), nl=False)
-        return
-    control.install(wish, linger=linger)
+    Again: with the new arguments. What `hostler serve` would refuse is refused before anything is written.
+    """
+    from cli.service import control
+
+    wish = control.Wish(
+        scope="system" if system else "user",
+        name=name,
+        serve=tuple(serve_args or ()),
+        account=account,
+        writable=tuple(writable or ()),
+        memory_high=memory_high,
+        memory_max=memory_max,
+        with_key=with_key,
+    )
+    control.install(wish, linger=linger, only_print=show)
 
 
 @app.command()
@@ -52,16 +68,16 @@ def uninstall(system: System = False, name: Name = "hostler") -> None:
     """Stop the server and remove its unit. Models and configuration stay."""
     from cli.service import control
 
-    control.uninstall(name, system)
+    control.uninstall("system" if system else "user", name)
 
 
 @app.command()
 @friendly
 def status(system: System = False, name: Name = "hostler", as_json: Json = False) -> None:
-    """Show what systemd knows of it. Exit code 1 if it is not active."""
-    from cli.service import control
+    """Show whether it runs, since when and with how much memory. Exit code 1 if it does not run."""
+    from cli.service import status as showing
 
-    control.status(name, system, as_json)
+    showing.show("system" if system else "user", name, as_json)
 
 
 @app.command()
@@ -70,7 +86,7 @@ def start(system: System = False, name: Name = "hostler") -> None:
     """Start it and wait until it accepts requests."""
     from cli.service import control
 
-    control.act("start", name, system)
+    control.order("system" if system else "user", name, "start")
 
 
 @app.command()
@@ -79,7 +95,7 @@ def stop(system: System = False, name: Name = "hostler") -> None:
     """Let running requests finish, then stop."""
     from cli.service import control
 
-    control.act("stop", name, system)
+    control.order("system" if system else "user", name, "stop")
 
 
 @app.command()
@@ -88,4 +104,4 @@ def restart(system: System = False, name: Name = "hostler") -> None:
     """Stop it as `stop` does, then start it."""
     from cli.service import control
 
-    control.act("restart", name, system)
+    control.order("system" if system else "user", name, "restart")

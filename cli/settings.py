@@ -177,18 +177,18 @@ def refuse_open_door(config: HostlerConfig) -> None:
         raise UsageError(f"{why}, so the server needs an API key. Run:  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}")
 
 
-def keys_path(config: HostlerConfig, config_file: Path | None) -> Path:
+def keys_path(config: HostlerConfig, config_file: Path | None, environ: Mapping[str, str] | None = None) -> Path:
     """Return where the keys lie, absolute; a relative path is beside the configuration file."""
     if config.keys_file is None:
-        return default_keys_path().absolute()
+        return default_keys_path(environ).absolute()
     return ((config_file.parent if config_file else Path.cwd()) / config.keys_file.expanduser()).absolute()
 
 
-def default_keys_path() -> Path:
+def default_keys_path(environ: Mapping[str, str] | None = None) -> Path:
     """Return where the user's keys lie unless the configuration says otherwise."""
     from hostler.keys import default_path
 
-    return default_path()
+    return default_path(environ)
 
 
 def public_settings(values: Mapping[str, Any], flags: Flags, port: int) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
     if config.models_dir is not None:
         values["models_dir"] = config.models_dir.expanduser().resolve()
-    values["keys_file"] = keys_path(config, path)
+    values["keys_file"] = keys_path(config, path, environ)
     config = configuration.build(values)
     refuse_open_door(config)
     return config, path

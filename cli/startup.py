@@ -23,12 +23,13 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
-from cli import notify, placement, report, restarts, servers
+from cli import log_files, notify, placement, report, restarts, servers
 from cli.placement import Progress, Ready
 from cli.reloading import Reloader
 from cli.supervisor import Event, Supervisor
 
 _GATEWAY_DEADLINE_S = 20.0
+_LOGS_EVERY_S = 20.0
 
 
 class Screen:
@@ -71,11 +72,12 @@ class Screen:
         if self._verbose:
             self._begin(self._follow_logs())
         self._begin(self._start_up(started_at))
+        self._begin(self._keep_logs_small())
         reloader.on_begin, reloader.on_end = notify.reloading, notify.reloaded
         self._begin(reloader.run(self._report))
         attending = asyncio.create_task(notify.attend(self._wait_for_gateway))  # through the drain: it may take long
         await self._stop.wait()
-        notify.send("STOPPING=1", "STATUS=lets running requests finish")
+        notify.stopping(self._supervisor.longest_stop_s)
         await self._drain()
         attending.cancel()
 
@@ -206,6 +208,7 @@ class Screen:
         say = self._report.say
         url = servers.base_url(self._config.host, self._config.port)
         elapsed_s = time.time() - started_at
+        notify.serving(url, len(ready), len(wanted))
         model = (ready or wanted or list(self._config.models))[0].name
         if wanted and not ready:
             say(
@@ -224,17 +227,18 @@ class Screen:
 
     async def _follow_logs(self) -> None:
         """Print what the children log, line by line. Reading a local file does not block for long."""
-        offsets: dict[Path, int] = {}
+        tails: dict[Path, log_files.Tail] = {}
         while True:
             for path in sorted(self._run_dir.logs.glob("*.log")):
-                with suppress(OSError), path.open("rb") as file:
-                    file.seek(offsets.get(path, 0))
-                    lines = file.read().rpartition(b"\n")[0]
-                    if lines:
-                        offsets[path] = offsets.get(path, 0) + len(lines) + 1
-                        for line in lines.decode("utf-8", "replace").splitlines():
-                            self._report.say("log", f"{path.stem}: {line}", "dim", process=path.stem)
+                tail = tails.setdefault(path, log_files.Tail(log_files.LogFile(path.stem, path)))
+                for line in tail.news():
+                    self._report.say("log", f"{path.stem}: {line}", "dim", process=path.stem)
             await asyncio.sleep(0.25)
+
+    async def _keep_logs_small(self) -> None:
+        while True:
+            await asyncio.sleep(_LOGS_EVERY_S)
+            await asyncio.to_thread(log_files.keep_small, self._run_dir)
 
     async def _drain(self) -> None:
         for task in list(self._tasks):

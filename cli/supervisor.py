@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _LAUNCH = str(Path(__file__).with_name("launch.py"))
 _JANITOR = str(Path(__file__).with_name("janitor.py"))
 _PR_SET_CHILD_SUBREAPER = 36
+_COLLECT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,14 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """Return the pid of every child that runs now, by name; of two with one name the later has another."""
         return {name: r.process.pid for name, r in self._running.items() if r.process is not None}
+
+    @property
+    def longest_stop_s(self) -> float:
+        """How long `stop` may take: each rank's longest grace, and a moment to collect what is left."""
+        graces: dict[int, float] = {}
+        for child in (running.child for running in self._running.values()):
+            graces[child.stop_rank] = max(graces.get(child.stop_rank, 0.0), child.stop_grace_s)
+        return sum(graces.values()) + _COLLECT_S
 
     def start(self) -> None:
         """Start everything at once. Main thread only; needs no event loop."""

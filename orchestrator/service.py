@@ -6,11 +6,13 @@ Above it: gateways and the command line. Below it: `scheduler.py`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from hostler.channel import REQUEST_ID_KEY, metadata_value
 from hostler.errors import HostlerError, Internal, abort
 from hostler.placement.v1 import placement_pb2 as pb
 from hostler.placement.v1 import placement_pb2_grpc
@@ -28,6 +30,12 @@ def _named(error: Exception, rpc: str) -> HostlerError:
         return error
     log.error("an RPC failed", exc_info=error, extra={"rpc": rpc})
     return Internal("Internal error; the orchestrator's log has the details.")
+
+
+def _note_wait(request_id: str, model: str, outcome: str, waited_s: float) -> None:
+    """Log how the wait for a model ended, under the id that the gateway logs the request under."""
+    extra = {"request_id": request_id, "model": model, "outcome": outcome, "waited_ms": round(waited_s * 1000, 1)}
+    log.info("a model was asked for", extra=extra)
 
 
 class PlacementService(placement_pb2_grpc.PlacementServiceServicer):
@@ -50,13 +58,18 @@ class PlacementService(placement_pb2_grpc.PlacementServiceServicer):
         events = self._scheduler.ensure(
             request.model, explicit=request.explicit, batch=request.priority == pb.PRIORITY_BATCH
         )
+        began, outcome = time.monotonic(), "gone"
         try:
             async for event in events:
                 yield event
+            outcome = "ready"
         except Exception as error:
-            await abort(context, _named(error, "EnsureModel"))
+            named = _named(error, "EnsureModel")
+            outcome = named.reason
+            await abort(context, named)
         finally:
             await events.aclose()  # type: ignore[attr-defined]
+            _note_wait(metadata_value(context, REQUEST_ID_KEY) or "", request.model, outcome, time.monotonic() - began)
 
     async def PlanModel(self, request: pb.PlanModelRequest, context: Context) -> pb.PlanModelResponse:  # noqa: N802
         """Say what EnsureModel would do."""

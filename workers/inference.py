@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -27,6 +28,24 @@ T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+@contextlib.contextmanager
+def _noted(call: str, request_id: str) -> Iterator[None]:
+    """Log how a call ended, once, under the id that the gateway and the orchestrator log it under, too."""
+    began, outcome = time.monotonic(), "cancelled"
+    try:
+        yield
+        outcome = "served"
+    except HostlerError as error:
+        outcome = error.reason
+        raise
+    except Exception:
+        outcome = "failed"
+        raise
+    finally:
+        duration_ms = round((time.monotonic() - began) * 1000, 1)
+        log.info("call", extra={"request_id": request_id, "call": call, "outcome": outcome, "duration_ms": duration_ms})
+
+
 class InferenceServicer(rpc.InferenceServiceServicer):
     """Serves the one loaded model of a worker."""
 
@@ -39,8 +58,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream one choice. A call that the client cancels ends at its next event and frees its slot."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            with self._host.serving() as engine:
+            with _noted("generate", request_id), self._serving(context) as engine:
                 self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
                 wanted = translate.generation_request(request, engine.facts, request_id)
                 async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
@@ -100,8 +118,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream what a recording says. A call that the client cancels ends at its next event and frees its rows."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            with self._host.serving() as engine:
+            with _noted("transcribe", request_id), self._serving(context) as engine:
                 if not isinstance(engine, Transcriber):
                     raise InvalidRequest("This model does not write down speech.", param="model")
                 self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
@@ -121,8 +138,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream encoded speech. A call that the client cancels ends at its next event and frees the engine of it."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            with self._host.serving() as engine:
+            with _noted("speak", request_id), self._serving(context) as engine:
                 if not isinstance(engine, Speaker):
                     raise InvalidRequest("This model does not speak.", param="model")
                 self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
@@ -138,12 +154,18 @@ class InferenceServicer(rpc.InferenceServiceServicer):
             log.exception("speaking failed", extra={"request_id": request_id})
             await abort(context, Internal("The worker failed on this request; its log has the details."))
 
+    @contextlib.contextmanager
+    def _serving(self, context: Context) -> Iterator[Engine]:
+        """Give out the engine for one call, if the call is for this generation."""
+        self._host.check_generation(metadata_value(context, GENERATION_KEY))
+        with self._host.serving() as engine:
+            yield engine
+
     async def _answer(self, context: Context, work: Callable[[Engine, str], Awaitable[T]]) -> T:
         """Check the generation and run a unary call's `work` with its request id; errors end the call by name."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            self._host.check_generation(metadata_value(context, GENERATION_KEY))
-            with self._host.serving() as engine:
+            with _noted(work.__name__, request_id), self._serving(context) as engine:
                 return await work(engine, request_id)
         except HostlerError as error:
             await abort(context, error)

@@ -1,1 +1,1 @@
-"""`hostler service`: the server as a systemd unit. `unit` writes its text, `control` asks systemd."""
+"""The server as a systemd unit: `unit` writes its text, `systemd` asks and orders, `control` decides."""

@@ -12,7 +12,8 @@
         tunnel.json         the public address (0600), while a tunnel is up
         logs/               one file per process
 
-`<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are
+`<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>; a service of the machine has
+/run/<name of its unit>. Socket paths are
 limited to 107 bytes by the kernel, so the base must stay short.
 """
 
@@ -29,6 +30,8 @@ from pathlib import Path
 _MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET_NAME = "w-0123456789abcdef.sock"
 _TOKEN_BYTES = 32
+SERVICES_DIR = Path("/run")
+"""Where systemd makes the run directories of the machine's services."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +138,14 @@ def create(port: int) -> RunDir:
 
 
 def existing() -> list[tuple[int, RunDir]]:
-    """Return (port, run directory) of every server this user has started here, dead or alive."""
-    base = base_dir()
-    if not base.is_dir():
-        return []
-    return sorted((int(p.name), RunDir(p)) for p in base.iterdir() if p.name.isdigit() and p.is_dir())
+    """Return (port, run directory) of every server this user has started here, dead or alive.
+
+    Services of the machine that run as this user are among them, unless $HOSTLER_RUN_DIR names another place.
+    """
+    bases = [base_dir()]
+    if not os.environ.get("HOSTLER_RUN_DIR"):
+        bases += [path for path in sorted(SERVICES_DIR.glob("hostler*")) if path.stat().st_uid == os.getuid()]
+    found = {
+        p: int(p.name) for base in bases if base.is_dir() for p in base.iterdir() if p.name.isdigit() and p.is_dir()
+    }
+    return sorted(((port, RunDir(path)) for path, port in found.items()), key=lambda item: item[0])

@@ -47,7 +47,16 @@ def help_of(*command: str) -> tuple[int, str]:
 @pytest.mark.parametrize(("file", "line"), shell_commands("hostler"))
 def test_a_hostler_command_in_the_documents_exists_with_its_options(file: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
-    command = tuple(word for word in words[:1] if not word.startswith("-"))
+    if words[:2] == ["service", "install"] and "--" in words:
+        words, passed_on = words[: words.index("--")], words[words.index("--") + 1 :]
+        assert_exists(file, line, ("serve",), passed_on)
+    # `hostler GROUP COMMAND`, `hostler COMMAND ARGUMENT`, or `hostler --option`
+    of_group = len(words) > 1 and "COMMAND [ARGS]" in help_of(*words[:1])[1] and not words[1].startswith("-")
+    command = tuple(word for word in words[: 2 if of_group else 1] if not word.startswith("-"))
+    assert_exists(file, line, command, words)
+
+
+def assert_exists(file: str, line: str, command: tuple[str, ...], words: list[str]) -> None:
     status, text = help_of(*command)
     assert status == 0, f"{file}: {line}\n{text}"
     options = [word.split("=")[0] for word in words if word.startswith("-")]

@@ -7,6 +7,7 @@ dummy_server.py gateway FD             answers 200 to everything
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -66,6 +67,10 @@ def command(journal: str, arguments: list[str]) -> None:
         ]
 
     serve.children = children
+    if every_s := os.environ.get("LOOK_AT_LOGS_EVERY_S"):
+        from cli import startup
+
+        startup._LOGS_EVERY_S = float(every_s)
     app(arguments)
 
 

@@ -17,7 +17,7 @@ import pytest
 from hostler.config import HostlerConfig, ModelConfig
 from hostler.lifecycle.v1 import lifecycle_pb2
 
-from cli import janitor, serve
+from cli import janitor, log_files, serve
 from cli.placement import Progress
 from cli.report import LineReporter
 from cli.startup import curl_line
@@ -244,3 +244,12 @@ def test_plain_progress_is_at_most_a_line_a_second(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[1] == "tiny: downloading 20 % of 0 MB"
+
+
+def test_a_log_that_has_grown_large_is_made_small_while_the_server_runs(start: Callable[..., Served]) -> None:
+    served = start("tiny", env={"LOOK_AT_LOGS_EVERY_S": "0.1"})
+    served.wait_for("Ctrl-C stops")
+    log = served.run_dir / "logs" / "gateway-0.log"
+    os.truncate(log, log_files.MAX_BYTES + 1)
+    wait(lambda: log.stat().st_size == 0, 10)
+    assert log.with_suffix(".log.1").stat().st_size == log_files.MAX_BYTES + 1

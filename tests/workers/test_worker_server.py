@@ -28,8 +28,8 @@ META = call_metadata(request_id="r1", generation=3)
 class Worker:
     """A started worker with a loaded scripted model."""
 
-    def __init__(self, process: subprocess.Popen[bytes], socket: Path, channel: grpc.aio.Channel) -> None:
-        self.process, self.socket = process, socket
+    def __init__(self, process: subprocess.Popen[bytes], socket: Path, channel: grpc.aio.Channel, log: Path) -> None:
+        self.process, self.socket, self.log = process, socket, log
         self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
         self.lifecycle = lifecycle_pb2_grpc.LifecycleServiceStub(channel)
 
@@ -39,6 +39,17 @@ class Worker:
         message = pb.Message(role=pb.ROLE_USER, parts=[pb.Part(text=text)])
         request = pb.GenerateRequest(chat=pb.Chat(messages=[message]), **fields)  # type: ignore[arg-type]
         return self.inference.Generate(request, metadata=META)
+
+    async def outcomes_of_calls(self, num_calls: int) -> list[str]:
+        """Return how the calls so far ended, as the log has it."""
+        async with asyncio.timeout(5):
+            while (
+                len(lines := [line for line in self.log.read_text().splitlines() if "inference call" in line])
+                < num_calls
+            ):
+                await asyncio.sleep(0.02)
+        assert all(" request_id='r1' call='generate' " in line for line in lines)
+        return [line.split("outcome='")[1].split("'")[0] for line in lines]
 
     async def watch_until(self, running: int) -> life.WatchResponse:
         async with asyncio.timeout(5):
@@ -52,11 +63,13 @@ class Worker:
 async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
     socket = tmp_path / "w.sock"
     command = [sys.executable, "-m", "workers", "--socket", str(socket), "--generation", "3"]
-    process = await asyncio.to_thread(subprocess.Popen, command)
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        process = await asyncio.to_thread(subprocess.Popen, command, stderr=stderr)
     channel = open_channel(f"unix:{socket}")
     try:
         await asyncio.wait_for(channel.channel_ready(), 20)
-        started = Worker(process, socket, channel)
+        started = Worker(process, socket, channel, log)
         request = life.LoadRequest(model="echo", engine=life.ENGINE_KIND_SCRIPTED, max_running=2, max_queued=1)
         events = [e async for e in started.lifecycle.Load(request, metadata=META)]
         assert events[-1].ready.model == "echo"
@@ -65,6 +78,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
         await channel.close()
         process.kill()
         process.wait(10)
+        sys.stderr.write(log.read_text())  # shown if the test fails
 
 
 async def text_of(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> str:
@@ -153,3 +167,14 @@ async def test_draining_refuses_new_requests_and_waits_for_the_old(worker: Worke
 
 async def test_the_socket_is_private(worker: Worker) -> None:
     assert stat.S_IMODE(os.stat(worker.socket).st_mode) == 0o600
+
+
+async def test_the_log_says_under_the_requests_id_how_each_call_ended(worker: Worker) -> None:
+    await text_of(worker.generate("a secret plan"))
+    assert await worker.outcomes_of_calls(1) == ["served"]
+    await failure_of(worker.generate("[[fail_at=2]]"))
+    leaving = worker.generate("[[delay_ms=200]]")
+    await leaving.read()
+    leaving.cancel()
+    assert await worker.outcomes_of_calls(3) == ["served", "internal_error", "cancelled"]
+    assert "secret" not in worker.log.read_text()
