@@ -1,0 +1,1 @@
+"""What stands in deploy/, judged by the checkers of the tools that it is for."""
