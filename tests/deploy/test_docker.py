@@ -92,6 +92,19 @@ def test_with_the_cuda_file_the_other_build_gets_the_gpus() -> None:
     assert reserved["capabilities"] == ["gpu"]
 
 
+@pytest.mark.timeout(300)
+def test_with_caddy_the_world_reaches_the_public_port_and_no_other() -> None:
+    both = services("compose.yaml", "compose.caddy.yaml", HOSTLER_DOMAIN="llm.example.org")
+    server, caddy = both["hostler"], both["caddy"]
+    for_all = {port["published"] for port in server["ports"] if "host_ip" not in port}
+    assert for_all == {"80", "443"}
+    assert server["command"][-3:] == ["--public", "--public-url", "https://llm.example.org"]
+    assert caddy["network_mode"] == "service:hostler"
+    assert caddy["cap_drop"] == ["ALL"]
+    (mounted,) = [volume["source"] for volume in caddy["volumes"] if volume["type"] == "bind"]
+    assert Path(mounted) == ROOT / "deploy" / "caddy" / "Caddyfile"
+
+
 def test_the_image_takes_the_torch_that_setup_takes() -> None:
     pinned = re.findall(r'TORCH_CPU="torch==([\d.]+)\+cpu"', (ROOT / "deploy" / "setup.sh").read_text(encoding="utf-8"))
     assert set(re.findall(r"^ARG TORCH=(.+)$", DOCKERFILE, re.MULTILINE)) == set(pinned)
