@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,26 @@ def test_a_misspelt_key_would_be_found(path: str) -> None:
     assert any(last in complaint for complaint in complaints([cluster]))
 
 
-def test_kubectl_reads_the_same_out_of_it() -> None:
-    command = [tools.find("kubectl"), "kustomize", str(FOLDER)]
+def rendered(folder: Path) -> dict[str, Any]:
+    """Return what `kubectl apply -k` would send, by kind."""
+    command = [tools.find("kubectl"), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    kinds = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
-    assert kinds == {each["kind"]: each for each in DOCUMENTS}
+    return {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+
+
+def test_kubectl_reads_the_same_out_of_it() -> None:
+    assert rendered(FOLDER) == {each["kind"]: each for each in DOCUMENTS}
+
+
+def test_the_image_is_named_in_one_place(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "kuberay"))
+    edited = folder / "kustomization.yaml"
+    edited.write_text(edited.read_text().replace("newName: hostler,", "newName: registry.example.org/hostler,"))
+    spec = rendered(folder)["RayCluster"]["spec"]
+    groups = (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    images = [each["image"] for group in groups for each in group["template"]["spec"]["containers"]]
+    assert images == ["registry.example.org/hostler:cuda"] * 3
 
 
 def test_the_configuration_is_one_that_serve_takes(tmp_path: Path) -> None:
