@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostler.errors import PayloadTooLarge, Unavailable
 
 from gateway.multipart import MAX_FILE_BYTES
 from tests.checks.tree import ROOT
@@ -37,6 +38,7 @@ class Upstream:
         self.got_a_body = False
         self.asked = asyncio.Event()
         self.is_slow = False
+        self.server: asyncio.Server | None = None
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -109,7 +111,7 @@ class Proxy:
 @contextlib.asynccontextmanager
 async def running(tmp_path: Path) -> AsyncIterator[tuple[Proxy, Upstream]]:
     upstream = Upstream()
-    server = await asyncio.start_server(upstream.answer, "127.0.0.1", 0)
+    server = upstream.server = await asyncio.start_server(upstream.answer, "127.0.0.1", 0)
     proxy = Proxy(free_port(), tmp_path)
     config = adapted(server.sockets[0].getsockname()[1], proxy.port, FILE.read_text(encoding="utf-8"))
     (tmp_path / "caddy.json").write_text(json.dumps(config), encoding="utf-8")
@@ -132,7 +134,7 @@ async def running(tmp_path: Path) -> AsyncIterator[tuple[Proxy, Upstream]]:
 
 
 def request(path: str, *headers: str) -> bytes:
-    head = (f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {KEY}", *headers)
+    head = (f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEY}", *headers)
     return ("\r\n".join(head) + "\r\n\r\n").encode()
 
 
@@ -158,7 +160,6 @@ async def test_each_event_is_passed_on_as_it_comes_and_nothing_tells_of_the_key(
         writer.close()
         assert "content-encoding" not in head
         assert "strict-transport-security: max-age=" in head
-        assert "\r\nserver:" not in head
         assert "\r\nvia:" not in head
         (asked,) = upstream.heads
         assert "host: localhost\r\n" in asked.lower()
@@ -190,14 +191,45 @@ async def test_a_client_that_leaves_ends_its_request(tmp_path: Path, is_slow: bo
     assert await hears_that_the_client_left(tmp_path, is_slow=is_slow)
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "status"), [(MAX_FILE_BYTES + 2**16, b" 200 "), (MAX_FILE_BYTES + 2**21, b" 413 ")]
-)
-async def test_what_is_larger_than_any_recording_is_refused_here(tmp_path: Path, num_bytes: int, status: bytes) -> None:
+async def reply_to(proxy: Proxy, sent: bytes) -> tuple[int, str, dict[str, Any]]:
+    """Return status, head and JSON of the reply."""
+    reader, writer = await proxy.connect()
+    writer.write(sent)
+    async with asyncio.timeout(WITHIN_S):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        body = await reader.readexactly(int(re.findall(r"content-length: (\d+)", head)[0]))
+    writer.transport.abort()
+    return int(head.split()[1]), head, json.loads(body)
+
+
+async def test_a_body_like_the_largest_recording_comes_through(tmp_path: Path) -> None:
     async with running(tmp_path) as (proxy, upstream):
         reader, writer = await proxy.connect()
+        num_bytes = MAX_FILE_BYTES + 2**16
         writer.write(request("/v1/audio/transcriptions", f"Content-Length: {num_bytes}") + bytes(num_bytes))
         async with asyncio.timeout(WITHIN_S):
-            assert status in await reader.readline()
+            assert b" 200 " in await reader.readline()
         writer.transport.abort()
-        assert upstream.got_a_body == (status == b" 200 ")
+        assert upstream.got_a_body
+
+
+async def test_a_larger_one_is_refused_here(tmp_path: Path) -> None:
+    async with running(tmp_path) as (proxy, upstream):
+        num_bytes = MAX_FILE_BYTES + 2**21
+        sent = request("/v1/audio/transcriptions", f"Content-Length: {num_bytes}") + bytes(num_bytes)
+        status, head, body = await reply_to(proxy, sent)
+        assert (status, body["error"]["code"]) == (413, PayloadTooLarge.reason)
+        assert body["error"]["type"] == "invalid_request_error"
+        assert "content-type: application/json" in head
+        assert "retry-after" not in head
+        assert not upstream.got_a_body
+
+
+async def test_while_there_is_no_server_the_answer_says_so_and_when_to_come_back(tmp_path: Path) -> None:
+    async with running(tmp_path) as (proxy, upstream):
+        assert upstream.server is not None
+        upstream.server.close()
+        status, head, body = await reply_to(proxy, request("/v1/chat/completions", "Content-Length: 0"))
+        assert (status, body["error"]["code"]) == (503, Unavailable.reason)
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert "retry-after: 5\r\n" in head
