@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hostler.config import HostlerConfig
@@ -111,8 +115,6 @@ def test_the_image_takes_the_torch_that_setup_takes() -> None:
 
 
 def test_every_folder_of_the_wheel_gets_into_the_image_and_nothing_else() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -121,6 +123,39 @@ def test_every_folder_of_the_wheel_gets_into_the_image_and_nothing_else() -> Non
     rest = {"pyproject.toml", "README.md", "LICENSE", "deploy/ray-cluster/start.sh"}
     assert let_in == {Path(package).parts[0] for package in packages} | rest
     assert all((ROOT / name).exists() for name in let_in)
+
+
+class _Health(BaseHTTPRequestHandler):
+    """Answers the first request well, every other with a 503."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200 if len(self.asked) == 1 else 503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_the_image_looks_after_its_own_health() -> None:
+    (text,) = re.findall(
+        r"^HEALTHCHECK .*\n  CMD (\[.*?\])$", DOCKERFILE.replace("\\\n", "\n"), re.MULTILINE | re.DOTALL
+    )
+    program, *arguments = json.loads(text)
+    assert program == "python"
+    with HTTPServer(("127.0.0.1", 0), _Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = {"HOSTLER_PORT": str(server.server_port)}
+        codes = [
+            subprocess.run([sys.executable, *arguments], env=environ, stderr=subprocess.DEVNULL, timeout=30).returncode
+            for _ in range(2)
+        ]
+        server.shutdown()
+    assert _Health.asked == ["/health", "/health"]
+    assert codes[0] == 0
+    assert codes[1] != 0
 
 
 def test_the_image_runs_as_a_user_without_rights() -> None:

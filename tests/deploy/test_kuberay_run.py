@@ -23,7 +23,9 @@ GPU_POD = "hostler-gpu-worker-abcde"
 class Pods(Cluster):
     """The cluster that Kubernetes would start; it fills in variables as Kubernetes and KubeRay do."""
 
-    node_manager_port = free_port()
+    def __init__(self) -> None:
+        super().__init__()
+        self.node_manager_port = free_port()
 
     def filled(self, text: str, pod: str, address: str) -> str:
         """Return an argument or value as the container sees it, with ports that are free here."""
