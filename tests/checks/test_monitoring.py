@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.metrics import Meter
 from gateway.state_metrics import StateCollector
+from tests.deploy import tools
 
 from .tree import ROOT
 
@@ -79,12 +79,15 @@ def test_every_panel_has_a_place_of_its_own() -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("command", [("config", "prometheus.yml"), ("rules", "alerts.yml")])
 def test_prometheus_own_checker_takes_them(command: tuple[str, str]) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed")
     done = subprocess.run(
-        [promtool, "check", *command], cwd=Path(FOLDER), capture_output=True, text=True, timeout=30, check=False
+        [tools.find("promtool"), "check", *command],
+        cwd=Path(FOLDER),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -65,13 +65,17 @@ class Cluster:
             _MARK: self.directory.name,
         }
 
+    def arguments(self, name: str, address: str) -> list[str]:
+        """Return what `start.sh` is given for the next node."""
+        temp_dir = f"--temp-dir={self.directory}"
+        return ["join", self.address, address, name] if self._nodes else ["head", address, temp_dir]
+
     def start(self, name: str, address: str) -> None:
         """Start a node and wait until its raylet runs; the first is the head.
 
         One after the other: nodes of one machine share a directory, and would take each other's socket names.
         """
-        temp_dir = f"--temp-dir={self.directory}"
-        arguments = ["join", self.address, address, name] if self._nodes else ["head", address, temp_dir]
+        arguments = self.arguments(name, address)
         with open(self.directory / f"{name}.log", "ab") as log:
             self._nodes[name] = subprocess.Popen(
                 [str(START), *arguments],
