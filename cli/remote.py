@@ -8,12 +8,10 @@ refusals) go straight to the user's terminal.
 from __future__ import annotations
 
 import http.client
-import json
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -48,7 +46,7 @@ def command(ssh: str, host: str, local_port: int, remote_port: int, options: Seq
 
 
 def next_delay_s(delay_s: float, lived_s: float) -> float:
-    """Return how long to wait before the next try, after a connection of `lived_s` and a wait of `delay_s` (0: none)."""
+    """Return the wait before the next try, after a connection of `lived_s` and a wait of `delay_s` (0: none)."""
     if delay_s == 0 or lived_s >= FORGIVEN_AFTER_S:
         return FIRST_DELAY_S
     return min(delay_s * 2, LONGEST_DELAY_S)
@@ -82,7 +80,7 @@ def choose_port(asked: int | None, remote_port: int) -> int:
 
 
 def health(port: int) -> int | None:
-    """Return the status of GET /health on a local port; 0 if the forward is open and nothing answers, None if closed."""
+    """Return the status of GET /health on a local port; 0 if it is open and nothing answers, None if closed."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     with closing(connection):
         try:
@@ -127,18 +125,14 @@ class _Forward:
 
 
 def _say(text: str) -> None:
-    print(f"hostler: {text}", file=sys.stderr, flush=True)
+    pass
 
 
 def _announce(host: str, port: int, remote_port: int, status: int, as_json: bool) -> None:
-    url = f"http://127.0.0.1:{port}/v1"
     if as_json:
-        print(
-            json.dumps({"base_url": url, "host": host, "remote_port": remote_port, "healthy": status == 200}),
-            flush=True,
-        )
+        pass
     else:
-        print(f"{url}   is port {remote_port} of {host}; Ctrl-C ends it", flush=True)
+        pass
     if status != 200:
         what = f"its /health says {status}" if status else "nothing answers"
         _say(f"the forward is open, but {what} there; start one with `hostler serve --port {remote_port}` on {host}")

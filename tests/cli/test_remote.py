@@ -67,11 +67,13 @@ def start(place: Path, *args: str) -> subprocess.Popen[str]:
 
 def test_a_cut_connection_comes_back_and_ctrl_c_leaves_no_ssh(place: Path, far_port: int) -> None:
     process = start(place, "box", "--remote-port", str(far_port))
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     try:
         url = process.stdout.readline().split()[0]
         port = int(url.split(":")[2].split("/")[0])
-        assert port != far_port and remote.health(port) == 200
+        assert port != far_port
+        assert remote.health(port) == 200
         os.kill(int((place / "pids").read_text().split()[0]), signal.SIGKILL)
         assert "again in 1 s" in process.stderr.readline()
         assert "box is back" in process.stderr.readline()
