@@ -8,6 +8,7 @@ refusals) go straight to the user's terminal.
 from __future__ import annotations
 
 import http.client
+import json
 import shutil
 import signal
 import socket
@@ -125,14 +126,16 @@ class _Forward:
 
 
 def _say(text: str) -> None:
-    pass
+    typer.echo(f"hostler: {text}", err=True)
 
 
 def _announce(host: str, port: int, remote_port: int, status: int, as_json: bool) -> None:
+    url = f"http://127.0.0.1:{port}/v1"
     if as_json:
-        pass
+        values = {"base_url": url, "host": host, "remote_port": remote_port, "healthy": status == 200}
+        typer.echo(json.dumps(values))
     else:
-        pass
+        typer.echo(f"{url}   is port {remote_port} of {host}; Ctrl-C ends it")
     if status != 200:
         what = f"its /health says {status}" if status else "nothing answers"
         _say(f"the forward is open, but {what} there; start one with `hostler serve --port {remote_port}` on {host}")
