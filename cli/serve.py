@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hostler import rundir
@@ -25,6 +24,7 @@ from cli.exits import CliError
 from cli.supervisor import Child, Supervisor
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import FrameType
 
 BACKLOG = 2048
@@ -61,8 +61,24 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def children(config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env: dict[str, str]) -> list[Child]:
-    """Return the processes of one server. The slowest to start comes first."""
+def bind_unix(path: Path) -> socket.socket:
+    """Return a second listening socket of the gateways, for this user alone (0600). The run directory is 0700."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    listener.listen(BACKLOG)
+    return listener
+
+
+def children(
+    config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env: dict[str, str], unix: int | None = None
+) -> list[Child]:
+    """Return the processes of one server. The slowest to start comes first. `unix`: the listening Unix socket."""
     python = (sys.executable, "-P", "-m")
     where = ("--run-dir", str(run_dir.path))
     # A gateway is one busy thread; libraries that count cores would only start idle ones.
@@ -85,12 +101,13 @@ def children(config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env:
         stop_grace_s=_ORCHESTRATOR_GRACE_S,
         removes=(run_dir.orchestrator_socket,),
     )
+    local = () if unix is None else ("--unix-fd", str(unix))
     gateways = [
         Child(
             f"gateway-{number}",
-            (*python, "gateway", *where, "--fd", str(descriptor)),
+            (*python, "gateway", *where, "--fd", str(descriptor), *local),
             env={**extra_env, **single},
-            pass_fds=(descriptor,),
+            pass_fds=(descriptor,) if unix is None else (descriptor, unix),
             stop_grace_s=config.drain_s + 5.0,
         )
         for number in range(config.gateways)
@@ -134,6 +151,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     servers.take_lock(run_dir)
     listener = bind(config.host, config.port)
     _clean(run_dir)
+    unix = bind_unix(run_dir.gateway_socket)
     write_resolved(config, run_dir.config)
     early: list[int] = []
 
@@ -144,7 +162,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     for number in signals:
         signal.signal(number, remember)
     supervisor = Supervisor(
-        children(config, run_dir, listener.fileno(), {}),
+        children(config, run_dir, listener.fileno(), {}, unix=unix.fileno()),
         run_dir.logs,
         f"{run_dir.path}#{os.getpid()}-{time.time_ns()}",
         env=child_environment(as_json, verbose),
@@ -157,11 +175,13 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
         from cli.startup import Screen
 
         screen = Screen(config, path, run_dir, supervisor, listener, as_json=as_json, verbose=verbose)
+        screen.closes = (listener, unix)
         asyncio.run(screen.run(signals, early, started_at))
     except BaseException:
         supervisor.abandon()
         raise
     finally:
         listener.close()
-        with suppress(FileNotFoundError):
-            run_dir.orchestrator_socket.unlink()
+        unix.close()
+        for left in (run_dir.orchestrator_socket, run_dir.gateway_socket):
+            left.unlink(missing_ok=True)

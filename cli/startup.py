@@ -48,7 +48,7 @@ class Screen:
         self._path = path
         self._run_dir = run_dir
         self._supervisor = supervisor
-        self._listener = listener
+        self.closes: tuple[socket.socket, ...] = (listener,)  # when the drain begins: nobody new comes in
         self._verbose = verbose
         self._report = report.make(as_json)
         self._num_signals = 0
@@ -225,7 +225,8 @@ class Screen:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._report.close()
-        self._listener.close()
+        for listener in self.closes:
+            listener.close()
         started = time.monotonic()
         num_running = await self._count_running()
         self._report.say(
