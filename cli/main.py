@@ -295,29 +295,6 @@ def config(
     typer.echo(settings.as_yaml(values), nl=False)
 
 
-@app.command(
-    epilog=_examples(
-        "hostler remote me@gpubox                        port 8000 of gpubox, here",
-        "hostler remote gpubox --remote-port 9000 --port 8001",
-        "hostler remote gpubox --ssh-option ProxyJump=gate",
-    )
-)
-@friendly
-def remote(
-    host: Annotated[str, typer.Argument(help="[user@]host, or a name of your ~/.ssh/config.")],
-    port: Annotated[
-        int | None, typer.Option("--port", "-p", min=1, max=65535, help="Port here; default the far one's or the next.")
-    ] = None,
-    remote_port: Annotated[int, typer.Option(min=1, max=65535, help="The server's port over there.")] = 8000,
-    ssh_option: Annotated[list[str] | None, typer.Option(help="Passed to ssh as -o; repeatable.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Reach the hostler of another machine through ssh: its port on this machine, reconnected until Ctrl-C."""
-    from cli import remote as work
-
-    work.run(host, port, remote_port, ssh_option or (), as_json)
-
-
 @app.command(epilog=_examples("hostler version", "hostler version --json"))
 @friendly
 def version(as_json: Json = False) -> None:

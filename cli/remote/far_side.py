@@ -170,7 +170,8 @@ def checked(found: FarSide, host: str, program: str | None) -> FarSide:
             raise CliError(f"there is no program {program} on {host}; leave --hostler away, or name the right one")
         raise CliError(
             f"hostler is not on {host} (looked in PATH, ~/.local/bin, ~/hostler/.venv/bin, ~/.venv/bin, "
-            f"/opt/hostler/bin): install it there (`ssh {host}`, then as its README says), or name it with --hostler PATH"
+            f"/opt/hostler/bin): install it there (`ssh {host}`, then as its README says), or name it with "
+            "--hostler PATH"
         )
     if found.trouble is not None:
         raise CliError(f"{found.program} on {host} does not tell its servers: {found.trouble} (is it too old?)")

@@ -85,7 +85,8 @@ class Route:
 
     def __post_init__(self) -> None:
         """Refuse what ssh would take for something else. Raises UsageError."""
-        if not self.destination or self.destination.startswith("-") or not _is_one_word(self.destination):
+        name = self.destination.rpartition("@")[2]
+        if not name or "-" in (name[0], self.destination[0]) or not _is_one_word(self.destination):
             raise UsageError(f"{self.destination!r} is no host; give [user@]host or a name of your ~/.ssh/config")
         for option in self.options:
             if "=" not in option or option.startswith("-") or not option.isprintable():

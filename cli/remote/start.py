@@ -53,12 +53,14 @@ detached() {
   shown=0
   while :; do
     if kill -0 "$pid" 2>/dev/null; then lives=1; else lives=; fi
+    ready=
+    if grep -q '^Serving on ' "$log"; then ready=1; fi
     total=$(wc -l <"$log")
     if [ "$total" -gt "$shown" ]; then
       sed -n "$((shown + 1)),$((total))p" "$log" | sed 's/^/@hostler says=/'
       shown=$((total))
     fi
-    if grep -q '^Serving on ' "$log"; then say ready=1; return; fi
+    if [ -n "$ready" ]; then say ready=1; return; fi
     if [ -z "$lives" ]; then say failed=ended; return; fi
     sleep 1
   done
