@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from cli.certificates import trusted
 from cli.exits import CliError
 
 _TIMEOUT = httpx.Timeout(10.0, read=600.0)  # a first token may have to wait for a model to load
@@ -88,7 +89,9 @@ class Client:
         self.api_key = api_key
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # Not through a proxy: the server is ours, mostly on this machine.
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False, verify=trusted()
+        )
 
     def close(self) -> None:
         """Close the connection."""

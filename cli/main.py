@@ -20,7 +20,9 @@ from cli.exits import friendly  # noqa: E402
 from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
 from cli.flags import complete_model as _complete_model  # noqa: E402
 from cli.flags import examples as _examples  # noqa: E402
+from cli.key_commands import app as key_app  # noqa: E402
 from cli.mcp_commands import app as mcp_app  # noqa: E402
+from cli.service_commands import app as service_app  # noqa: E402
 
 app = typer.Typer(
     name="hostler",
@@ -39,7 +41,9 @@ app = typer.Typer(
     ),
 )
 
+app.add_typer(key_app, name="key")
 app.add_typer(mcp_app, name="mcp")
+app.add_typer(service_app, name="service")
 
 
 @app.command(
@@ -49,6 +53,8 @@ app.add_typer(mcp_app, name="mcp")
         "hostler serve ./my-model ~/models/tiny.gguf",
         "hostler serve --config hostler.yaml --json-logs",
         'hostler serve --host 0.0.0.0 --api-key "$(openssl rand -hex 32)"',
+        "hostler serve --ngrok --api-key $KEY                  reached from everywhere, through ngrok",
+        "hostler serve --public --public-url https://llm.example.org --api-key $KEY",
         "hostler serve --device cpu0=2GiB --device cpu1=2GiB    two virtual devices",
     )
 )
@@ -81,6 +87,16 @@ def serve(
         list[str] | None, typer.Option(help="Use only this device: ID or ID=SIZE, e.g. cuda:0 or cpu=8GiB; repeatable.")
     ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Listen on a second port for a proxy or tunnel: models only, key demanded.")
+    ] = False,
+    public_url: Annotated[str | None, typer.Option(help="Where others reach that port; it is tested at start.")] = None,
+    public_host: Annotated[
+        list[str] | None, typer.Option(help="Further Host header to accept there; repeatable.")
+    ] = None,
+    public_port: Annotated[int | None, typer.Option(min=1, max=65535, help="That port; default --port + 1.")] = None,
+    ngrok: Annotated[bool, typer.Option("--ngrok", help="--public through a tunnel; $NGROK_AUTHTOKEN.")] = False,
+    domain: Annotated[str | None, typer.Option(help="The tunnel's name; default what ngrok gives.")] = None,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object a line instead of text.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of all processes, too.")] = False,
 ) -> None:
@@ -100,6 +116,12 @@ def serve(
         models_dir=models_dir,
         devices=tuple(device or ()),
         ray_address=ray_address,
+        public=public,
+        public_host=tuple(public_host or ()),
+        public_port=public_port,
+        public_url=public_url,
+        ngrok=ngrok,
+        domain=domain,
     )
     run(flags, as_json=json_logs, verbose=verbose, started_at=_BEGAN)
 
@@ -293,6 +315,27 @@ def config(
     values = settings.without_secrets(resolved.model_dump(mode="json"))
     typer.echo(f"# from {path or 'defaults and the environment'}")
     typer.echo(settings.as_yaml(values), nl=False)
+
+
+@app.command(
+    epilog=_examples(
+        "hostler reload --dry-run    check the file, say what would change",
+        "hostler reload              change it",
+    )
+)
+@friendly
+def reload(
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would change.")] = False,
+    as_json: Json = False,
+    port: Port = None,
+) -> None:
+    """Have the running server read its configuration again: all of it is taken over, or nothing.
+
+    Running requests finish as they began. Fails (exit code 2) if the file is wrong or needs a restart.
+    """
+    from cli import reload_command
+
+    reload_command.reload(port, dry_run, as_json)
 
 
 @app.command(epilog=_examples("hostler version", "hostler version --json"))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hostler.words import duration, size
 
+from cli import restarts
+
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.text import Text
@@ -155,6 +157,7 @@ def draw_status(values: dict[str, Any], width: int, *, plain: bool) -> Group:
     uptime = duration(max(0.0, time.time() - values["started_unix_ms"] / 1000)) if values["started_unix_ms"] else "?"
     head = Text(f"hostler {values['version']}  port {values['port']}  pid {values['pid']}  up {uptime}", style="dim")
     parts: list[RenderableType] = [head]
+    parts += [Text(restarts.in_words(entry), style="yellow") for entry in values.get("restarts", ())]
     legend = _Legend([replica["model"] for replica in values["replicas"]], plain)
     nodes = {node["id"]: node for node in values["nodes"]}
     several = len(nodes) > 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hostler import errors
 from hostler.placement_json import event_json, plan_json, status_json
 
-from cli import event_words, placement, plan_words, ps_screen, servers
+from cli import event_words, placement, plan_words, ps_screen, restarts, servers
 from cli.exits import CliError
 from cli.hints import hinted
 
@@ -40,9 +40,14 @@ def show_json_line(value: Any) -> None:
 
 async def sample(server: servers.Server) -> dict[str, Any]:
     """Return a server's status as `hostler ps --json` shows it."""
-    async with placement.connect(server.run_dir) as client:
-        status = await client.status()
-    return {"port": server.port, "pid": server.pid, **status_json(status, int(time.time() * 1000))}
+    ended = restarts.recent(server.run_dir)
+    try:
+        async with placement.connect(server.run_dir) as client:
+            status = await client.status()
+    except errors.OrchestratorAway as error:
+        raise errors.OrchestratorAway(" ".join([error.message, *map(restarts.in_words, ended)])) from None
+    values = status_json(status, int(time.time() * 1000))
+    return {"port": server.port, "pid": server.pid, **values, "restarts": ended}
 
 
 def ps(port: int | None, as_json: bool, watch: bool, interval_s: float) -> None:

@@ -19,7 +19,7 @@ from hostler import rundir
 from hostler.config import HostlerConfig, write_resolved
 from hostler.rundir import RunDir
 
-from cli import janitor, servers, settings
+from cli import janitor, reloading, restarts, servers, settings, tunnel
 from cli.exits import CliError
 from cli.supervisor import Child, Supervisor
 
@@ -31,10 +31,10 @@ BACKLOG = 2048
 SEND_BUFFER_BYTES = 128 * 1024
 _ORCHESTRATOR_GRACE_S = 15.0
 _RAY_GRACE_S = 10.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """Return the listening socket that all gateways share.
 
     Raises:
@@ -56,7 +56,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise CliError(f"port {port} is taken by another program; choose another with --port {port + 1}") from None
+            raise CliError(f"port {port} is taken by another program; choose another with {flag} {port + 1}") from None
         raise CliError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
 
@@ -76,9 +76,17 @@ def bind_unix(path: Path) -> socket.socket:
 
 
 def children(
-    config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env: dict[str, str], unix: int | None = None
+    config: HostlerConfig,
+    run_dir: RunDir,
+    descriptor: int,
+    extra_env: dict[str, str],
+    door: int | None = None,
+    unix: int | None = None,
 ) -> list[Child]:
-    """Return the processes of one server. The slowest to start comes first. `unix`: the listening Unix socket."""
+    """Return the processes of one server. The slowest to start comes first.
+
+    `door`: the public listening socket; `unix`: the listening Unix socket.
+    """
     python = (sys.executable, "-P", "-m")
     where = ("--run-dir", str(run_dir.path))
     # A gateway is one busy thread; libraries that count cores would only start idle ones.
@@ -101,23 +109,31 @@ def children(
         stop_grace_s=_ORCHESTRATOR_GRACE_S,
         removes=(run_dir.orchestrator_socket,),
     )
-    local = () if unix is None else ("--unix-fd", str(unix))
+    others = {"--public-fd": door, "--unix-fd": unix}
+    given = {flag: number for flag, number in others.items() if number is not None}
+    outside = [word for flag, number in given.items() for word in (flag, str(number))]
     gateways = [
         Child(
             f"gateway-{number}",
-            (*python, "gateway", *where, "--fd", str(descriptor), *local),
+            (*python, "gateway", *where, "--fd", str(descriptor), *outside),
             env={**extra_env, **single},
-            pass_fds=(descriptor,) if unix is None else (descriptor, unix),
+            pass_fds=(descriptor, *given.values()),
             stop_grace_s=config.drain_s + 5.0,
+            has_successors=True,
         )
         for number in range(config.gateways)
     ]
-    return [ray_head, orchestrator, *gateways]
+    if not config.public.ngrok:
+        return [ray_head, orchestrator, *gateways]
+    # It goes before the gateways do: nobody new comes in while they drain.
+    tunnel = Child("tunnel", (*python, "cli.tunnel", *where), env=extra_env, removes=(run_dir.tunnel,))
+    return [ray_head, orchestrator, *gateways, tunnel]
 
 
 def child_environment(as_json: bool, verbose: bool) -> dict[str, str]:
     """Return our environment for children: without the key (they read it from the 0600 file), with log settings."""
-    environment = {key: value for key, value in os.environ.items() if key != "HOSTLER_API_KEY"}
+    ours = {"HOSTLER_API_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}  # the last three: cli.notify
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault("PYTHONFAULTHANDLER", "1")
     environment.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -132,10 +148,17 @@ def child_environment(as_json: bool, verbose: bool) -> dict[str, str]:
 def _clean(run_dir: RunDir) -> None:
     """End what an earlier supervisor of this directory could not, and what only it could use. Holding the lock."""
     janitor.clear(janitor.of_earlier_runs(str(run_dir.path)), grace_s=0.0)
-    left = (run_dir.path / "ray.json", run_dir.token_file, run_dir.orchestrator_socket, *run_dir.path.glob("w-*.sock"))
+    left = (
+        run_dir.path / "ray.json",
+        run_dir.token_file,
+        run_dir.tunnel,
+        run_dir.orchestrator_socket,
+        *run_dir.path.glob("w-*.sock"),
+    )
     for path in left:
         path.unlink(missing_ok=True)
     shutil.rmtree(run_dir.metrics, ignore_errors=True)
+    restarts.clear(run_dir)
 
 
 def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: float) -> None:
@@ -144,12 +167,16 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     `started_at` is `time.time()` when the command began, for the elapsed time.
     """
     config, path = settings.resolve(flags)
+    asked = reloading.Signals()
     try:
         run_dir = rundir.create(config.port)
     except ValueError as error:
         raise CliError(str(error)) from None
+    tunnel.refuse_without_ngrok(config)
     servers.take_lock(run_dir)
     listener = bind(config.host, config.port)
+    public = config.public
+    door = bind(public.host, public.port, "--public-port") if public.enabled else None
     _clean(run_dir)
     unix = bind_unix(run_dir.gateway_socket)
     write_resolved(config, run_dir.config)
@@ -158,11 +185,15 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     def remember(number: int, frame: FrameType | None) -> None:
         early.append(number)
 
-    signals = [s for s in _STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+    signals = [*_STOP_SIGNALS, signal.SIGHUP] if asked.hangup_stops else [*_STOP_SIGNALS]
     for number in signals:
         signal.signal(number, remember)
+
+    def make_children(config: HostlerConfig) -> list[Child]:
+        return children(config, run_dir, listener.fileno(), {}, door.fileno() if door else None, unix.fileno())
+
     supervisor = Supervisor(
-        children(config, run_dir, listener.fileno(), {}, unix=unix.fileno()),
+        make_children(config),
         run_dir.logs,
         f"{run_dir.path}#{os.getpid()}-{time.time_ns()}",
         env=child_environment(as_json, verbose),
@@ -174,14 +205,19 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
 
         from cli.startup import Screen
 
-        screen = Screen(config, path, run_dir, supervisor, listener, as_json=as_json, verbose=verbose)
-        screen.closes = (listener, unix)
-        asyncio.run(screen.run(signals, early, started_at))
+        reloader = reloading.Reloader(
+            lambda: settings.resolve(flags)[0], config, run_dir, supervisor, make_children, asked
+        )
+        screen = Screen(config, path, run_dir, supervisor, listener, door, as_json=as_json, verbose=verbose)
+        screen.unix = unix
+        asyncio.run(screen.run(signals, early, started_at, reloader))
     except BaseException:
         supervisor.abandon()
         raise
     finally:
         listener.close()
         unix.close()
+        if door is not None:
+            door.close()
         for left in (run_dir.orchestrator_socket, run_dir.gateway_socket):
             left.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 # An organisation, a repository, perhaps a folder of it, perhaps a revision.
 _HUB_ID = re.compile(rf"{_PART}/[\w.-]+(/{_PART}){{0,8}}(@[\w./-]+)?")
 _FILES = (".gguf", ".onnx")
+CREATE_A_KEY = "hostler key create laptop"
 MAKE_A_KEY = '--api-key "$(openssl rand -hex 32)"'
 
 
@@ -41,6 +43,12 @@ class Flags:
     models_dir: Path | None = None
     devices: tuple[str, ...] = ()
     ray_address: str | None = None
+    public: bool = False
+    public_host: tuple[str, ...] = ()
+    public_port: int | None = None
+    public_url: str | None = None
+    ngrok: bool = False
+    domain: str | None = None
 
 
 def find_file(given: Path | None, environ: Mapping[str, str] | None = None) -> Path | None:
@@ -158,10 +166,61 @@ def refuse_open_door(config: HostlerConfig) -> None:
     """
     if config.api_key:
         return
-    if not is_loopback(config.host):
-        raise UsageError(f"listening on {config.host} lets others in, so it needs an API key. Add:  {MAKE_A_KEY}")
-    if config.cors:
-        raise UsageError(f"--cors lets web pages call the server, so it needs an API key. Add:  {MAKE_A_KEY}")
+    from hostler.keys import KeyFile, KeysError
+
+    if config.cors and is_loopback(config.host) and not config.require_key:
+        raise UsageError(
+            "--cors lets web pages call the server, so it needs an API key. Set `require_key: true` and run"
+            f"  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}"
+        )
+    if is_loopback(config.host) and not config.require_key and not config.public.enabled:
+        return
+    try:
+        keys = KeyFile(config.keys_file).read() if config.keys_file else []
+    except KeysError as error:
+        raise UsageError(str(error)) from None
+    if not any(key.lives(time.time()) for key in keys):
+        why = "require_key is set"
+        if config.public.enabled:
+            why = "--public and --ngrok let others in"
+        elif not is_loopback(config.host):
+            why = f"listening on {config.host} lets others in"
+        raise UsageError(f"{why}, so the server needs an API key. Run:  {CREATE_A_KEY}  or add:  {MAKE_A_KEY}")
+
+
+def keys_path(config: HostlerConfig, config_file: Path | None) -> Path:
+    """Return where the keys lie, absolute; a relative path is beside the configuration file."""
+    if config.keys_file is None:
+        return default_keys_path().absolute()
+    return ((config_file.parent if config_file else Path.cwd()) / config.keys_file.expanduser()).absolute()
+
+
+def default_keys_path() -> Path:
+    """Return where the user's keys lie unless the configuration says otherwise."""
+    from hostler.keys import default_path
+
+    return default_path()
+
+
+def public_settings(values: Mapping[str, Any], flags: Flags, port: int) -> dict[str, Any]:
+    """Return the `public` section with the flags, and the port that it will have.
+
+    Raises:
+        UsageError: a flag that would be of no effect.
+    """
+    given = {"port": flags.public_port, "url": flags.public_url, "domain": flags.domain}
+    section = {**values, **{key: value for key, value in given.items() if value is not None}}
+    section["hosts"] = flags.public_host or section["hosts"]
+    section["ngrok"] = section["ngrok"] or flags.ngrok
+    section["enabled"] = section["enabled"] or section["ngrok"] or flags.public
+    if section["domain"] and not section["ngrok"]:
+        raise UsageError("--domain is the name of ngrok's tunnel: add --ngrok, or use --public-url")
+    if not section["enabled"] and (flags.public_host or any(value is not None for value in given.values())):
+        raise UsageError("--public-host, --public-port and --public-url want --public or --ngrok")
+    if section["enabled"] and not (section["ngrok"] or section["url"] or section["hosts"]):
+        raise UsageError("--public wants the address that others use. Add:  --public-url https://llm.example.org")
+    section["port"] = section["port"] or (port + 1 if port < 65535 else port - 1)
+    return section
 
 
 def default_gateways(cores: int) -> int:
@@ -204,9 +263,11 @@ def resolve(flags: Flags, environ: Mapping[str, str] | None = None) -> tuple[Hos
     for server in values["mcp_servers"].values():
         if server["cwd"] is not None:
             server["cwd"] = ((path.parent if path else Path.cwd()) / server["cwd"].expanduser()).resolve()
+    values["public"] = public_settings(values["public"], flags, config.port)
     values["gateways"] = config.gateways or default_gateways(os.cpu_count() or 1)
     if config.models_dir is not None:
         values["models_dir"] = config.models_dir.expanduser().resolve()
+    values["keys_file"] = keys_path(config, path)
     config = configuration.build(values)
     refuse_open_door(config)
     return config, path

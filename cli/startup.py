@@ -23,8 +23,9 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
-from cli import placement, report, servers
+from cli import notify, placement, report, restarts, servers
 from cli.placement import Progress, Ready
+from cli.reloading import Reloader
 from cli.supervisor import Event, Supervisor
 
 _GATEWAY_DEADLINE_S = 20.0
@@ -40,6 +41,7 @@ class Screen:
         run_dir: RunDir,
         supervisor: Supervisor,
         listener: socket.socket,
+        door: socket.socket | None,
         *,
         as_json: bool,
         verbose: bool,
@@ -48,15 +50,17 @@ class Screen:
         self._path = path
         self._run_dir = run_dir
         self._supervisor = supervisor
-        self.closes: tuple[socket.socket, ...] = (listener,)  # when the drain begins: nobody new comes in
+        self._listener = listener
+        self._door = door
+        self.unix: socket.socket | None = None
         self._verbose = verbose
         self._report = report.make(as_json)
         self._num_signals = 0
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, signals: list[Any], early: list[int], started_at: float) -> None:
-        """Show the start, wait for a signal, drain. Never raises for what children do."""
+    async def run(self, signals: list[Any], early: list[int], started_at: float, reloader: Reloader) -> None:
+        """Show the start, reload when asked, wait for a signal, drain. Never raises for what children do."""
         loop = asyncio.get_running_loop()
         for number in signals:
             loop.add_signal_handler(number, self._on_signal)
@@ -68,8 +72,13 @@ class Screen:
         if self._verbose:
             self._begin(self._follow_logs())
         self._begin(self._start_up(started_at))
+        reloader.on_begin, reloader.on_end = notify.reloading, notify.reloaded
+        self._begin(reloader.run(self._report))
+        attending = asyncio.create_task(notify.attend(self._wait_for_gateway))  # through the drain: it may take long
         await self._stop.wait()
+        notify.send("STOPPING=1", "STATUS=lets running requests finish")
         await self._drain()
+        attending.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -85,6 +94,7 @@ class Screen:
 
     def _on_event(self, event: Event) -> None:
         if event.kind == "ended":
+            restarts.note(self._run_dir, event)
             code = event.exit_code or 0
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             text = f"{event.child} ended ({how}); starting it again in {event.restart_in_s:.1f} s"
@@ -125,7 +135,14 @@ class Screen:
             gateway.cancel()
             devices.cancel()
         can_answer = [m for m, is_ready in zip(wanted, ready, strict=True) if is_ready]
-        self._banner(can_answer, wanted, started_at, await self._engines())
+        engines = await self._engines()
+        self._banner(can_answer, wanted, started_at, engines)
+        if self._config.public.enabled:
+            from cli.outside import show_outside
+
+            text = (lifecycle_pb2.ENGINE_KIND_TEXT, lifecycle_pb2.ENGINE_KIND_SCRIPTED)
+            chatting = [model.name for model in can_answer if engines.get(model.name) in text]
+            await show_outside(self._config, self._run_dir, chatting, self._report)
 
     async def _show_devices(self) -> None:
         status = await placement.wait_for_status(self._run_dir)
@@ -225,8 +242,9 @@ class Screen:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._report.close()
-        for listener in self.closes:
-            listener.close()
+        for listener in (self._listener, self._door, self.unix):
+            if listener is not None:  # a connection is refused rather than left to wait
+                listener.close()
         started = time.monotonic()
         num_running = await self._count_running()
         self._report.say(

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ class Child:
         death_signal: what the kernel sends it when the supervisor dies.
         removes: files that are wrong once it has ended.
         takes_along: children that are useless once it has ended; they are killed, and restarted.
+        has_successors: another may take its place while it finishes what it has begun: it writes a byte to the
+            descriptor of `--ready-fd` once it serves, and on SIGUSR1 begins nothing more and ends when it is done.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Child:
     death_signal: signal.Signals = signal.SIGKILL
     removes: tuple[Path, ...] = ()
     takes_along: tuple[str, ...] = ()
+    has_successors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,19 @@ class Event:
 
 
 class _Running:
-    """A child's present life. Owned by the supervisor, touched only in the main thread."""
+    """A child's present life. Owned by the supervisor, touched only in the main thread.
 
-    def __init__(self, child: Child) -> None:
+    Attributes:
+        tag: stands in its environment; of two with one name the successor has another.
+        role: "trial" until it has told that it serves and takes over; "leaving" once another has. Neither is restarted.
+        ready: of one on trial, whether it serves.
+    """
+
+    def __init__(self, child: Child, tag: str = "", role: Literal["kept", "trial", "leaving"] = "kept") -> None:
         self.child = child
+        self.tag = tag or child.name
+        self.role = role
+        self.ready: asyncio.Future[bool] | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
         self.num_short_lives = 0
@@ -125,9 +137,10 @@ class Supervisor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._changed: asyncio.Event | None = None
+        self._num_successors = 0
 
     def pids(self) -> dict[str, int]:
-        """Return the pid of every child that runs now."""
+        """Return the pid of every child that runs now, by name; of two with one name the later has another."""
         return {name: r.process.pid for name, r in self._running.items() if r.process is not None}
 
     def start(self) -> None:
@@ -146,19 +159,19 @@ class Supervisor:
             start_new_session=True,
         )
 
-    def _spawn(self, running: _Running) -> None:
+    def _spawn(self, running: _Running, arguments: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> None:
         child = running.child
         running.restart = None
         running.started_at = time.monotonic()
         signal_number = str(int(child.death_signal))
         with (self._logs / f"{child.name}.log").open("ab") as log:
             running.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), signal_number, *child.command],
+                [sys.executable, "-I", "-S", _LAUNCH, str(os.getpid()), signal_number, *child.command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self._env, **child.env, janitor.RUN_ID: self._run_id, janitor.CHILD: child.name},
-                pass_fds=child.pass_fds,
+                env={**self._env, **child.env, janitor.RUN_ID: self._run_id, janitor.CHILD: running.tag},
+                pass_fds=(*child.pass_fds, *pass_fds),
                 start_new_session=True,
             )
         self.on_event(Event("started", child.name, running.process.pid))
@@ -175,7 +188,7 @@ class Supervisor:
 
     def _collect(self) -> None:
         """Notice the children that ended. Runs on SIGCHLD, and whenever we want to be sure."""
-        for running in self._running.values():
+        for running in list(self._running.values()):
             process = running.process
             if process is None or (exit_code := process.poll()) is None:
                 continue
@@ -196,9 +209,15 @@ class Supervisor:
 
     def _ended(self, running: _Running, pid: int, exit_code: int) -> None:
         child = running.child
-        self._kill_rest(child.name, pid)
+        self._kill_rest(running.tag, pid)
         for path in child.removes:
             path.unlink(missing_ok=True)
+        if running.role != "kept":
+            del self._running[running.tag]
+            if running.ready is not None and not running.ready.done():
+                running.ready.set_result(False)
+            self.on_event(Event("stopped", child.name, pid, exit_code))
+            return
         if self._stopping or self._loop is None:
             self.on_event(Event("stopped", child.name, pid, exit_code))
             return
@@ -211,10 +230,85 @@ class Supervisor:
             if (other := self._running[name].process) is not None:
                 _kill_group(other.pid)
 
-    def _kill_rest(self, name: str, pid: int) -> None:
+    def _kill_rest(self, tag: str, pid: int) -> None:
         """End what a dead child has left behind: a half-dead service must not meet its own replacement."""
         _kill_group(pid)
-        janitor.kill(janitor.find(janitor.of_child(self._run_id, name)))
+        janitor.kill(janitor.find(janitor.of_child(self._run_id, tag)))
+
+    # ------------------------------------------------------------ successors
+
+    async def try_successors(self, children: Sequence[Child], arguments: tuple[str, ...], within_s: float) -> list[str]:
+        """Start children beside those of the same names; return their tags once all serve, or nothing.
+
+        Args:
+            children: each with `has_successors`.
+            arguments: added to their commands in this life alone.
+            within_s: how long they have; if one ends or is late all are killed.
+        """
+        import asyncio
+
+        tried: list[_Running] = []
+        try:
+            for child in children:
+                self._num_successors += 1
+                running = _Running(child, f"{child.name}~{self._num_successors}", "trial")
+                self._running[running.tag] = running
+                tried.append(running)
+                self._spawn_on_trial(running, arguments)
+            await asyncio.wait([running.ready for running in tried if running.ready is not None], timeout=within_s)
+        except BaseException:
+            self._discard(tried)
+            raise
+        if all(_serves(running) for running in tried) and not self._stopping:
+            return [running.tag for running in tried]
+        self._discard(tried)
+        return []
+
+    def _spawn_on_trial(self, running: _Running, arguments: tuple[str, ...]) -> None:
+        if (loop := self._loop) is None:
+            raise RuntimeError("successors without watch()")
+        ready = running.ready = loop.create_future()
+        read_end, write_end = os.pipe()
+
+        def on_readable() -> None:
+            loop.remove_reader(read_end)
+            told = os.read(read_end, 1) == b"1"
+            os.close(read_end)
+            if not ready.done():
+                ready.set_result(told)
+
+        try:
+            self._spawn(running, (*arguments, "--ready-fd", str(write_end)), (write_end,))
+        finally:
+            os.close(write_end)
+            loop.add_reader(read_end, on_readable)
+
+    def _discard(self, tried: Iterable[_Running]) -> None:
+        for running in tried:
+            if running.process is None:
+                self._running.pop(running.tag, None)
+            elif _serves(running):
+                self._retire(running)  # It serves, so it may have been asked something already.
+            else:
+                _kill_group(running.process.pid)
+
+    def _retire(self, running: _Running) -> None:
+        running.role = "leaving"
+        if running.restart is not None:
+            running.restart.cancel()
+        if running.process is None:
+            del self._running[running.tag]
+        else:
+            running.process.send_signal(signal.SIGUSR1)
+
+    def hand_over(self, tags: Iterable[str]) -> None:
+        """Keep these successors running from now on; all others that have successors finish what they have begun."""
+        taking = set(tags)
+        for running in list(self._running.values()):
+            if running.tag in taking:
+                running.role = "kept"
+            elif running.child.has_successors and running.role == "kept":
+                self._retire(running)
 
     async def stop(self) -> None:
         """Stop all children in the order of their ranks, SIGTERM first. `force` makes it return soon."""
@@ -271,6 +365,10 @@ class Supervisor:
         if self._janitor is not None:
             self._janitor.kill()
             self._janitor.communicate()
+
+
+def _serves(running: _Running) -> bool:
+    return running.ready is not None and running.ready.done() and running.ready.result()
 
 
 def _adopt_orphans() -> None:

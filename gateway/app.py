@@ -16,10 +16,12 @@ from hostler.errors import HostlerError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from gateway.auth import HostCheck, KeyCheck, is_loopback
+from gateway.auth import HostCheck, PageCheck, is_loopback
 from gateway.doors import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER, Envelope, Gate, request_id_of
 from gateway.error_reply import error_response
 from gateway.errors import ClientGone, as_hostler_error
+from gateway.keys.limits import KeyLimits
+from gateway.keys.ring import KeyRing
 from gateway.routes import (
     admin,
     audio_models,
@@ -44,6 +46,10 @@ from gateway.services import Patience, Services
 
 log = logging.getLogger(__name__)
 
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+)
+
 
 def create_app(
     config: HostlerConfig,
@@ -52,6 +58,7 @@ def create_app(
     token: str = "",
     patience: Patience | None = None,
     state_dir: Path | None = None,
+    demand_key: bool = False,
 ) -> FastAPI:
     """Build the application; it connects when its lifespan begins.
 
@@ -61,20 +68,27 @@ def create_app(
         token: of this run; workers on other hosts want keys that are made from it.
         patience: deadlines other than the usual ones, for tests.
         state_dir: where stored responses lie that every gateway process of a server shares; None: nowhere lasting.
+        demand_key: demand a key of everybody, wherever the server listens.
 
     Raises:
         ConfigError: it would be open to strangers.
     """
-    if config.api_key is None and not is_loopback(config.host):
-        raise ConfigError(f"host {config.host!r} can be reached from elsewhere: set api_key, or listen on 127.0.0.1")
-    if config.api_key is None and "*" in config.cors:
-        log.warning("every web page may use this server: cors is '*' and there is no api_key")
+    demands = demand_key or config.require_key or config.api_key is not None or not is_loopback(config.host)
+    ring = KeyRing(config.api_key, config.keys_file, demands=demands)
+    if demands and ring.is_empty:
+        raise ConfigError(
+            f"host {config.host!r} wants an API key and there is none: set api_key, or run hostler key create laptop"
+        )
+    if not demands and "*" in config.cors:
+        log.warning("every web page may use this server: cors is '*' and no key is demanded")
     services = Services(
         config=config,
         placement_target=placement_target,
         token=token,
         patience=patience or Patience(),
         state_dir=state_dir,
+        ring=ring,
+        limits=KeyLimits(state_dir / "limits" if state_dir else None),
     )
 
     @asynccontextmanager
@@ -109,12 +123,15 @@ def create_app(
     for room in rooms:
         app.router.routes.extend(room.router.routes)
     for kind in (HostlerError, HTTPException, ClientGone):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
+    host_check = HostCheck(config.host, config.allowed_hosts, has_key=demands)
     # The last one added is the outermost.
     app.add_middleware(
         Gate,
-        host_check=HostCheck(config.host, config.allowed_hosts, has_key=config.api_key is not None),
-        key_check=KeyCheck(config.api_key) if config.api_key else None,
+        host_check=host_check,
+        ring=ring,
+        limits=services.limits,
+        page_check=None if demands else PageCheck(config.cors, host_check),
     )
     if config.cors:
         app.add_middleware(
@@ -122,14 +139,15 @@ def create_app(
             allow_origins=config.cors,
             allow_methods=("*",),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID_HEADER, ANTHROPIC_ID_HEADER, "retry-after"),
+            expose_headers=(REQUEST_ID_HEADER, ANTHROPIC_ID_HEADER, "retry-after", *RATE_HEADERS),
             allow_private_network=True,
         )
     app.add_middleware(Envelope, meter=services.meter)
     return app
 
 
-async def _answer_error(request: Request, exception: Exception) -> Response:
+async def answer_error(request: Request, exception: Exception) -> Response:
+    """Return the reply to a request that failed, in the shape of its dialect."""
     if isinstance(exception, ClientGone):
         return Response(status_code=499)
     return error_response(as_hostler_error(exception, request_id=request_id_of(request.scope)), request.scope)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,7 +35,9 @@ from hostler.placement.v1 import placement_pb2
 from gateway.affinity import Affinity, prefix_hashes
 from gateway.balance import Load, choose
 from gateway.channels import WorkerChannels
-from gateway.metrics import Meter
+from gateway.keys.caller import current_caller
+from gateway.keys.limits import KeyLimits
+from gateway.metrics import Meter, Seen
 from gateway.placement import PlacementClient
 from gateway.routing import ReplicaKey, RouteTable, Target, key_of, ready_replicas
 from gateway.waiting import WaitingRoom
@@ -78,6 +80,7 @@ class Dispatcher:
         max_waiting: model → how many requests may wait for it in this process.
         ensure_timeout_s: longest wait for a model that is not loaded.
         gone_timeout_s: longest wait, before a retry, for the table to drop a lost replica.
+        limits: where the caller's tokens are counted.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Dispatcher:
         max_waiting: Callable[[str], int],
         ensure_timeout_s: float,
         gone_timeout_s: float = GONE_TIMEOUT_S,
+        limits: KeyLimits | None = None,
     ) -> None:
         self._table = table
         self._channels = channels
@@ -97,6 +101,7 @@ class Dispatcher:
         self._meter = meter
         self._max_waiting = max_waiting
         self._room = WaitingRoom()
+        self._limits = limits
         self._affinity = Affinity()
         self._ensure_timeout_s = ensure_timeout_s
         self._gone_timeout_s = gone_timeout_s
@@ -152,6 +157,7 @@ class Dispatcher:
         batch = generation is not None and generation.batch
         with (
             self._meter.request(_operation_of(message), target.name) as seen,
+            self._charged(seen, message),
             self._room.enter(model, message.ByteSize(), self._places(model, batch=batch)) as place,
         ):
             for number in range(1, MAX_TRIES + 1):
@@ -212,6 +218,16 @@ class Dispatcher:
                 if not isinstance(event, Loading):
                     answers.append(event)
         return answers[0]
+
+    @contextmanager
+    def _charged(self, seen: Seen, message: Message) -> Iterator[None]:
+        """Charge the caller's key with the tokens that were used, however the request ends."""
+        try:
+            yield
+        finally:
+            caller = current_caller()
+            if self._limits is not None and caller is not None and caller.key is not None:
+                self._limits.charge(caller.key, seen.num_tokens(message.ByteSize))
 
     def _places(self, model: str, *, batch: bool) -> int:
         max_waiting = self._max_waiting(model)

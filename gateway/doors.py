@@ -17,9 +17,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.auth import KEYLESS_SCOPE, HostCheck, KeyCheck
+from gateway.auth import Hosts, PageCheck
 from gateway.error_reply import error_response, speaks_anthropic
 from gateway.errors import ClientGone, as_hostler_error
+from gateway.keys.caller import Caller, set_caller
+from gateway.keys.limits import KeyLimits
+from gateway.keys.ring import KeyRing
 from gateway.metrics import Meter
 
 log = logging.getLogger(__name__)
@@ -44,8 +47,22 @@ def cache_scope_of(scope: Scope) -> str:
     Raises:
         KeyError: the request did not pass `Gate`, or came in without the key that others need.
     """
-    value: str = scope["state"]["cache_scope"]
+    return caller_of(scope).cache_scope
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Return whose request it is, as `Gate` has found.
+
+    Raises:
+        KeyError: the request did not pass `Gate`, or came in without the key that others need.
+    """
+    value: Caller = scope["state"]["caller"]
     return value
+
+
+def is_administration(path: str) -> bool:
+    """Return whether a canonical path is for those who administer, and so not for a key that may only infer."""
+    return path == "/metrics" or path == "/admin" or path.startswith("/admin/")
 
 
 def choose_request_id(headers: list[tuple[bytes, bytes]]) -> str:
@@ -121,13 +138,25 @@ class Envelope:
 class Gate:
     """Checks the Host, answers OPTIONS and HEAD, demands the key of everything else, before any of the body is read.
 
-    Whoever comes in has a cache scope from here on (`cache_scope_of`).
+    Whoever comes in is known from here on (`caller_of`). A key that may not infer, or has used up what it may, is
+    turned away here; `admin_door` asks whether it may administer.
     """
 
-    def __init__(self, app: ASGIApp, host_check: HostCheck, key_check: KeyCheck | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host_check: Hosts,
+        ring: KeyRing,
+        limits: KeyLimits,
+        page_check: PageCheck | None = None,
+        demands: bool | None = None,
+    ) -> None:
         self._app = app
         self._host_check = host_check
-        self._key_check = key_check
+        self._ring = ring
+        self._limits = limits
+        self._page_check = page_check
+        self._demands = demands
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve, or refuse, one request."""
@@ -160,12 +189,40 @@ class Gate:
             await Response(status_code=204, headers=_ALLOW)(scope, receive, send)
         elif scope["method"] == "HEAD":
             await Response(status_code=200, headers=_ALLOW)(scope, receive, send)
-        elif (cache_scope := self._cache_scope(scope)) is not None:
-            await self._app({**scope, "state": {**scope.get("state", {}), "cache_scope": cache_scope}}, receive, send)
+        elif self._page_check is not None and not self._page_check.allows(scope["method"], scope["headers"]):
+            raise PermissionDenied(
+                "Pages of other sites may not use a server that demands no API key. Allow their origin with 'cors'."
+            )
+        elif (caller := self._ring.caller(scope["headers"], demands=self._demands)) is not None:
+            await self._serve_caller(caller, scope, receive, send)
         elif scope["method"] == "GET" and scope["path"] == _OPEN_PATH:
             await self._app(scope, receive, send)
         else:
             raise InvalidApiKey("Missing or wrong API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
 
-    def _cache_scope(self, scope: Scope) -> str | None:
-        return KEYLESS_SCOPE if self._key_check is None else self._key_check.cache_scope(scope["headers"])
+    async def _serve_caller(self, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+        set_caller(caller)
+        scope = {**scope, "state": {**scope.get("state", {}), "caller": caller}}
+        infers = scope["method"] == "POST" and not is_administration(scope["path"])
+        if infers and "infer" not in caller.scopes:
+            raise PermissionDenied("This API key may not use models: it lacks the scope 'infer'.")
+        key = caller.key
+        if not infers or key is None:
+            await self._app(scope, receive, send)
+            return
+        if (key.requests_per_minute, key.tokens_per_minute, key.max_streams) == (None, None, None):
+            await self._app(scope, receive, send)
+            return
+        told = self._limits.enter(key)
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in told.items():
+                    headers[name] = value
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_limits)
+        finally:
+            self._limits.leave(key)

@@ -42,6 +42,22 @@ class RequestTimeout(HostlerError):
     code, reason, http_status = grpc.StatusCode.DEADLINE_EXCEEDED, "request_timeout", 408
 
 
+class RateLimited(HostlerError):
+    """An API key has used up what it may.
+
+    Args:
+        message: one sentence for the caller.
+        retry_after_s: when there will be room again, in seconds.
+        headers: that tell of the limits.
+    """
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_exceeded", 429
+
+    def __init__(self, message: str, retry_after_s: float, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = headers or {}
+
+
 class ClientGone(Exception):
     """The client closed its connection: nobody is left to answer. Never sent anywhere."""
 
@@ -69,7 +85,8 @@ def error_headers(error: HostlerError) -> dict[str, str]:
     """Return the headers that go with an error: `Retry-After` where trying again makes sense."""
     if error.retry_after_s is None:
         return {}
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    told = error.headers if isinstance(error, RateLimited) else {}
+    return told | {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
 
 
 def as_hostler_error(error: BaseException, *, request_id: str) -> HostlerError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,7 @@ class Seen:
     first_s: float = 0.0
     last_s: float = 0.0
     finish: pb.Finish | None = None
+    num_events: int = 0
 
     def take(self, message: Message) -> None:
         """Take in a worker's message: an event of a generation, one of another stream, or a whole answer."""
@@ -56,7 +57,17 @@ class Seen:
             if message.HasField("finish"):
                 self.finish = pb.Finish()
 
+    def num_tokens(self, prompt_bytes: Callable[[], int]) -> int:
+        """Return the tokens of prompt and reply: as counted, or, of a reply that was broken off, about so many.
+
+        Its prompt is taken as a token for every four bytes, its reply as one for each event.
+        """
+        if self.finish is not None:
+            return self.finish.usage.num_prompt_tokens + self.finish.usage.num_completion_tokens
+        return self.num_events + prompt_bytes() // 4 if self.num_events else 0
+
     def _clock(self) -> None:
+        self.num_events += 1
         self.last_s = time.perf_counter()
         self.first_s = self.first_s or self.last_s
 

@@ -14,6 +14,8 @@ from hostler.errors import InvalidRequest, ModelNotFound, OrchestratorAway
 from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2 as pb
 
+from gateway.keys.caller import current_caller
+
 ReplicaKey = tuple[str, int]
 # What is unspecified is known once it is loaded; until then its worker refuses what it cannot do.
 _UNKNOWN = lifecycle_pb2.ENGINE_KIND_UNSPECIFIED
@@ -50,6 +52,14 @@ class Target:
     def name(self) -> str:
         """The public name, as `/v1/models` lists it and replies tell it."""
         return self.adapter or self.route.name
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether the caller whose request the running task serves may use it."""
+        caller = current_caller()
+        if caller is None or caller.models is None:
+            return True
+        return caller.may_use((self.adapter,) if self.adapter else (self.route.name, *self.route.aliases))
 
 
 def targets_of(route: pb.ModelRoute) -> list[Target]:
@@ -138,10 +148,10 @@ def find_model(routes: Routes, name: str) -> Target:
     """Return the model, or the adapter of one, that a client asked for.
 
     Raises:
-        ModelNotFound: no such name.
+        ModelNotFound: no such name, or none that the caller's key may use, which look the same.
     """
     target = routes.find(name)
-    if target is None:
+    if target is None or not target.is_allowed:
         raise ModelNotFound(
             f"The model {_shown(name)} does not exist or is not served here. GET /v1/models lists those that are.",
             param="model",

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from http import HTTPStatus
+from typing import Any, Literal
 
 import orjson
 import uvicorn
-from hostler.errors import InvalidRequest
+from hostler.errors import HostlerError, InvalidApiKey, InvalidRequest
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -37,13 +39,18 @@ KEEP_ALIVE_S = 65
 BACKLOG = 2048
 # After the drain each client still gets its error frame.
 _FAREWELL_S = 3
+# For so long a gateway that has a successor still answers on connections that it has, and closes each behind its reply.
+_HANDOVER_S = 1.0
 
 
 class Connection(HttpToolsProtocol):
     """One client connection."""
 
+    # Set for the whole process once another gateway accepts in its place.
+    last_reply = False
     _num_head_bytes = 0
     _num_discarded_bytes = 0
+    _has_long_key = False
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -72,6 +79,7 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take one header."""
+        self._has_long_key = len(value) > MAX_HEAD_BYTES and name.lower() in (b"authorization", b"x-api-key")
         self._count_head(len(name) + len(value))
         super().on_header(name, value)
 
@@ -79,6 +87,8 @@ class Connection(HttpToolsProtocol):
         """Hand the request to the application."""
         self._stop_head_timer()
         super().on_headers_complete()
+        if self.last_reply:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body; of a request that was answered already, only so much."""
@@ -99,9 +109,13 @@ class Connection(HttpToolsProtocol):
         """Answer what is not HTTP, and hang up."""
         if self.transport.is_closing():
             return
-        body = orjson.dumps(error_body(InvalidRequest("The request is not valid HTTP, or its head is too long.")))
+        error: HostlerError = InvalidRequest("The request is not valid HTTP, or its head is too long.")
+        if self._has_long_key:
+            error = InvalidApiKey("Wrong API key.")
+        body = orjson.dumps(error_body(error))
+        status = HTTPStatus(error.http_status)
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nx-request-id: req_{uuid.uuid4().hex}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)
@@ -121,51 +135,130 @@ class Connection(HttpToolsProtocol):
 class GatewayServer(uvicorn.Server):
     """A server whose stop has two steps: `drain_s` for running requests, then an error for the rest.
 
+    `SIGTERM` and `SIGINT` are such a stop. `SIGUSR1` says that a successor accepts on the same socket: it stops, too,
+    but has `reload_drain_s`; a `SIGTERM` shortens that.
+
     Args:
-        on_stop: called once the stop begins.
-        on_drained: called once the drain's time is over.
+        ready_fd: where one byte is written once requests are accepted; None: nobody wants to know.
+        lifetime: of the requests; it hears when the stop begins and when the drain's time is over.
     """
 
     def __init__(
-        self, config: uvicorn.Config, *, drain_s: float, on_stop: Callable[[], None], on_drained: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        *,
+        drain_s: float,
+        reload_drain_s: float = 3600.0,
+        ready_fd: int | None = None,
+        lifetime: Lifetime,
     ) -> None:
         super().__init__(config)
+        self._public: tuple[uvicorn.Config, socket.socket] | None = None
         self._drain_s = drain_s
-        self._on_stop = on_stop
-        self._on_drained = on_drained
+        self._reload_drain_s = reload_drain_s
+        self._ready_fd = ready_fd
+        self._retired = False
+        self._leaving = False
+        self._lifetime = lifetime
+
+    def add_public(self, app: ASGIApp, listener: socket.socket) -> None:
+        """Serve a second application on a second listening socket; both stop and drain as one."""
+        self._public = _uvicorn_config(app, self._drain_s, lifespan="off"), listener
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, and say so; on the public socket once what it shares with the local one is there."""
+        await super().startup(sockets)
+        if self._public is not None:
+            await self._open_public(*self._public)
+        if self._ready_fd is not None and self.started:
+            os.write(self._ready_fd, b"1")
+            os.close(self._ready_fd)
+
+    async def _open_public(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        config.load()
+
+        def connect() -> asyncio.Protocol:
+            return Connection(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        loop = asyncio.get_running_loop()
+        self.servers.append(await loop.create_server(connect, sock=listener, backlog=config.backlog))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop on SIGTERM and SIGINT, however often they come; unlike uvicorn's own, end with exit status 0."""
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, self.retire)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:
         """Accept no more, let requests finish, and end those that have not by the deadline."""
-        if self.should_exit:
+        if self._leaving:
             return
+        self._leaving = True
         log.info("draining", extra={"drain_s": self._drain_s})
-        self.should_exit = True
+        self._accept_no_more()
+        self._exit()
+        asyncio.get_running_loop().call_later(self._drain_s, self._lifetime.expire)
+
+    def retire(self) -> None:
+        """Accept no more, since a successor does; let requests finish for as long as a reload grants them."""
+        if self._leaving or self._retired:
+            return
+        self._retired = self._lifetime.has_successor = True
+        log.info("retiring", extra={"drain_s": self._reload_drain_s})
+        self.config.timeout_graceful_shutdown = math.ceil(self._reload_drain_s + _HANDOVER_S) + _FAREWELL_S
+        self._accept_no_more()
+        # What was accepted a moment ago has not been read yet, and a client may just be sending its next request.
+        Connection.last_reply = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(_HANDOVER_S, self._exit)
+        loop.call_later(_HANDOVER_S + self._reload_drain_s, self._lifetime.expire)
+
+    def _accept_no_more(self) -> None:
         for server in getattr(self, "servers", []):
             server.close()
-        self._on_stop()
-        asyncio.get_running_loop().call_later(self._drain_s, self._on_drained)
+
+    def _exit(self) -> None:
+        if not self.should_exit:
+            self.should_exit = True
+            self._lifetime.stop()
 
 
-def build_server(app: ASGIApp, *, drain_s: float, lifetime: Lifetime) -> GatewayServer:
-    """Return the server for an application whose requests share `lifetime`; `serve` runs it."""
-    config = uvicorn.Config(
+def build_server(
+    app: ASGIApp,
+    *,
+    drain_s: float,
+    lifetime: Lifetime,
+    reload_drain_s: float = 3600.0,
+    ready_fd: int | None = None,
+) -> GatewayServer:
+    """Return the server for an application whose requests share `lifetime`; `serve` runs it.
+
+    The rest is as `GatewayServer` has it.
+    """
+    config = _uvicorn_config(app, drain_s, lifespan="on")
+    return GatewayServer(
+        config,
+        drain_s=drain_s,
+        reload_drain_s=reload_drain_s,
+        ready_fd=ready_fd,
+        lifetime=lifetime,
+    )
+
+
+def _uvicorn_config(app: ASGIApp, drain_s: float, *, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         loop="uvloop",
         http=Connection,
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -174,7 +267,6 @@ def build_server(app: ASGIApp, *, drain_s: float, lifetime: Lifetime) -> Gateway
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(drain_s) + _FAREWELL_S,
     )
-    return GatewayServer(config, drain_s=drain_s, on_stop=lifetime.stop, on_drained=lifetime.expire)
 
 
 def serve(server: GatewayServer, *listeners: socket.socket) -> None:

@@ -18,6 +18,8 @@ from hostler.errors import HostlerError
 from gateway.channels import WorkerChannels
 from gateway.dispatch import GONE_TIMEOUT_S, Dispatcher
 from gateway.doors import request_id_of
+from gateway.keys.limits import KeyLimits
+from gateway.keys.ring import KeyRing
 from gateway.lifetime import Lifetime
 from gateway.linked_images import LinkedImages
 from gateway.links import Fetch
@@ -43,6 +45,8 @@ class Patience:
     # Longest wait, before a retry, for a lost worker to leave the table.
     gone_s: float = GONE_TIMEOUT_S
     ping_s: float = PING_S
+    # The same for the first sign of life.
+    first_ping_s: float = PING_S
     first_comment_s: float = FIRST_COMMENT_S
     comment_gap_s: float = COMMENT_GAP_S
     stalled_reader_s: float = STALLED_READER_S
@@ -56,6 +60,8 @@ class Services:
 
     config: HostlerConfig
     placement_target: str
+    ring: KeyRing
+    limits: KeyLimits
     token: str = ""
     patience: Patience = field(default_factory=Patience)
     lifetime: Lifetime = field(default_factory=Lifetime)
@@ -75,6 +81,8 @@ class Services:
     has_served: bool = False
     # Callers that follow events.
     num_followers: int = 0
+    # Called when all parts are there.
+    on_open: list[Callable[[], None]] = field(default_factory=list)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -91,19 +99,26 @@ class Services:
             max_waiting=max_waiting_of(self.config),
             ensure_timeout_s=self.patience.ensure_s,
             gone_timeout_s=self.patience.gone_s,
+            limits=self.limits,
         )
-        self.linked_images = LinkedImages(_fetch() if self.config.fetch_urls else None)
+        self.linked_images = LinkedImages(fetcher() if self.config.fetch_urls else None)
         self.mcp = McpServers(self.config)
         # Ahead of the first request that needs it.
         loading_mcp = asyncio.create_task(self.mcp.load()) if self.config.mcp_servers else None
         self._open_responses()
         watching = asyncio.create_task(self.placement.watch(self.table))
+        self.ring.on_end = self.lifetime.end_key
+        watching_keys = asyncio.create_task(self.ring.watch())
         try:
+            for tell in self.on_open:
+                tell()
             yield
         finally:
-            await self.background.close(self.config.drain_s)
+            has_successor = self.lifetime.has_successor
+            await self.background.close(self.config.reload_drain if has_successor else self.config.drain_s)
             await self.responses.close()
             await self.mcp.close()
+            watching_keys.cancel()
             if loading_mcp is not None:
                 await asyncio.wait((loading_mcp,))
             watching.cancel()
@@ -111,6 +126,7 @@ class Services:
                 await watching
             await self.channels.close()
             await self.placement.close()
+            self.limits.close()
 
     def _open_responses(self) -> None:
         limits = Limits(self.config.responses_max_count, self.config.responses_max_bytes, self.config.responses_max_age)
@@ -137,7 +153,8 @@ def max_waiting_of(config: HostlerConfig) -> Callable[[str], int]:
     return max_waiting
 
 
-def _fetch() -> Fetch:
+def fetcher() -> Fetch:
+    """Return what fetches addresses."""
     from gateway.fetch import Fetcher  # 200 ms and 6 MB of HTTP client
 
     return Fetcher()
@@ -166,6 +183,7 @@ def event_stream(
         request_id=request_id_of(request.scope),
         is_spectator=is_spectator,
         ping_s=patience.ping_s,
+        first_ping_s=min(patience.first_ping_s, patience.ping_s),
         first_comment_s=patience.first_comment_s,
         comment_gap_s=patience.comment_gap_s,
         stalled_reader_s=patience.stalled_reader_s,

@@ -71,6 +71,7 @@ class EventStream(StreamedReply):
         frames: whole frames; those that begin with a colon are comments. Closed in every case.
         lifetime, is_spectator, stalled_reader_s: as `StreamedReply` has them.
         ping_s: longest silence.
+        first_ping_s: the same before the first byte.
         first_comment_s: grace before a comment may be the first byte.
         comment_gap_s: shortest time from a frame to a comment; of those in between the last is sent.
         error_frames: what a stream that has begun says of its failure, in its dialect.
@@ -85,6 +86,7 @@ class EventStream(StreamedReply):
         request_id: str = "",
         is_spectator: bool = False,
         ping_s: float = PING_S,
+        first_ping_s: float = PING_S,
         first_comment_s: float = FIRST_COMMENT_S,
         comment_gap_s: float = COMMENT_GAP_S,
         stalled_reader_s: float = STALLED_READER_S,
@@ -100,6 +102,7 @@ class EventStream(StreamedReply):
         )
         self._frames = frames
         self._ping_s = ping_s
+        self._first_ping_s = first_ping_s
         self._first_comment_s = first_comment_s
         self._comment_gap_s = comment_gap_s
         self.error_frames = error_frames
@@ -125,16 +128,19 @@ class EventStream(StreamedReply):
             due = last_sent + self._comment_gap_s if self._started else born + self._first_comment_s
             return due - loop.time()
 
+        def ping_in_s() -> float:
+            return last_sent + (self._ping_s if self._started else self._first_ping_s) - loop.time()
+
         async def keep_alive() -> None:
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(last_sent + self._ping_s - loop.time()):
+                    async with asyncio.timeout(ping_in_s()):
                         await holding.wait()
                 if held_back and (left_s := comment_in_s()) > 0:
                     await asyncio.sleep(left_s)
                 elif held_back:
                     await write(held_back)
-                elif loop.time() - last_sent >= self._ping_s:
+                elif ping_in_s() <= 0:
                     await write(self._ping())
 
         pinger = asyncio.create_task(keep_alive())

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from hostler import logs
 from hostler.channel import new_server
-from hostler.config import read_resolved
+from hostler.config import HostlerConfig, read_resolved, stamp_of
 from hostler.placement.v1 import placement_pb2_grpc
 from hostler.rundir import RunDir
 
@@ -35,10 +35,46 @@ TICK_S = 0.25
 EXIT_RAY_LOST = 3
 
 
-async def _tick(scheduler: Scheduler) -> None:
+async def _tick(scheduler: Scheduler, configuration: ConfigFile) -> None:
     while True:
         await asyncio.sleep(TICK_S)
+        if (config := configuration.changed()) is not None:
+            scheduler.post(events.Reconfigured(config))
+            await scheduler.status()  # It comes behind the other in the queue.
+            configuration.tell_taken()
         scheduler.post(events.Tick())
+
+
+class ConfigFile:
+    """The resolved configuration of this run, which `hostler serve` replaces while we run.
+
+    A file rather than a signal: nothing is missed while we start, and Ray's signal handlers have no part in it.
+    """
+
+    def __init__(self, path: Path, taken: Path) -> None:
+        self._path = path
+        self._taken = taken
+        self._stamp = stamp_of(self._path)
+
+    def read(self) -> HostlerConfig:
+        """Return the configuration."""
+        return read_resolved(self._path)
+
+    def tell_taken(self) -> None:
+        """Tell `hostler serve` that what was read last is in force."""
+        self._taken.write_text(self._stamp, encoding="ascii")
+
+    def changed(self) -> HostlerConfig | None:
+        """Return the configuration if it is another than the last time; None too when it cannot be read."""
+        stamp = stamp_of(self._path)
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            return self.read()
+        except (OSError, ValueError):
+            log.exception("the new configuration cannot be read; the old one stays")
+            return None
 
 
 async def _connect_and_guard(effects: RayEffects) -> None:
@@ -57,7 +93,10 @@ async def _connect_and_guard(effects: RayEffects) -> None:
 
 async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     """Serve until stopped; return the exit status."""
-    config = read_resolved(run_dir.config)
+    configuration = ConfigFile(
+        run_dir.config, run_dir.config_taken
+    )  # It looks before we read, so that no change is missed.
+    config = configuration.read()
     effects = RayEffects(config, run_dir, actor_class)
     # First of all: Ray's import takes half a second in its thread, everything below goes beside it.
     guard = asyncio.create_task(_connect_and_guard(effects))
@@ -71,6 +110,7 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     run_dir.orchestrator_socket.unlink(missing_ok=True)
     server.add_insecure_port(run_dir.orchestrator_target)
     await server.start()
+    configuration.tell_taken()
     run_dir.orchestrator_socket.chmod(0o600)
 
     def catch_signals() -> None:
@@ -81,7 +121,7 @@ async def serve(run_dir: RunDir, actor_class: str = ACTOR_CLASS) -> int:
     effects.on_connected(catch_signals)  # Again: Ray's core puts a handler that prints a stack over ours.
     log.info("serving", extra={"devices": [device.id for device in found]})
     scheduling = asyncio.create_task(scheduler.run())
-    ticking = asyncio.create_task(_tick(scheduler))
+    ticking = asyncio.create_task(_tick(scheduler, configuration))
     status = 0
     try:
         done, _ = await asyncio.wait({scheduling, guard, ticking}, return_when=asyncio.FIRST_COMPLETED)

@@ -161,6 +161,7 @@ class Adopting:
             loaded_unix_ms=placement.loaded_unix_ms,
             max_running=report.max_running or model.spec.max_running,
             sleep_bytes=report.host_bytes if asleep else 0,
+            recipe=placement.recipe,
             report=report,
         )
         self._cluster.workers[worker.generation] = worker

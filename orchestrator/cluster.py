@@ -52,13 +52,13 @@ class Cluster:
 
     def resolve(self, name: str) -> Model | None:
         """Return the model of this name or alias, or whose adapter has this name."""
-        if (model := self.models.get(name)) is not None:
+        if (model := self.models.get(name)) is not None and not model.leaving:
             return model
-        return next((m for m in self.models.values() if name in m.spec.names), None)
+        return next((m for m in self.models.values() if name in m.spec.names and not m.leaving), None)
 
     def not_found(self, name: str) -> ModelNotFound:
         """Return the error for a name that nobody knows, with what the caller may have meant."""
-        names = [name for model in self.models.values() for name in model.spec.names]
+        names = [name for model in self.models.values() if not model.leaving for name in model.spec.names]
         near = difflib.get_close_matches(name, names, n=1)
         if near:
             hint = f"Did you mean {near[0]!r}?"

@@ -25,7 +25,8 @@ class Placement:
     """What the run directory remembers of a worker, beyond what the worker itself can say.
 
     `parts`: device and bytes of each part that it was given; none for one that sleeps. `fenced`: its end was begun; it
-    is remembered only because it may hold them still.
+    is remembered only because it may hold them still. `recipe`: of what it was loaded with (`models.recipe`); empty:
+    not known.
     """
 
     worker_id: str
@@ -38,6 +39,7 @@ class Placement:
     kv_keep_bytes: int = 0
     node: str = ""
     fenced: bool = False
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)

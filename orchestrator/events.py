@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from hostler.config import HostlerConfig
 from hostler.errors import HostlerError
 from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
@@ -99,6 +100,13 @@ class StoreListed:
     """The store was read again; None: it could not be."""
 
     specs: tuple[ModelSpec, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """The configuration has changed while the server runs."""
+
+    config: HostlerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +264,7 @@ Event = (
     | Stop
     | Tick
     | StoreListed
+    | Reconfigured
     | WorkersFound
     | WorkersSeen
     | ForeignMeasured

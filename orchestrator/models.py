@@ -5,6 +5,7 @@ Above it: the scheduler's parts. Below it: the configuration, the policy's `Dema
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,6 +153,27 @@ def from_config(config: ModelConfig) -> ModelSpec:
         max_devices=config.max_devices,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def recipe(spec: ModelSpec) -> str:
+    """Return a short digest of what a worker is loaded with: of two that differ, one must be loaded anew."""
+    parts = (
+        spec.source,
+        spec.revision,
+        spec.adapters,
+        spec.engine,
+        spec.device,
+        spec.dtype,
+        spec.quantize,
+        spec.max_context_tokens,
+        spec.max_running,
+        spec.max_queued,
+        spec.kv_cache_bytes,
+        spec.prefill_chunk_tokens,
+        spec.num_threads,
+        spec.trust_remote_code,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def context_tokens(spec: ModelSpec, footprint: Footprint) -> int:

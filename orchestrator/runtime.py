@@ -161,4 +161,5 @@ def _placement(worker: Worker) -> Placement:
         kv_keep_bytes=worker.kv_keep_bytes,
         node=worker.node,
         fenced=worker.state is WorkerState.LOST,
+        recipe=worker.recipe,
     )

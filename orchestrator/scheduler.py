@@ -24,6 +24,7 @@ from orchestrator.inventory import Inventory
 from orchestrator.loading import Loading
 from orchestrator.placing import Placing
 from orchestrator.pool import Pool
+from orchestrator.reconfiguring import Reconfiguring
 from orchestrator.replicas import Replicas
 from orchestrator.requests import Requests, answer
 from orchestrator.resting import Resting
@@ -72,6 +73,7 @@ class Scheduler:
         self._replicas = Replicas(runtime, self._loading, self._retiring)
         self._inventory = Inventory(runtime, self._watching)
         self._requests = Requests(runtime, self._loading, placing, self._resting, self._retiring)
+        self._reconfiguring = Reconfiguring(runtime, self._requests, self._loading, self._retiring)
         self._scanned_at_s = effects.now_s()
         for configured in config.models:
             self._requests.add(models.from_config(configured))
@@ -87,6 +89,7 @@ class Scheduler:
             events.Stop: self._on_stop,
             events.Tick: self._on_tick,
             events.StoreListed: self._requests.on_store_listed,
+            events.Reconfigured: self._reconfiguring.on_reconfigured,
             events.WorkersFound: self._on_workers_found,
             events.WorkersSeen: self._adopting.on_seen,
             events.ForeignMeasured: self._then_place(self._inventory.on_foreign),
@@ -222,6 +225,7 @@ class Scheduler:
     def _on_workers_found(self, event: events.WorkersFound) -> None:
         self._adopting.adopt(event.workers, stored=event.stored)
         self._runtime.may_publish = True
+        self._reconfiguring.retire_outdated()
         self._preload()
         self._runtime.remember()
         self._runtime.publish()
@@ -235,6 +239,7 @@ class Scheduler:
 
     def _on_retired(self, event: events.Retired) -> None:
         if self._retiring.gone(event.generation) is not None:
+            self._reconfiguring.forget()
             self._loading.place_waiting()
             self._requests.answer_unloads()
 

@@ -69,6 +69,7 @@ class Starting:
             node=device.node,
             home=frozenset(part.device for part in plan.parts),
             located=job.located,
+            recipe=models.recipe(model.spec),
             address=self._effects.address(blank.id),
             max_running=model.spec.max_running,
             sleep_bytes=self._placing.demand(model, job.located or models.NOWHERE).sleep_bytes or 0,

@@ -145,6 +145,7 @@ class Worker:
         own_bytes: the most that it was seen to hold beside its KV cache.
         home: devices that its process sees; a GPU's process can wake on no other.
         busy_until_s: callers that were just handed it are on their way until then.
+        recipe: of what it was loaded with (`models.recipe`); empty: not known.
     """
 
     id: str
@@ -174,6 +175,7 @@ class Worker:
     sleep_bytes: int = 0
     own_bytes: int = 0
     tokens_per_s: float = 0.0
+    recipe: str = ""
     report: lifecycle_pb2.WatchResponse | None = None
 
     @property
@@ -203,9 +205,11 @@ class Model:
     Attributes:
         wanted: it is to be up even if nobody waits: preloaded, asked for by an operator, or being replaced.
         keep_alive_s: how long it may be idle before it rests; None: until its room is needed.
+        leaving: it is configured no more, and known only until its last worker has gone.
     """
 
     spec: ModelSpec
+    leaving: bool = False
     pinned: bool = False
     wanted: bool = False
     job: Job | None = None

@@ -74,7 +74,7 @@ def route(cluster: Cluster, model: Model) -> pb.ModelRoute:
 
 def routes(cluster: Cluster) -> list[pb.ModelRoute]:
     """Return the whole route table, configured models first, in their order."""
-    return [route(cluster, model) for model in cluster.models.values()]
+    return [route(cluster, model) for model in cluster.models.values() if not model.leaving]
 
 
 def progress(value: Progress) -> pb.EnsureModelResponse:

@@ -13,6 +13,7 @@ import httpx
 import typer
 
 from cli import chat, connect
+from cli.certificates import trusted
 from cli.exits import UsageError
 from cli.replay import corpus, send
 from cli.replay.exchange import Verdict
@@ -36,7 +37,7 @@ def check(name: str, wish: connect.Wish, *, as_json: bool) -> None:
     target = connect.find_target(wish)
     server = chat.connect(wish.url, wish.api_key, wish.port)
     server.close()
-    with httpx.Client(base_url=target.root, timeout=_TIMEOUT, trust_env=False) as http:
+    with httpx.Client(base_url=target.root, timeout=_TIMEOUT, trust_env=False, verify=trusted()) as http:
         verdicts = send.replay(http, corpus.replay_of(client, target.model), server.api_key)
         shown = list(_show_each(verdicts)) if not as_json else list(verdicts)
     broken = [v for v in shown if v.problems and not v.exchange.is_optional]

@@ -27,6 +27,9 @@ MOST_SKEW_S = 60.0
 _SERVING = ("fastapi", "uvicorn", "ray", "torch", "transformers")
 _HUB = "https://huggingface.co"
 _HUB_TIMEOUT_S = 5.0
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+# The least driver for each major version of CUDA, as NVIDIA's release notes on minor-version compatibility say.
+_LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -86,6 +89,31 @@ def gpu(gpus: int, cuda: str | None) -> Finding:
     if cuda:
         return note("GPU", f"none, and torch for CUDA {cuda}", "If there is one, its driver is missing.")
     return ok("GPU", "none; models run on the CPU")
+
+
+def driver_version(text: str) -> tuple[int, int] | None:
+    """Return the NVIDIA driver's version from what the kernel module tells of itself; None if it does not."""
+    match = re.search(r"Kernel Module.*?\s(\d+)\.(\d+)", text.partition("\n")[0])
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def driver(gpus: int, cuda: str | None, told: str | None = None) -> Finding | None:
+    """Is the GPU's driver new enough for torch's CUDA? None where there is nothing to compare."""
+    if not gpus or not cuda:
+        return None
+    if told is None:
+        try:
+            told = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return note("driver", "not told", "`nvidia-smi` should show it; if it does not, install the driver anew.")
+    major = cuda.partition(".")[0]
+    version, least = driver_version(told), _LEAST_DRIVER.get(int(major) if major.isdigit() else 0)
+    if version is None or least is None:
+        return note("driver", f"not compared with CUDA {cuda}")
+    text = f"{version[0]}.{version[1]:02d}, torch for CUDA {cuda}"
+    if version < least:
+        return bad("driver", text, f"Install driver {least[0]}.{least[1]} or newer, or torch for an older CUDA.")
+    return ok("driver", text)
 
 
 def compiler() -> Finding:

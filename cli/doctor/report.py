@@ -11,7 +11,7 @@ import typer
 from hostler.config import DEFAULT_PORT
 
 from cli import servers
-from cli.doctor import machine, servers_here
+from cli.doctor import hub_token, machine, servers_here
 from cli.doctor.finding import MARKS, Finding
 from cli.seeing import show_json
 
@@ -22,7 +22,10 @@ def findings(config_file: Path | None) -> Iterator[Finding]:
     live = servers.live()
     yield machine.python()
     yield machine.packages()
-    yield machine.gpu(machine.num_gpus(), machine.torch_cuda())
+    gpus, cuda = machine.num_gpus(), machine.torch_cuda()
+    yield machine.gpu(gpus, cuda)
+    if (driver := machine.driver(gpus, cuda)) is not None:
+        yield driver
     yield machine.compiler()
     yield from about_it
     directory = models_dir(config.models_dir if config else None)
@@ -36,6 +39,7 @@ def findings(config_file: Path | None) -> Iterator[Finding]:
         yield servers_here.health(server)
         yield from servers_here.sockets(server)
     yield from machine.hub_and_clock()
+    yield from hub_token.check()
 
 
 def models_dir(configured: Path | None) -> Path:

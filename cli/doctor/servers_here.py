@@ -16,7 +16,7 @@ from cli.doctor.listening import Listener, listeners
 from cli.exits import CliError
 from cli.servers import Server
 
-_PRIVATE_FILES = ("config.json", "token", "responses.db")
+_PRIVATE_FILES = ("config.json", "token", "ray.json", "responses.db")
 
 
 def configuration(file: Path | None) -> tuple[HostlerConfig | None, list[Finding]]:

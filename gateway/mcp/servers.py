@@ -6,6 +6,7 @@ Above: `services`, `responses`, `routes`; below: `connection`, and (loaded with 
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import hashlib
 import importlib
@@ -86,6 +87,12 @@ class McpServers:
             if enabled:
                 gc.enable()
         self._is_loaded = True
+
+    def without_addresses(self) -> McpServers:
+        """Return these servers for callers who may not name others by address; connections are shared."""
+        view = copy.copy(self)
+        view._takes_addresses = False
+        return view
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class BackgroundRuns:
         response_id = answer.response_id
         response = answer.builder.snapshot()
         frames = [_numbered_frame(event) for event in answer.builder.queue()]
-        run = _Run(self._store, answer)
+        run = _Run(self._store, answer, self._lifetime)
         self._store.active.add(response_id)
         task = asyncio.create_task(run.to_the_end())
         self._tasks[response_id] = task
@@ -100,10 +100,11 @@ class _Run:
         noted: set once the store knows of it.
     """
 
-    def __init__(self, store: ResponseStore, answer: Answer) -> None:
+    def __init__(self, store: ResponseStore, answer: Answer, lifetime: Lifetime) -> None:
         self.noted = asyncio.Event()
         self._store = store
         self._answer = answer
+        self._lifetime = lifetime
         # Of the events that are not written yet. The last ones wait for `_finish`, so that nobody sees a response end
         # and then finds it running.
         self._frames: list[tuple[int, bytes]] = []
@@ -118,8 +119,11 @@ class _Run:
         try:
             ending = await self._worked()
         except asyncio.CancelledError:
-            # Ended by a client, and then nothing more is written; or the server stops.
-            ending = self._failed(Unavailable("The server stopped before the response was finished. Ask again."))
+            # Ended by a client, and then nothing more is written; or its key has ended, or the server stops.
+            why = self._lifetime.why_ended()
+            if isinstance(why, Unavailable):
+                why = Unavailable("The server stopped before the response was finished. Ask again.")
+            ending = self._failed(why)
         except Exception as exception:
             error = as_hostler_error(exception, request_id=request_id)
             log.warning("background response failed", extra={"request_id": request_id, "reason": error.reason})

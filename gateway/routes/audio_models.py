@@ -24,7 +24,7 @@ async def list_audio_models(request: Request) -> Response:
     """List the models that hear or speak."""
     services = services_of(request)
     routes = await services.table.first(services.patience.first_table_s)
-    return json_response(audio_models_object(routes.models))
+    return json_response(audio_models_object(route for route in routes.models if Target(route).is_allowed))
 
 
 def audio_models_object(routes: Iterable[placement_pb2.ModelRoute]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ async def list_models(request: Request) -> Response:
     """List what can be served: each model, then its adapters."""
     services = services_of(request)
     routes = await services.table.first(services.patience.first_table_s)
-    targets = [target for route in routes.models for target in targets_of(route)]
+    targets = [target for route in routes.models for target in targets_of(route) if target.is_allowed]
     if speaks_anthropic(request.scope):
         query = request.query_params
         limit = query_integer(request, "limit", 1, anthropic.MAX_LIMIT, anthropic.DEFAULT_LIMIT)

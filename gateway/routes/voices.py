@@ -10,7 +10,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.placement.v1 import placement_pb2
 
 from gateway.json_response import json_response
-from gateway.routing import find_speaking_model
+from gateway.routing import Target, find_speaking_model
 from gateway.services import services_of
 
 router = APIRouter()
@@ -25,7 +25,9 @@ async def list_voices(request: Request) -> Response:
     services = services_of(request)
     routes = await services.table.first(services.patience.first_table_s)
     name = request.query_params.get("model")
-    return json_response(voices_object([find_speaking_model(routes, name).route] if name else routes.models))
+    allowed = [route for route in routes.models if Target(route).is_allowed]
+    shown = [find_speaking_model(routes, name).route] if name else allowed
+    return json_response(voices_object(shown))
 
 
 def voices_object(routes: Iterable[placement_pb2.ModelRoute]) -> dict[str, Any]:

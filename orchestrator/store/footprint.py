@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
 _MAX_HEADER_BYTES = 100 * 10**6
+_MAX_JSON_BYTES = 64 * 10**6
+"""Indexes of the largest models have a few megabytes."""
 _STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _SERVED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SERVED_DTYPE = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -101,7 +103,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raise ModelLoadFailed(f"{path.name} is missing from the model.") from None
     except OSError as error:
         raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelLoadFailed(f"{path.name} is damaged: its header is not that of a safetensors file.") from error
     if file_bytes != 8 + header_bytes + end:
         raise ModelLoadFailed(
@@ -115,15 +117,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a model's file.
 
     Raises:
-        ModelLoadFailed: missing, unreadable or not an object.
+        ModelLoadFailed: missing, unreadable, far too large or deep, or not an object.
     """
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelLoadFailed(f"{path.name} is larger than {_MAX_JSON_BYTES} bytes.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelLoadFailed(f"{path.name} is missing from the model.") from None
     except OSError as error:
         raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadFailed(f"{path.name} is not valid JSON.") from error
     if not isinstance(value, dict):
         raise ModelLoadFailed(f"{path.name} is not a JSON object.")

@@ -195,12 +195,36 @@ class McpServerConfig(_Strict):
         return self
 
 
+class PublicConfig(_Strict):
+    """A second application for a tunnel or reverse proxy: the models' API alone, and never without a key."""
+
+    enabled: bool = Field(default=False, description="Listen for a tunnel or proxy, too.")
+    host: str = Field(default="127.0.0.1", description="Address that the proxy connects to.")
+    port: int = Field(default=0, ge=0, le=65535, description="0: the server's port + 1.")
+    hosts: tuple[str, ...] = Field(default=(), description="Names that Host may carry; a tunnel's is known by itself.")
+    url: str = Field(
+        default="", pattern=r"^(https?://[^\s/?#@]+/?)?$", max_length=512, description="Where others reach it."
+    )
+    cors: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        default=(), description="Origins allowed from browsers, or '*'."
+    )
+    fetch_urls: bool = Field(
+        default=False, description="Fetch images, and call MCP servers if mcp_urls is on, by addresses of requests."
+    )
+    ngrok: bool = Field(default=False, description="Open a tunnel with ngrok; pip install 'hostler[ngrok]'.")
+    domain: str = Field(default="", max_length=253, description="The tunnel's name; empty: ngrok chooses.")
+
+
 class HostlerConfig(_Strict):
     """Everything that `hostler serve` needs to know."""
 
     host: str = Field(default="127.0.0.1", description="Address to listen on. Anything but loopback needs an API key.")
     port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     api_key: str | None = Field(default=None, min_length=8, max_length=512, description="Bearer key that clients send.")
+    keys_file: Path | None = Field(
+        default=None, description="Keys made by `hostler key create`; null: ~/.config/hostler/keys.json."
+    )
+    require_key: bool = Field(default=False, description="Demand a key on loopback, too.")
     cors: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
         default=(), description="Origins allowed from browsers, or '*'."
     )
@@ -222,6 +246,7 @@ class HostlerConfig(_Strict):
     mcp_urls: bool = Field(
         default=False, description="Let requests name MCP servers by public http(s) address, beyond those above."
     )
+    public: PublicConfig = Field(default_factory=PublicConfig)
     models: tuple[ModelConfig, ...] = Field(default=())
     devices: tuple[DeviceConfig, ...] = Field(default=())
     models_dir: Path | None = Field(default=None, description="Where pulled models live; default ~/.cache/hostler.")
@@ -240,6 +265,9 @@ class HostlerConfig(_Strict):
     apart: tuple[str, ...] = Field(default=(), description="Groups whose models may not share a device.")
     step_budget_s: float = Field(default=60.0, gt=0, le=3600, description="A busy worker that takes longer is hung.")
     drain_s: float = Field(default=20.0, ge=0, le=3600, description="How long a stop waits for running requests.")
+    reload_drain: Seconds = Field(
+        default=3600.0, description="How long requests that run when the configuration is reloaded may go on."
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> HostlerConfig:
@@ -276,7 +304,7 @@ def _explain(error: ValidationError) -> str:
             continue
         owner: type[BaseModel] = HostlerConfig
         if len(item["loc"]) > 1:
-            owner = _PARTS.get(str(item["loc"][0]), HostlerConfig)
+            owner = PublicConfig if item["loc"][0] == "public" else _PARTS.get(str(item["loc"][0]), HostlerConfig)
         near = difflib.get_close_matches(str(item["loc"][-1]), owner.model_fields, n=1, cutoff=0.4)
         lines.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
     return "\n".join(lines)
@@ -323,8 +351,19 @@ def read_resolved(path: Path) -> HostlerConfig:
     return build(json.loads(path.read_text(encoding="utf-8")))
 
 
+def stamp_of(path: Path) -> str:
+    """Return what tells the present resolved configuration from those before; empty if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_ino}-{found.st_mtime_ns}"
+
+
 def write_resolved(config: HostlerConfig, path: Path) -> None:
-    """Write the resolved configuration, readable by this user alone (it may hold the API key)."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Replace the resolved configuration by this one, readable by this user alone (it may hold the API key)."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(config.model_dump_json())
+    draft.replace(path)

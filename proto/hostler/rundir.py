@@ -10,6 +10,7 @@
         responses.db        stored responses, if the configuration puts them nowhere else; files beside it are SQLite's
                             and the gateways' locks
         metrics/            what the gateways count, in files that they share
+        tunnel.json         the public address (0600), while a tunnel is up
         logs/               one file per process
 
 `<base>` is $HOSTLER_RUN_DIR, else $XDG_RUNTIME_DIR/hostler, else /tmp/hostler-<uid>. Socket paths are
@@ -56,6 +57,16 @@ class RunDir:
     def metrics(self) -> Path:
         """Directory of the gateways' counters; emptied when a new run begins."""
         return self.path / "metrics"
+
+    @property
+    def config_taken(self) -> Path:
+        """Holds the `stamp` of the configuration that the orchestrator goes by."""
+        return self.path / "config.taken"
+
+    @property
+    def tunnel(self) -> Path:
+        """Where the tunnel tells its address (0600, JSON with `url`); not there while it is down."""
+        return self.path / "tunnel.json"
 
     @property
     def orchestrator_socket(self) -> Path:

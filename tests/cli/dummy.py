@@ -1,8 +1,9 @@
 """A child for supervisor tests, run as a script: writes what happens to it into a journal.
 
-    dummy.py JOURNAL NAME [crash] [stubborn] [brood]
+    dummy.py JOURNAL NAME [crash] [stubborn] [brood] [mute] [lingers] [--ready-fd N]
 
 crash: ends at once with code 3. stubborn: ignores SIGTERM. brood: starts a grandchild in a session of its own.
+mute: never says that it is ready. lingers: does not end on SIGUSR1 either, as one that has a long stream.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ def main() -> None:
         if "stubborn" not in manners:
             stop.set()
 
+    def on_retire(*_: Any) -> None:
+        note("retire")
+        if "lingers" not in manners:
+            stop.set()
+
     signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGUSR1, on_retire)
     note("up")
     if "crash" in manners:
         sys.exit(3)
@@ -38,6 +45,8 @@ def main() -> None:
         subprocess.Popen(
             [sys.executable, __file__, sys.argv[1], f"{sys.argv[2]}-child", "stubborn"], start_new_session=True
         )
+    if "--ready-fd" in manners and "mute" not in manners:
+        os.write(int(manners[manners.index("--ready-fd") + 1]), b"1")
     while not stop.wait(0.05):
         pass
     note("down")

@@ -140,8 +140,11 @@ class FakeServer:
         self._server.add_insecure_port(self.run_dir.orchestrator_target)
         self._server.start()
 
-    def close(self) -> None:
+    def lose_orchestrator(self) -> None:
         self._server.stop(None).wait(5)
+
+    def close(self) -> None:
+        self.lose_orchestrator()
         self._lock.close()
 
 

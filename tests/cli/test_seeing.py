@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hostler import rundir
 from hostler.placement.v1 import placement_pb2 as pb
 from hostler.placement_json import plan_json, status_json
 from hypothesis import given
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import Result
 
-from cli import event_words, plan_words, servers
+from cli import event_words, plan_words, restarts, servers
 from cli.ps_screen import Segment, cells, draw_status, segments
+from cli.supervisor import Event
 
 from .fakes import GIB, FakeServer, event
 from .fakes import status as fake_status
@@ -309,3 +311,25 @@ def test_completion_knows_the_names_and_aliases_of_live_servers() -> None:
     finally:
         fake.close()
     assert servers.complete_model("t") == []
+
+
+def test_processes_that_keep_ending_are_told_also_when_the_orchestrator_is_one_of_them(
+    hostler: Callable[..., Any], server: FakeServer
+) -> None:
+    run_dir = rundir.run_dir(8123)
+    restarts.note(run_dir, Event("ended", "orchestrator", 7, 3, num_short_lives=4, restart_in_s=1.6))
+    restarts.note(run_dir, Event("ended", "gateway-0", 8, -9, num_short_lives=1, restart_in_s=0.2))
+    told = " ".join(hostler("ps").stdout.split())
+    assert "orchestrator keeps ending: 4 times in a row" in told
+    assert "(exit code 3)" in told
+    assert "gateway-0 ended" in told
+    assert "(signal 9)" in told
+    shown = json.loads(hostler("ps", "--json").stdout)["restarts"]
+    assert [(entry["process"], entry["num_in_a_row"]) for entry in shown] == [("orchestrator", 4), ("gateway-0", 1)]
+    server.lose_orchestrator()
+    away = hostler("ps")
+    assert away.exit_code == 1
+    assert "orchestrator keeps ending: 4 times in a row" in " ".join(away.output.split())
+    assert restarts.recent(run_dir, time.time() + restarts.RECENT_S) == []
+    restarts.clear(run_dir)
+    assert restarts.recent(run_dir) == []

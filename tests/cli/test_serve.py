@@ -135,6 +135,8 @@ def test_children_that_die_come_back_and_the_port_stays_open(start: Callable[...
     os.kill(gateway, signal.SIGKILL)
     # Not before: a process that is being killed may still accept, and then resets.
     served.wait_for("gateway-0 ended (signal 9); starting it again in 0.2 s")
+    (ended,) = json.loads((served.run_dir / "restarts.json").read_text()).values()
+    assert (ended["process"], ended["exit_code"], ended["num_in_a_row"]) == ("gateway-0", -9, 1)
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 200")

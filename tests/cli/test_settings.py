@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
-from hostler.config import DEFAULT_MODEL, ConfigError, DeviceConfig, HostlerConfig, McpServerConfig, ModelConfig, build
+from hostler.config import (
+    DEFAULT_MODEL,
+    ConfigError,
+    DeviceConfig,
+    HostlerConfig,
+    McpServerConfig,
+    ModelConfig,
+    PublicConfig,
+    build,
+)
 
 from cli import settings
 from cli.exits import UsageError
@@ -140,6 +149,7 @@ def test_the_example_shows_and_explains_every_key() -> None:
     values = yaml.safe_load(text)
     assert values.keys() == HostlerConfig.model_fields.keys()
     assert {key for model in values["models"] for key in model} == ModelConfig.model_fields.keys()
+    assert values["public"].keys() == PublicConfig.model_fields.keys()
     assert {key for device in values["devices"] for key in device} == DeviceConfig.model_fields.keys()
     assert {key for server in values["mcp_servers"].values() for key in server} == McpServerConfig.model_fields.keys()
     lines = text.splitlines()

@@ -163,6 +163,61 @@ async def test_nothing_is_started_again_during_a_stop(stage: Stage) -> None:
     assert stage.count("a", "up") == lives
 
 
+async def test_successors_take_over_when_all_serve_and_the_old_ones_finish(stage: Stage) -> None:
+    old = [stage.child(name, "lingers", has_successors=True) for name in ("a", "b")]
+    supervisor = stage.start(*old, stage.child("other"))
+    await until(lambda: len(stage.lines()) == 3)
+    before = supervisor.pids()
+    tags = await supervisor.try_successors([stage.child("a", has_successors=True)], ("--config", "x"), 8)
+    assert tags
+    assert stage.count("a", "retire") == 0  # Not before they are told to.
+    supervisor.hand_over(tags)
+    await until(lambda: stage.count("a", "retire") == 1 and stage.count("b", "retire") == 1)
+    assert stage.count("other", "retire") == 0
+    os.kill(before["b"], signal.SIGTERM)
+    await until(lambda: stage.count("b", "down") == 1)
+    successor = (supervisor.pids().keys() - before.keys()).pop()
+    # What ends is an old one, which nothing replaces; its end is no harm to its successor.
+    os.kill(before["a"], signal.SIGKILL)
+    await until(lambda: before["a"] not in supervisor.pids().values())
+    await asyncio.sleep(0.3)
+    assert (stage.count("a", "up"), stage.count("b", "up")) == (2, 1)
+    # The successor is kept running, without what was for its first life alone.
+    first = supervisor.pids()[successor]
+    assert "--config" in _command(first)
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: stage.count("a", "up") == 3)
+    line = _command(supervisor.pids()[successor])
+    assert "--config" not in line
+    assert "--ready-fd" not in line
+
+
+@pytest.mark.parametrize("manner", ["mute", "crash"])
+async def test_successors_that_do_not_come_up_are_ended_and_the_old_ones_stay(stage: Stage, manner: str) -> None:
+    supervisor = stage.start(stage.child("a", has_successors=True))
+    await until(lambda: stage.count("a", "up"))
+    before = supervisor.pids()
+    tried = [stage.child("a", has_successors=True), stage.child("b", manner, has_successors=True)]
+    assert await supervisor.try_successors(tried, (), 2.0 if manner == "mute" else 8.0) == []
+    await until(lambda: supervisor.pids() == before)
+    await asyncio.sleep(0.3)
+    assert (stage.count("a", "up"), stage.count("b", "up")) == (2, 1)
+    # The one that served may have been asked something: it was let finish. Nobody told the old one anything.
+    retired = {line[2] for line in stage.lines() if line[1] == "retire"}
+    assert str(before["a"]) not in retired
+    assert len(retired) == 1
+
+
+async def test_a_stop_ends_those_that_finish_too(stage: Stage) -> None:
+    supervisor = stage.start(stage.child("a", "lingers", has_successors=True))
+    await until(lambda: stage.count("a", "up"))
+    supervisor.hand_over(await supervisor.try_successors([stage.child("a", has_successors=True)], (), 8))
+    await until(lambda: stage.count("a", "retire"))
+    await supervisor.stop()
+    assert stage.count("a", "term") == 2
+    assert supervisor.pids() == {}
+
+
 async def test_logs_of_the_last_run_are_kept(stage: Stage) -> None:
     (stage.directory / "a.log").write_text("old")
     stage.start(stage.child("a"))
@@ -195,6 +250,10 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> N
     await until(lambda: not stage.processes(), within_s=5)
     pids = {line[2] for line in stage.lines()}
     await until(lambda: not any(_runs(pid) for pid in pids), within_s=2)
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def _runs(pid: str) -> bool:

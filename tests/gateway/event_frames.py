@@ -1,4 +1,4 @@
-"""Event streams whose events have their name in both of their lines, as Anthropic and OpenAI's responses do."""
+"""Reading event streams; `frames_of` is for those whose events have their name in both of their lines."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def frames_of(body: str) -> list[dict[str, Any]]:
         assert event["type"] == lines[0][7:]
         events.append(event)
     return events
+
+
+def sse_data(body: str) -> list[str]:
+    """Return the payloads of the data lines of an event stream."""
+    return [line[6:] for line in body.splitlines() if line.startswith("data: ")]

@@ -24,6 +24,7 @@ from hostler.placement.v1 import placement_pb2
 from hostler.placement.v1.placement_pb2_grpc import PlacementServiceServicer, add_PlacementServiceServicer_to_server
 
 from gateway.app import create_app
+from gateway.public_app import create_public_app
 from gateway.server import GatewayServer, build_server
 from gateway.services import Patience
 from tests.gateway.hearing import Hears
@@ -317,6 +318,7 @@ class World:
     app: FastAPI
     client: httpx.AsyncClient
     url: str = ""
+    public_url: str = ""
     server: GatewayServer | None = None
     workers: list[FakeWorker] = field(default_factory=list)
 
@@ -373,6 +375,11 @@ async def _uvicorn(here: World) -> AsyncIterator[None]:
     listener = socket.create_server(("127.0.0.1", 0))
     here.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     here.server = build_server(here.app, drain_s=0.2, lifetime=here.app.state.services.lifetime)
+    services = here.app.state.services
+    if services.config.public.enabled:
+        door = socket.create_server(("127.0.0.1", 0))
+        here.public_url = f"http://127.0.0.1:{door.getsockname()[1]}"
+        here.server.add_public(create_public_app(services, told=here.directory / "tunnel.json"), door)
     started = asyncio.Event()
     start_up = here.server.startup
 
@@ -390,8 +397,3 @@ async def _uvicorn(here: World) -> AsyncIterator[None]:
     finally:
         here.server.stop()
         await asyncio.wait_for(serving, 10)
-
-
-def sse_data(body: str) -> list[str]:
-    """Return the payloads of the data lines of an event stream."""
-    return [line[6:] for line in body.splitlines() if line.startswith("data: ")]

@@ -14,7 +14,8 @@ from hostler.placement.v1 import placement_pb2 as pb
 
 from gateway.admin_door import admin_door
 from gateway.routes import admin
-from tests.gateway.fakes import MODEL, QUICK, World, route, sse_data, world
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, QUICK, World, route, world
 
 KEY = "correct-horse-battery"
 MOVES = ("load", "unload", "sleep", "pin", "unpin")

@@ -10,7 +10,8 @@ import orjson
 from hostler.errors import ContextLengthExceeded, UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
-from tests.gateway.fakes import MODEL, World, echo, finish, last_text, route, sse_data, text
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, World, echo, finish, last_text, route, text
 
 
 async def test_the_sync_sdk_gets_whole_and_streamed_replies(served: World) -> None:

@@ -10,7 +10,8 @@ import pytest
 from hostler.errors import UnsupportedParameter
 from hostler.inference.v1 import inference_pb2 as pb
 
-from tests.gateway.fakes import MODEL, World, finish, route, sse_data, text
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, World, finish, route, text
 from tests.gateway.test_responses_mcp import VILLAIN, call, results, serving, tell, turns
 
 OWN: Any = {"type": "function", "function": {"name": "own", "parameters": {"type": "object"}}}

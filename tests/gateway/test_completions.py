@@ -13,7 +13,8 @@ from hostler.inference.v1 import inference_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from gateway.dialects.openai_completions.logprobs import TextOffsets, token_text
-from tests.gateway.fakes import MODEL, World, finish, route, sse_data
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, World, finish, route
 
 
 def scored(token: str, logprob: float = -0.5) -> pb.TokenLogprob:

@@ -131,7 +131,7 @@ async def test_trailing_slashes_and_the_root_reach_the_same_routes(called: World
 
 
 async def test_an_unexpected_exception_is_a_500_that_tells_nothing(called: World) -> None:
-    def explode(*_: object) -> None:
+    def explode(*_: object, **__: object) -> None:
         raise RuntimeError("/secret/path")
 
     called.app.state.services.dispatcher.generate = explode

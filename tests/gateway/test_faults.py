@@ -13,7 +13,8 @@ from hostler.inference.v1 import inference_pb2 as pb
 from hostler.placement.v1 import placement_pb2
 
 from gateway.services import Patience
-from tests.gateway.fakes import MODEL, QUICK, FakeWorker, World, echo, fail_once, finish, route, sse_data, text, world
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, QUICK, FakeWorker, World, echo, fail_once, finish, route, text, world
 
 
 def body(content: str = "x", **fields: object) -> dict[str, object]:

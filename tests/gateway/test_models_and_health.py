@@ -12,7 +12,8 @@ from hostler.placement.v1 import placement_pb2
 
 from gateway.routes.models import loading_object
 from gateway.routing import Routes, RouteTable, find_model, key_of
-from tests.gateway.fakes import MODEL, World, route, sse_data, world
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, World, route, world
 
 
 def test_a_model_is_found_by_name_alias_revision_and_any_case() -> None:

@@ -15,7 +15,8 @@ from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
 from gateway.dialects.openai_chat.stream import ChunkEncoder
 from gateway.links import Link
-from tests.gateway.fakes import finish, sse_data, text
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import finish, text
 
 USER = {"role": "user", "content": "hi"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "b": 1, "a": 2}}}

@@ -17,10 +17,12 @@ from typing import Any
 
 import httpx
 import orjson
+import pytest
 from hostler.config import HostlerConfig, write_resolved
 from hostler.inference.v1 import inference_pb2 as pb
 
-from tests.gateway.fakes import MODEL, FakePlacement, FakeWorker, finish, route, sse_data, text
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, FakePlacement, FakeWorker, finish, route, text
 
 
 async def test_the_gateway_loads_no_torch_no_ray_and_no_transformers() -> None:
@@ -106,3 +108,62 @@ async def test_what_outlasts_the_drain_gets_an_error_event_and_the_exit_is_still
         assert orjson.loads(sse_data(seen)[-1])["error"]["code"] == "unavailable"
         await running.worker.until_running(0)
         assert await asyncio.wait_for(running.process.wait(), 5) == 0
+
+
+async def test_one_that_has_a_successor_accepts_no_more_and_gives_streams_longer_than_a_stop_would() -> None:
+    gate = asyncio.Event()
+
+    async def wait(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield text("begun")
+        await gate.wait()
+        yield text(" and finished")
+        yield finish(2)
+
+    async with gateway_process(drain_s=0.1, reload_drain=60) as running:
+        running.worker.script = wait
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+        assert (await running.client.get("/health")).headers.get("connection") != "close"
+        async with running.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            seen = ""
+            async for piece in reply.aiter_text():
+                if '"begun"' in piece:
+                    running.process.send_signal(signal.SIGUSR1)
+                    await asyncio.sleep(0.3)
+                    # Nobody accepts now, but what is connected already gets its last answer.
+                    with pytest.raises(httpx.TimeoutException):
+                        async with httpx.AsyncClient(base_url=running.client.base_url, timeout=0.3) as late:
+                            await late.get("/health")
+                    asyncio.get_running_loop().call_later(2.5, gate.set)
+                seen += piece
+        assert sse_data(seen)[-1] == "[DONE]"
+        assert await asyncio.wait_for(running.process.wait(), 5) == 0
+
+
+async def test_a_connection_gets_its_last_answer_from_one_that_has_a_successor() -> None:
+    async with gateway_process(drain_s=0.1) as running:
+        assert (await running.client.get("/health")).status_code == 200
+        running.process.send_signal(signal.SIGUSR1)
+        await asyncio.sleep(0.2)
+        last = await running.client.get("/health")
+        assert (last.status_code, last.headers["connection"]) == (200, "close")
+        assert await asyncio.wait_for(running.process.wait(), 10) == 0
+
+
+async def test_a_stop_shortens_what_a_reload_has_granted() -> None:
+    async def hang(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        yield text("begun")
+        await asyncio.Event().wait()
+
+    async with gateway_process(drain_s=0.2, reload_drain=600) as running:
+        running.worker.script = hang
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+        async with running.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            seen = ""
+            async for piece in reply.aiter_text():
+                if '"begun"' in piece:
+                    running.process.send_signal(signal.SIGUSR1)
+                    await asyncio.sleep(1.5)
+                    running.process.send_signal(signal.SIGTERM)
+                seen += piece
+        assert orjson.loads(sse_data(seen)[-1])["error"]["code"] == "unavailable"
+        assert await asyncio.wait_for(running.process.wait(), 10) == 0

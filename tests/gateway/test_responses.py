@@ -14,7 +14,8 @@ from hostler.errors import ContextLengthExceeded, InvalidRequest, WorkerLost
 from hostler.inference.v1 import inference_pb2 as pb
 from pydantic import BaseModel
 
-from tests.gateway.fakes import MODEL, World, counting, echo, finish, route, sse_data, text
+from tests.gateway.event_frames import sse_data
+from tests.gateway.fakes import MODEL, World, counting, echo, finish, route, text
 from tests.gateway.responses_schema import check_response, check_stream
 
 ECHO_TOOL = {"type": "function", "name": "echo", "parameters": {"type": "object"}}

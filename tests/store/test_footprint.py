@@ -12,7 +12,7 @@ import pytest
 from hostler.errors import InvalidRequest, ModelLoadFailed
 
 from orchestrator.store import adapter_bytes, footprint
-from orchestrator.store.footprint import INDEX, SINGLE
+from orchestrator.store.footprint import INDEX, SINGLE, read_header
 from tests.models.adapters import write_adapter
 
 
@@ -170,6 +170,37 @@ def test_a_nonsense_header_is_refused(copy: Path, header: bytes) -> None:
     (copy / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ModelLoadFailed, match="damaged"):
         footprint(copy, "float32")
+
+
+def test_a_header_that_is_nested_too_deep_or_claims_gigabytes_is_refused(copy: Path) -> None:
+    for header, claimed in ((b'{"a":' * 200_000, None), (b"{}", 2**62), (b'{"a": {"shape": [1' + b"0" * 9999, None)):
+        length = len(header) if claimed is None else claimed
+        (copy / SINGLE).write_bytes(length.to_bytes(8, "little") + header)
+        with pytest.raises(ModelLoadFailed, match="damaged"):
+            footprint(copy, "float32")
+
+
+def test_a_config_that_is_a_bomb_is_refused_in_words(copy: Path) -> None:
+    config = copy / "config.json"
+    for text in ('{"a":' * 200_000, "[" * 200_000, '{"hidden_size": ' + "9" * 5000 + "}", "\xff", "[]"):
+        config.write_text(text, encoding="latin-1")
+        with pytest.raises(ModelLoadFailed, match=r"config\.json is not"):
+            footprint(copy, "float32")
+    with config.open("wb") as file:
+        file.truncate(65 * 10**6)  # Sparse: takes no disk.
+    with pytest.raises(ModelLoadFailed, match="larger than"):
+        footprint(copy, "float32")
+
+
+def test_an_index_does_not_lead_out_of_the_model_s_directory(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes((copy / SINGLE).read_bytes())
+    names = list(read_header(copy / SINGLE))
+    (copy / SINGLE).unlink()
+    for shard in (str(outside), "../outside.safetensors", f"../{tmp_path.name}/outside.safetensors"):
+        (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+        with pytest.raises(ModelLoadFailed, match=r"^outside\.safetensors is missing"):
+            footprint(copy, "float32")
 
 
 def test_an_unknown_dtype_is_refused_by_name(tiny_model: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from workers.engine import GenerationRequest, TextPrompt
 from workers.text.kv_cache import BLOCK_TOKENS, BlockPool, PrefixHashes
-from workers.text.pace import LONGEST_S, MIN_CHUNK, STRETCH, Pace
+from workers.text.pace import ALONE, LONGEST_S, MIN_CHUNK, Pace
 from workers.text.sampler import RowSampling
 from workers.text.scheduler import Scheduler, SchedulerLimits, Step
 from workers.text.sequence import Sequence
@@ -245,23 +245,41 @@ def test_a_full_queue_is_refused() -> None:
         scheduler.check(5, 5)
 
 
-def taught(base_s: float, token_s: float) -> Pace:
+def taught(base_s: float, token_s: float, fixed_s: float = 0.0, chunks: tuple[int, ...] = (64,)) -> Pace:
     pace = Pace()
     for _ in range(40):
         pace.observe(8, 0, base_s)
-        pace.observe(8, 64, base_s + 64 * token_s)
+        for chunk in chunks:
+            pace.observe(8, chunk, base_s + fixed_s + chunk * token_s)
     return pace
 
 
 def test_a_newcomer_stretches_the_steps_of_running_streams_only_so_far() -> None:
-    pace = taught(0.040, 0.001)
-    assert pace.chunk_tokens(8, 1) * pace.token_s <= (STRETCH - 1) * 0.040 * 1.05
+    chunk = taught(0.040, 0.001).chunk_tokens(8, 1)
+    assert ALONE * 0.040 * 0.95 <= chunk * 0.001 <= ALONE * 0.040 * 1.05
 
 
-def test_many_newcomers_go_before_few_streams() -> None:
+def test_what_prompt_tokens_cost_whatever_their_number_is_not_taken_for_each_ones_cost() -> None:
+    pace = taught(0.060, 0.001, fixed_s=0.010, chunks=(8, 24))
+    assert pace.chunk_tokens(8, 1) == pytest.approx(ALONE * 60 - 10, abs=1.5)
+
+
+def test_a_chunk_that_was_dear_by_chance_does_not_make_all_that_follow_small() -> None:
+    pace = taught(0.025, 0.001, fixed_s=0.005, chunks=(16,))
+    usual = pace.chunk_tokens(8, 1)
+    pace.observe(8, 16, 0.080)
+    for _ in range(30):
+        chunk = pace.chunk_tokens(8, 1)
+        pace.observe(8, chunk, 0.025 + 0.005 + chunk * 0.001)
+    assert pace.chunk_tokens(8, 1) >= usual - 3
+
+
+def test_the_more_newcomers_the_longer_a_step() -> None:
     pace = taught(0.010, 0.001)
-    assert pace.chunk_tokens(8, 9) > 3 * pace.chunk_tokens(8, 8)
-    assert pace.chunk_tokens(8, 4000) * pace.token_s <= LONGEST_S * 1.05
+    chunks = [pace.chunk_tokens(8, waiting) for waiting in range(1, 10)]
+    assert chunks == sorted(chunks)
+    assert chunks[-1] > 3 * chunks[-2] > 2 * 3 * chunks[0]
+    assert pace.chunk_tokens(8, 4000) * 0.001 <= LONGEST_S * 1.05
 
 
 def test_a_slow_machine_still_takes_a_few_prompt_tokens_each_step() -> None:

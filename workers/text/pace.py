@@ -2,15 +2,18 @@
 
 Pure arithmetic over observed steps; the scheduler asks, the engine tells. A step with prompt tokens delays every
 running stream; a step without them delays everyone who waits for a first token. So whoever are more go first: a lone
-newcomer may stretch the steps of many streams only a little, a crowd of newcomers makes a few streams wait.
+newcomer may stretch the steps of many streams only a little, the more newcomers the more, and a crowd of them makes a
+few streams wait.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# A step with prompt tokens may last this many times a step without them.
-STRETCH = 1.9
+# What prompt tokens may add to a step, in steps without them: for one newcomer among many streams, and for as many
+# newcomers as there are streams. The first keeps a stream's longest gap within three steps although a machine that has
+# other things to do makes a single step half as long again.
+ALONE, EQUAL = 0.5, 1.5
 # No step lasts longer than this because of prompt tokens, whoever waits: streams, cancellations and newcomers see it.
 LONGEST_S = 0.15
 # Not more than this at the least: int8 weights halve a decode step but not a prompt token, and on a few cores sixteen
@@ -18,6 +21,48 @@ LONGEST_S = 0.15
 MIN_CHUNK, MAX_CHUNK = 4, 512
 FIRST_CHUNK = 64
 _WEIGHT = 0.2
+# How far chunks must have differed, in parts of their mean, before what they tell of a step's fixed share is believed;
+# and the least that is believed of a token: chance alone may say that more of them cost nothing.
+_SPREAD, _LEAST_SHARE = 0.25, 0.5
+
+
+@dataclass(slots=True)
+class ChunkCost:
+    """What prompt tokens add to a step: a fixed share, because there are any, and so much for each. In seconds.
+
+    A weighted line through the steps seen, the latest most. With one figure for each token alone small chunks look
+    dear, so smaller ones are taken, which look dearer.
+    """
+
+    tokens: float = 0.0
+    added_s: float = 0.0
+    _variance: float = 0.0
+    _covariance: float = 0.0
+
+    def observe(self, num_tokens: int, added_s: float) -> None:
+        """Learn from one step with prompt tokens."""
+        if not self.tokens:
+            self.tokens, self.added_s = num_tokens, added_s
+            return
+        off, off_s = num_tokens - self.tokens, added_s - self.added_s
+        self.tokens += _WEIGHT * off
+        self.added_s += _WEIGHT * off_s
+        self._variance = (1 - _WEIGHT) * (self._variance + _WEIGHT * off * off)
+        self._covariance = (1 - _WEIGHT) * (self._covariance + _WEIGHT * off * off_s)
+
+    @property
+    def token_s(self) -> float:
+        """Each token's time: all of what they add, less what seems to be fixed."""
+        mean_s = self.added_s / self.tokens
+        doubt = (_SPREAD * self.tokens) ** 2
+        seen_s = (self._covariance + doubt * mean_s) / (self._variance + doubt)
+        return min(mean_s, max(_LEAST_SHARE * mean_s, seen_s))
+
+    def tokens_within(self, allowed_s: float) -> float:
+        """Return how many tokens add so much."""
+        each_s = self.token_s
+        fixed_s = self.added_s - self.tokens * each_s
+        return (allowed_s - fixed_s) / each_s if each_s else float("inf")
 
 
 @dataclass(slots=True)
@@ -27,23 +72,20 @@ class Pace:
     Attributes:
         max_chunk: most prompt tokens of one step.
         base_s: a step's time by number of decoding sequences, steps without prompt tokens.
-        token_s: additional time of one prompt token.
+        cost: what prompt tokens add.
     """
 
     max_chunk: int = MAX_CHUNK
     base_s: dict[int, float] = field(default_factory=dict)
-    token_s: float = 0.0
+    cost: ChunkCost = field(default_factory=ChunkCost)
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, spent_s: float) -> None:
         """Learn from one step."""
         if num_prompt_tokens == 0:
             known = self.base_s.get(num_decoding)
             self.base_s[num_decoding] = spent_s if known is None else known + _WEIGHT * (spent_s - known)
-            return
-        if num_prompt_tokens < MIN_CHUNK:
-            return
-        each_s = max(0.0, spent_s - self.expected_s(num_decoding)) / num_prompt_tokens
-        self.token_s = each_s if self.token_s == 0.0 else self.token_s + _WEIGHT * (each_s - self.token_s)
+        elif num_prompt_tokens >= MIN_CHUNK:
+            self.cost.observe(num_prompt_tokens, max(0.0, spent_s - self.expected_s(num_decoding)))
 
     def expected_s(self, num_decoding: int) -> float:
         """Return how long a step of so many decoding sequences takes: as seen, else between its neighbours."""
@@ -65,9 +107,10 @@ class Pace:
             num_decoding: sequences that would wait for them.
             num_waiting: sequences that wait for their first token.
         """
-        if self.token_s == 0.0:
+        if self.cost.added_s == 0.0:
             return min(self.max_chunk, FIRST_CHUNK)
         allowed_s = LONGEST_S
         if num_decoding >= num_waiting:
-            allowed_s = min(LONGEST_S, (STRETCH - 1.0) * self.expected_s(num_decoding))
-        return max(MIN_CHUNK, min(self.max_chunk, int(allowed_s / self.token_s)))
+            stretch = ALONE + (EQUAL - ALONE) * max(0, num_waiting - 1) / max(1, num_decoding - 1)
+            allowed_s = min(LONGEST_S, stretch * self.expected_s(num_decoding))
+        return int(max(MIN_CHUNK, min(self.max_chunk, self.cost.tokens_within(allowed_s))))

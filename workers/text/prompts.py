@@ -17,10 +17,13 @@ from workers.engine import ChatPrompt, Prompt, TextPrompt
 from workers.text.fill import detect_fill_format
 from workers.text.parts import in_parts, roles_in_parts
 from workers.text.system_turns import SystemTurns, said_by_user, system_turns
+from workers.text.time_limit import TookTooLong, at_most
 
 # A Unicode noncharacter: never legitimate in text, so it can mark where a control token's spelling was broken up.
 _BREAK = "\ufdd0"
 _PROBE_CHARS = 8192
+TEMPLATE_LIMIT_S = 5.0
+"""A template is done with the longest conversations in a fraction of a second."""
 
 
 class PromptEncoder:
@@ -123,10 +126,16 @@ class PromptEncoder:
         turns = said_by_user(prompt.messages, self._system_turns)
         messages = [in_parts(self._clean_message(message), self._in_parts) for message in turns]
         try:
-            rendered = self._apply(
-                replace(prompt, messages=messages, tools=[self._clean(tool) for tool in prompt.tools])
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            with at_most(TEMPLATE_LIMIT_S):
+                rendered = self._apply(
+                    replace(prompt, messages=messages, tools=[self._clean(tool) for tool in prompt.tools])
+                )
+        except TookTooLong:
+            raise InvalidRequest(
+                f"The model's chat template takes longer than {TEMPLATE_LIMIT_S:g} s with these messages.",
+                param="messages",
+            ) from None
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {reason[:300]}", param="messages"
@@ -134,7 +143,11 @@ class PromptEncoder:
         return rendered
 
     def _rendered(self, messages: SequenceOf[Mapping[str, object]]) -> str:
-        return self._apply(ChatPrompt(messages))
+        try:
+            with at_most(TEMPLATE_LIMIT_S):
+                return self._apply(ChatPrompt(messages))
+        except TookTooLong:
+            raise TemplateError("The chat template takes too long.") from None
 
     def _apply(self, prompt: ChatPrompt) -> str:
         return str(

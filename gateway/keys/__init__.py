@@ -1,0 +1,1 @@
+"""API keys: whose request it is, what its key may do, and how much of it."""

@@ -1,0 +1,1 @@
+"""Tests of public mode: a stand-in for the tunnel, and what is seen through it."""
