@@ -14,6 +14,7 @@ from hostler import __version__
 
 from cli import servers
 from cli.servers import Server
+from cli.settings import is_loopback
 
 VERSION = 1
 
@@ -30,7 +31,7 @@ def described(server: Server, *, with_key: bool) -> dict[str, Any]:
         "host": host,
         "url": servers.base_url(host, server.port),
         "socket": str(socket) if socket.is_socket() else None,
-        "needs_key": key is not None,
+        "needs_key": key is not None or bool(config.get("require_key")) or not is_loopback(host),
         "models": [str(model["name"]) for model in config.get("models", ())],
         **({"api_key": key} if with_key and key is not None else {}),
     }
