@@ -1,4 +1,4 @@
-"""`hostler remote` without sshd: what ssh is told, what its words mean, and the keeper's states by a manual clock.
+"""`hostler remote` without sshd: what ssh is told, what its words mean, what is found and started at the far side.
 
 The far side's scripts run for real, in a `sh` of this machine, behind an `ssh` that is a script of ours.
 """
@@ -14,9 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import Result
@@ -24,11 +22,11 @@ from typer.testing import Result
 from cli.exits import CliError, UsageError
 from cli.remote import far_side, ssh
 from cli.remote.far_side import FarServer, FarSide
-from cli.remote.forward import Answer, Keeper, Link, Real
+from cli.remote.forward import Real
 from cli.remote.remote import choose, choose_port
 from cli.remote.start import start
 
-from .fakes import FakeServer
+from .fakes import FakeServer, News
 
 BOX = ssh.Route("ada@box")
 LISTING = {
@@ -38,144 +36,6 @@ LISTING = {
         {"port": 8000, "host": "127.0.0.1", "socket": "/run/h/8000/gateway.sock", "models": ["tiny"], "needs_key": True}
     ],
 }
-
-
-class News:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.texts: list[str] = []
-
-    def say(self, event: str, text: str, tone: str = "", **fields: Any) -> None:
-        self.events.append(event)
-        self.texts.append(text)
-
-    def progress(self, model: str, progress: Any) -> None: ...
-
-    def finish(self, model: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass
-class Life:
-    """One run of ssh: what is answered at each look, then how it ends. `each_s`: time that a look takes."""
-
-    answers: list[Answer] = field(default_factory=list)
-    status: int = 255
-    errors: str = "client_loop: send disconnect: Broken pipe"
-    each_s: float = 1.0
-
-
-class Script:
-    """The keeper's effects, from a script of lives; Ctrl-C when there are no more."""
-
-    def __init__(self, *lives: Life, taken: int = 0) -> None:
-        self.lives = list(lives)
-        self.taken = taken
-        self.clock_s = 0.0
-        self.waits_s: list[float] = []
-        self.commands: list[list[str]] = []
-        self.num_stopped = 0
-
-    def dial(self, command: list[str]) -> Link:
-        if not self.lives:
-            raise KeyboardInterrupt
-        self.commands.append(command)
-        self.life = self.lives.pop(0)
-        return self
-
-    def wait(self, timeout_s: float) -> int | None:
-        self.clock_s += self.life.each_s
-        return None if self.life.answers else self.life.status
-
-    def errors(self) -> str:
-        return self.life.errors
-
-    def stop(self) -> None:
-        self.num_stopped += 1
-
-    def ask(self, port: int) -> Answer:
-        return self.life.answers.pop(0)
-
-    def is_free(self, port: int) -> bool:
-        if self.taken:
-            self.taken -= 1
-            return False
-        return True
-
-    def sleep(self, time_s: float) -> None:
-        self.waits_s.append(time_s)
-        self.clock_s += time_s
-
-    def now_s(self) -> float:
-        return self.clock_s
-
-
-def keep(script: Script, *, may_ask: bool = False) -> News:
-    """Let a keeper run until the script is over."""
-    news = News()
-    keeper = Keeper(
-        BOX,
-        8000,
-        "/run/gateway.sock",
-        news,
-        on_first_up=lambda: news.say("first", "up"),
-        may_ask=may_ask,
-        effects=script,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        keeper.run()
-    return news
-
-
-UP = [Answer.CLOSED, Answer.SERVER]
-
-
-def test_a_connection_that_ends_is_made_again_and_told_each_time() -> None:
-    script = Script(Life([*UP]), Life([*UP]))
-    news = keep(script)
-    assert news.events == ["first", "lost", "up", "lost"]
-    assert "Broken pipe; trying again in 1 s" in news.texts[1]
-    assert script.num_stopped == 2
-
-
-def test_waits_double_to_half_a_minute_and_a_minute_of_life_forgives() -> None:
-    short, long = Life(errors="ssh: connect to host box port 22: No route to host"), Life([*UP], each_s=30.0)
-    script = Script(*[short] * 7, long, short)
-    keep(script)
-    assert script.waits_s == [1, 2, 4, 8, 16, 30, 30, 1, 2]
-
-
-def test_only_the_first_connection_may_ask_the_user() -> None:
-    script = Script(Life([*UP]), Life([*UP]))
-    keep(script)
-    assert ["BatchMode=yes" in command for command in script.commands] == [False, True]
-
-
-def test_a_password_that_is_wanted_again_is_asked_for_if_somebody_is_there() -> None:
-    denied = Life(errors="ada@box: Permission denied (password).")
-    script = Script(Life([*UP]), denied, Life([*UP]))
-    assert keep(script, may_ask=True).events == ["first", "lost", "asking", "up", "lost"]
-    assert ["BatchMode=yes" in command for command in script.commands] == [False, True, False]
-    with pytest.raises(CliError, match="does not let you in"):
-        Keeper(BOX, 1, "/s", News(), on_first_up=lambda: None, may_ask=False, effects=Script(Life([*UP]), denied)).run()
-
-
-def test_a_server_that_goes_away_and_comes_back_is_told_and_the_connection_stays() -> None:
-    script = Script(Life([Answer.SERVER, Answer.SILENCE, Answer.SILENCE, Answer.SERVER]))
-    assert keep(script).events == ["first", "server_gone", "up", "lost"]
-    assert len(script.commands) == 1
-
-
-def test_a_local_port_that_another_took_meanwhile_is_waited_for() -> None:
-    script = Script(Life([*UP]))
-    news = keep(script)
-    script = Script(Life([*UP]), taken=1)
-    with pytest.raises(CliError, match="port 8000 of this machine is taken"):
-        Keeper(BOX, 8000, "/s", news, on_first_up=lambda: None, may_ask=False, effects=script).run()
-    assert script.commands == []
 
 
 @pytest.mark.parametrize(
