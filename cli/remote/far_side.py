@@ -77,9 +77,9 @@ class FarServer:
     api_key: str | None = None
 
     @property
-    def target(self) -> str:
-        """The far end of a forward to it."""
-        return ssh.target_of(self.socket, self.host, self.port)
+    def targets(self) -> tuple[str, ...]:
+        """The far ends of a forward to it, in the order to try them."""
+        return ssh.targets_of(self.socket, self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True)

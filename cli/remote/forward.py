@@ -73,13 +73,17 @@ class Effects(Protocol):
         """Return a monotonic time."""
 
 
+class _NoWay(Exception):
+    """Nothing is to be had at that far end, and there is another to try."""
+
+
 class Keeper:
     """Keeps one forward. `run` returns only by an exception: the user's Ctrl-C, or a failure that no retry mends.
 
     Args:
         route: how ssh reaches the far side.
         local_port: where to listen on 127.0.0.1.
-        target: the far end, see `ssh.target_of`.
+        targets: the far ends, see `ssh.targets_of`; the next one if nothing is had by the first.
         report: where news go.
         on_first_up: called once, when a server has answered for the first time.
         may_ask: somebody is there who can type a password; a reconnect that needs one asks, else it is the end.
@@ -89,7 +93,7 @@ class Keeper:
         self,
         route: ssh.Route,
         local_port: int,
-        target: str,
+        targets: tuple[str, ...],
         report: Reporter,
         *,
         on_first_up: Callable[[], None],
@@ -99,7 +103,7 @@ class Keeper:
     ) -> None:
         self._route = route
         self._port = local_port
-        self._target = target
+        self._targets = targets
         self._report = report
         self._on_first_up = on_first_up
         self._may_ask = may_ask
@@ -117,7 +121,11 @@ class Keeper:
         asking = True  # the first time ssh may ask for a password or about a host key
         while True:
             began_s = self._effects.now_s()
-            failure = self._live(asking)
+            try:
+                failure = self._live(asking)
+            except _NoWay:
+                self._targets = self._targets[1:]
+                continue
             if self._effects.now_s() - began_s >= self._backoff.reset_s:
                 num_short_lives = 0
             num_short_lives += 1
@@ -140,7 +148,7 @@ class Keeper:
         if not self._effects.is_free(self._port):
             text = f"port {self._port} of this machine is taken by another program; choose another with --port"
             return ssh.Failure(ssh.Kind.PORT_TAKEN, text)
-        command = ssh.forward_command(self._route, self._port, self._target, batch=not asking)
+        command = ssh.forward_command(self._route, self._port, self._targets[0], batch=not asking)
         link = self._effects.dial(command)
         try:
             return self._follow(link)
@@ -154,17 +162,27 @@ class Keeper:
             answer = self._effects.ask(self._port)
             if answer is Answer.CLOSED and before is None:
                 continue  # ssh is still connecting, or waits for its user
+            if answer is not Answer.SERVER and not self._has_been_up:
+                self._look_for_another_way(link)
             if answer is not before:
-                self._tell(answer, link)
+                self._tell(answer)
             before = answer
             look_s = LOOK_EVERY_S if answer is Answer.SERVER else max(1.0, look_s)
         return ssh.failure_of(self._route, status, link.errors())
 
-    def _tell(self, answer: Answer, link: Link) -> None:
+    def _look_for_another_way(self, link: Link) -> None:
+        # An sshd that forbids sockets says the same as one that finds no server there.
+        if len(self._targets) > 1:
+            raise _NoWay
+        if "administratively prohibited" in link.errors():
+            raise CliError(
+                f"the sshd of {self._route.destination} forbids forwarding; AllowTcpForwarding or "
+                "AllowStreamLocalForwarding in its sshd_config would allow it"
+            )
+
+    def _tell(self, answer: Answer) -> None:
         host = self._route.destination
         if answer is not Answer.SERVER:
-            if "administratively prohibited" in link.errors():
-                raise CliError(f"the sshd of {host} forbids forwarding: AllowTcpForwarding, AllowStreamLocalForwarding")
             text = f"connected to {host}, but no server answers there now; the forward stays"
             self._report.say("server_gone", text, "warn")
         elif self._has_been_up:

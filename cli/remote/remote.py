@@ -52,7 +52,7 @@ def remote(route: ssh.Route, wish: Wish, *, as_json: bool) -> None:
             keeper = forward.Keeper(
                 route,
                 port,
-                server.target,
+                server.targets,
                 news,
                 on_first_up=lambda: _banner(news, route.destination, found, server, port),
                 may_ask=sys.stdin.isatty(),

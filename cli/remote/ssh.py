@@ -107,7 +107,7 @@ def forward_command(route: Route, local_port: int, target: str, *, batch: bool) 
     """Return the command that forwards a local port and runs nothing at the far side.
 
     Args:
-        target: see `target_of`.
+        target: one of `targets_of`.
         batch: ask the user nothing; fail instead.
     """
     usual = [
@@ -130,12 +130,13 @@ def _options(options: Sequence[str]) -> list[str]:
     return [word for option in options for word in ("-o", option)]
 
 
-def target_of(socket_path: str | None, host: str, port: int) -> str:
-    """Return the far end of a forward: the server's Unix socket if it has one that ssh can name, else its port."""
-    if socket_path and _SOCKET_PATH.fullmatch(socket_path):
-        return socket_path
+def targets_of(socket_path: str | None, host: str, port: int) -> tuple[str, ...]:
+    """Return the far ends to try: the server's Unix socket if it has one that ssh can name, then its port."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    by_port = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if socket_path and _SOCKET_PATH.fullmatch(socket_path):
+        return socket_path, by_port
+    return (by_port,)
 
 
 def with_values(script: str, **values: str) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import Result
 
@@ -82,17 +83,19 @@ def test_the_users_options_come_first_for_ssh_takes_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "host", "target"),
+    ("path", "host", "targets"),
     [
-        ("/run/h/8000/gateway.sock", "127.0.0.1", "/run/h/8000/gateway.sock"),
-        (None, "127.0.0.1", "127.0.0.1:8000"),
-        (None, "0.0.0.0", "127.0.0.1:8000"),
-        (None, "::", "[::1]:8000"),
-        ("/run/a:b/${HOME}/gateway.sock", "10.0.0.7", "10.0.0.7:8000"),
+        ("/run/h/8000/gateway.sock", "127.0.0.1", ("/run/h/8000/gateway.sock", "127.0.0.1:8000")),
+        (None, "127.0.0.1", ("127.0.0.1:8000",)),
+        (None, "0.0.0.0", ("127.0.0.1:8000",)),
+        (None, "::", ("[::1]:8000",)),
+        ("/run/a:b/${HOME}/gateway.sock", "10.0.0.7", ("10.0.0.7:8000",)),
     ],
 )
-def test_the_far_end_is_the_socket_if_ssh_can_name_it_else_the_port(path: str | None, host: str, target: str) -> None:
-    assert ssh.target_of(path, host, 8000) == target
+def test_the_far_end_is_the_socket_if_ssh_can_name_it_else_the_port(
+    path: str | None, host: str, targets: tuple[str, ...]
+) -> None:
+    assert ssh.targets_of(path, host, 8000) == targets
 
 
 def test_what_the_far_side_tells_is_read_past_the_noise_of_its_login() -> None:
@@ -255,7 +258,10 @@ def test_with_a_user_manager_a_server_is_started_as_its_service(far: Path) -> No
         start(BOX, str(far / "path" / "hostler"), None, news)
 
 
-def test_a_sigterm_ends_it_with_0_and_ssh_goes_along(far: Path, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGKILL, -9)]
+)
+def test_however_it_ends_ssh_goes_along(far: Path, number: signal.Signals, status: int) -> None:
     put(far / "path" / "hostler", FAKE_HOSTLER)
     (far / "listing").write_text(json.dumps(LISTING))
     root = str(Path(ssh.__file__).parents[2])
@@ -266,10 +272,13 @@ def test_a_sigterm_ends_it_with_0_and_ssh_goes_along(far: Path, place: Path) -> 
     while not (arguments.exists() and "-N" in arguments.read_text().split()) and time.monotonic() < deadline:
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    process.send_signal(number)
+    assert process.wait(20) == status
     assert children
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, map(int, children))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, map(int, children)))
 
 
 def test_the_list_of_servers_shows_no_key_unless_it_is_asked_for(
@@ -283,4 +292,4 @@ def test_the_list_of_servers_shows_no_key_unless_it_is_asked_for(
     assert (told["port"], told["needs_key"], told["models"], told["socket"]) == (8123, True, ["tiny"], None)
     assert "sesame" not in hostler("servers", "--json").stdout + hostler("servers").stdout
     assert json.loads(hostler("servers", "--json", "--with-key").stdout)["servers"][0]["api_key"] == "sesame"
-    assert far_side.parse(f"@hostler servers={json.dumps(listing)}").servers[0].target == "127.0.0.1:8123"
+    assert far_side.parse(f"@hostler servers={json.dumps(listing)}").servers[0].targets == ("127.0.0.1:8123",)

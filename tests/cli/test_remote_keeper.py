@@ -76,7 +76,7 @@ def keep(script: Script, *, may_ask: bool = False) -> News:
     keeper = Keeper(
         BOX,
         8000,
-        "/run/gateway.sock",
+        ("/run/gateway.sock", "127.0.0.1:8000"),
         news,
         on_first_up=lambda: news.say("first", "up"),
         may_ask=may_ask,
@@ -117,7 +117,9 @@ def test_a_password_that_is_wanted_again_is_asked_for_if_somebody_is_there() -> 
     assert keep(script, may_ask=True).events == ["first", "lost", "asking", "up", "lost"]
     assert ["BatchMode=yes" in command for command in script.commands] == [False, True, False]
     with pytest.raises(CliError, match="does not let you in"):
-        Keeper(BOX, 1, "/s", News(), on_first_up=lambda: None, may_ask=False, effects=Script(Life([*UP]), denied)).run()
+        Keeper(
+            BOX, 1, ("/s",), News(), on_first_up=lambda: None, may_ask=False, effects=Script(Life([*UP]), denied)
+        ).run()
 
 
 def test_a_server_that_goes_away_and_comes_back_is_told_and_the_connection_stays() -> None:
@@ -131,5 +133,18 @@ def test_a_local_port_that_another_took_meanwhile_is_waited_for() -> None:
     news = keep(script)
     script = Script(Life([*UP]), taken=1)
     with pytest.raises(CliError, match="port 8000 of this machine is taken"):
-        Keeper(BOX, 8000, "/s", news, on_first_up=lambda: None, may_ask=False, effects=script).run()
+        Keeper(BOX, 8000, ("/s",), news, on_first_up=lambda: None, may_ask=False, effects=script).run()
     assert script.commands == []
+
+
+def test_where_the_far_sshd_forbids_the_socket_the_port_is_taken_and_else_it_is_told() -> None:
+    forbids = "channel 2: open failed: administratively prohibited: open failed"
+    script = Script(Life([Answer.SILENCE]), Life([*UP]))
+    assert keep(script).events == ["first", "lost"]
+    assert [command[-3] for command in script.commands] == [
+        "127.0.0.1:8000:/run/gateway.sock",
+        "127.0.0.1:8000:127.0.0.1:8000",
+    ]
+    script = Script(Life([Answer.SILENCE], errors=forbids))
+    with pytest.raises(CliError, match="forbids forwarding"):
+        Keeper(BOX, 1, ("a:1",), News(), on_first_up=lambda: None, may_ask=False, effects=script).run()

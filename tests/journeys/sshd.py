@@ -135,8 +135,8 @@ class Sshd:
 
 
 @contextmanager
-def running() -> Iterator[Sshd]:
-    """Run an sshd; everything that its account runs is ended with it."""
+def running(**more: str) -> Iterator[Sshd]:
+    """Run an sshd, with more lines of sshd_config; everything that its account runs is ended with it."""
     found = tools()
     folder = Path(tempfile.mkdtemp(prefix="hd-", dir="/tmp"))  # short: Unix socket paths end at 107 bytes
     for name in ("host", "id", "stranger"):
@@ -157,6 +157,7 @@ def running() -> Iterator[Sshd]:
         "UsePAM": "no",
         "PidFile": "none",
         "SetEnv": f"HOME={folder}/home HOSTLER_RUN_DIR={folder}/r PATH=/usr/bin:/bin",
+        **more,
     }
     (folder / "config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()), encoding="ascii")
     command = [found.sshd, "-D", "-e", "-f", str(folder / "config")]

@@ -151,3 +151,18 @@ def test_what_is_wrong_is_told_in_one_line_that_says_what_to_do(far: Sshd) -> No
     assert "hostler is not on" in fails(far, place, *far.options())
     sshd.install_hostler(far, "port: 8000\n")
     assert "--start" in fails(far, place, *far.options())
+
+
+def test_an_sshd_that_forbids_sockets_is_reached_by_port_and_one_that_forbids_all_is_told() -> None:
+    port = free_port()
+    config = f"port: {port}\nmodels: [{{name: scripted, engine: scripted, preload: true}}]\ngateways: 1\n"
+    with sshd.running(AllowStreamLocalForwarding="no") as far:
+        sshd.install_hostler(far, config)
+        remote = Remote(far, "--start")
+        assert ask(remote.wait_for("up")["url"])
+        assert f":127.0.0.1:{port} " in " ".join(remote.ssh()[0].cmdline())
+        remote.process.send_signal(signal.SIGINT)
+        assert remote.process.wait(20) == 0
+    with sshd.running(AllowStreamLocalForwarding="no", AllowTcpForwarding="no") as far:
+        sshd.install_hostler(far, config)
+        assert "forbids forwarding" in fails(far, far.destination, *far.options(), "--start")
