@@ -79,6 +79,7 @@ def test_what_is_no_option_never_reaches_ssh(option: str) -> None:
 def test_the_users_options_come_first_for_ssh_takes_the_first() -> None:
     command = ssh.forward_command(ssh.Route("box", ("ServerAliveInterval=2",)), 8000, "/s", batch=True)
     assert command.index("ServerAliveInterval=2") < command.index("ServerAliveInterval=10")
+    assert "ControlPath=none" in command  # in a shared connection the forward would stay after us
     assert command[-4:] == ["-L", "127.0.0.1:8000:/s", "--", "box"]
 
 
