@@ -60,7 +60,7 @@ def remote(route: ssh.Route, wish: Wish, *, as_json: bool) -> None:
             )
             keeper.run()
     except KeyboardInterrupt:
-        news.say("ended", "the connection is closed; the server goes on", "dim")
+        news.say("ended", "the connection is closed; what runs there goes on", "dim")
     finally:
         news.close()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shutil
 import signal
 import socket
@@ -133,6 +134,18 @@ class Sshd:
             connection.kill()
         return len(connections)
 
+    def freeze(self) -> None:
+        """Stop every connection without ending it, as a laptop's sleep or a lost route does."""
+        for connection in psutil.Process(self.process.pid).children(recursive=True):
+            connection.suspend()
+
+
+def _knows_penalties() -> bool:
+    """Return whether this sshd refuses an address for a while after failures; our tests fail on purpose."""
+    told = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r"OpenSSH_(\d+)\.(\d+)", told)
+    return version is not None and (int(version[1]), int(version[2])) >= (9, 8)
+
 
 @contextmanager
 def running(**more: str) -> Iterator[Sshd]:
@@ -157,6 +170,7 @@ def running(**more: str) -> Iterator[Sshd]:
         "UsePAM": "no",
         "PidFile": "none",
         "SetEnv": f"HOME={folder}/home HOSTLER_RUN_DIR={folder}/r PATH=/usr/bin:/bin",
+        **({"PerSourcePenalties": "no"} if _knows_penalties() else {}),
         **more,
     }
     (folder / "config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()), encoding="ascii")

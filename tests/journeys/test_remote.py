@@ -107,9 +107,14 @@ def test_a_far_server_is_started_used_and_found_again_after_a_cut(far: Sshd) -> 
         assert remote.process.wait(20) == 0
     assert not any(child.is_running() for child in children)
 
-    again = Remote(far, "--with-key", "--remote-port", str(port))  # the server went on by itself
+    # The server went on by itself. The user's own option counts: a dead line is noticed sooner than by ours.
+    again = Remote(far, "--with-key", "--remote-port", str(port), "--ssh-option", "ServerAliveInterval=1")
     up = again.wait_for("up")
     assert up["api_key"] == KEY
+    assert ask(up["url"])
+    far.freeze()
+    again.wait_for("lost", within_s=60)
+    again.wait_for("up")
     assert ask(up["url"])
     pid = int(stop.split()[-1])
     os.kill(pid, signal.SIGTERM)
