@@ -27,6 +27,19 @@ pytestmark = [pytest.mark.journey, pytest.mark.timeout(300)]
 KEY = "sesame-of-the-far-side-0123456789"
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """End every `hostler remote` of a test that failed halfway."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.terminate()
+        process.wait(20)
+
+
 class Remote:
     """One `hostler remote --json`, its news read as they come."""
 
@@ -36,6 +49,7 @@ class Remote:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
+        _started.append(self.process)
         self.text = ""
         self._news: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
