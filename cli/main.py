@@ -15,7 +15,7 @@ from typing import Annotated  # noqa: E402
 
 import typer  # noqa: E402
 
-from cli import client_commands, logs_command  # noqa: E402
+from cli import client_commands, logs_command, remote_commands  # noqa: E402
 from cli.exits import friendly  # noqa: E402
 from cli.flags import Json, Model, ModelsDir, Port  # noqa: E402
 from cli.flags import complete_model as _complete_model  # noqa: E402
@@ -349,6 +349,7 @@ def version(as_json: Json = False) -> None:
 
 client_commands.add_to(app)
 logs_command.add_to(app)
+remote_commands.add_to(app)
 
 if __name__ == "__main__":
     app()

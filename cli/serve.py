@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hostler import rundir
@@ -25,6 +24,7 @@ from cli.exits import CliError
 from cli.supervisor import Child, Supervisor
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import FrameType
 
 BACKLOG = 2048
@@ -61,10 +61,32 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     return listener
 
 
+def bind_unix(path: Path) -> socket.socket:
+    """Return a second listening socket of the gateways, for this user alone (0600). The run directory is 0700."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    listener.listen(BACKLOG)
+    return listener
+
+
 def children(
-    config: HostlerConfig, run_dir: RunDir, descriptor: int, extra_env: dict[str, str], door: int | None = None
+    config: HostlerConfig,
+    run_dir: RunDir,
+    descriptor: int,
+    extra_env: dict[str, str],
+    door: int | None = None,
+    unix: int | None = None,
 ) -> list[Child]:
-    """Return the processes of one server. The slowest to start comes first. `door`: the public listening socket."""
+    """Return the processes of one server. The slowest to start comes first.
+
+    `door`: the public listening socket; `unix`: the listening Unix socket.
+    """
     python = (sys.executable, "-P", "-m")
     where = ("--run-dir", str(run_dir.path))
     # A gateway is one busy thread; libraries that count cores would only start idle ones.
@@ -87,13 +109,15 @@ def children(
         stop_grace_s=_ORCHESTRATOR_GRACE_S,
         removes=(run_dir.orchestrator_socket,),
     )
-    outside = () if door is None else ("--public-fd", str(door))
+    others = {"--public-fd": door, "--unix-fd": unix}
+    given = {flag: number for flag, number in others.items() if number is not None}
+    outside = [word for flag, number in given.items() for word in (flag, str(number))]
     gateways = [
         Child(
             f"gateway-{number}",
             (*python, "gateway", *where, "--fd", str(descriptor), *outside),
             env={**extra_env, **single},
-            pass_fds=(descriptor,) if door is None else (descriptor, door),
+            pass_fds=(descriptor, *given.values()),
             stop_grace_s=config.drain_s + 5.0,
             has_successors=True,
         )
@@ -154,6 +178,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
     public = config.public
     door = bind(public.host, public.port, "--public-port") if public.enabled else None
     _clean(run_dir)
+    unix = bind_unix(run_dir.gateway_socket)
     write_resolved(config, run_dir.config)
     early: list[int] = []
 
@@ -165,7 +190,7 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
         signal.signal(number, remember)
 
     def make_children(config: HostlerConfig) -> list[Child]:
-        return children(config, run_dir, listener.fileno(), {}, door.fileno() if door else None)
+        return children(config, run_dir, listener.fileno(), {}, door.fileno() if door else None, unix.fileno())
 
     supervisor = Supervisor(
         make_children(config),
@@ -184,13 +209,15 @@ def serve(flags: settings.Flags, *, as_json: bool, verbose: bool, started_at: fl
             lambda: settings.resolve(flags)[0], config, run_dir, supervisor, make_children, asked
         )
         screen = Screen(config, path, run_dir, supervisor, listener, door, as_json=as_json, verbose=verbose)
+        screen.unix = unix
         asyncio.run(screen.run(signals, early, started_at, reloader))
     except BaseException:
         supervisor.abandon()
         raise
     finally:
         listener.close()
+        unix.close()
         if door is not None:
             door.close()
-        with suppress(FileNotFoundError):
-            run_dir.orchestrator_socket.unlink()
+        for left in (run_dir.orchestrator_socket, run_dir.gateway_socket):
+            left.unlink(missing_ok=True)

@@ -53,6 +53,7 @@ class Screen:
         self._supervisor = supervisor
         self._listener = listener
         self._door = door
+        self.unix: socket.socket | None = None
         self._verbose = verbose
         self._report = report.make(as_json)
         self._num_signals = 0
@@ -245,9 +246,9 @@ class Screen:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._report.close()
-        self._listener.close()
-        if self._door is not None:
-            self._door.close()
+        for listener in (self._listener, self._door, self.unix):
+            if listener is not None:  # a connection is refused rather than left to wait
+                listener.close()
         started = time.monotonic()
         num_running = await self._count_running()
         self._report.say(

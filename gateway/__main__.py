@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gateway", description="One gateway process of a hostler server.")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory with config.json")
     parser.add_argument("--fd", type=int, required=True, help="inherited listening socket")
+    parser.add_argument("--unix-fd", type=int, help="inherited listening Unix socket: the same application")
     parser.add_argument("--config", type=Path, help="another configuration than the run directory's")
     parser.add_argument("--ready-fd", type=int, help="inherited pipe that gets one byte once requests are accepted")
     parser.add_argument("--public-fd", type=int, help="inherited listening socket of the public application")
@@ -49,7 +50,8 @@ def main() -> None:
     # What lives as long as the process need not be looked at by the cycle collector ever again.
     gc.collect()
     gc.freeze()
-    serve(server, socket.socket(fileno=arguments.fd))
+    descriptors = [arguments.fd] if arguments.unix_fd is None else [arguments.fd, arguments.unix_fd]
+    serve(server, *(socket.socket(fileno=descriptor) for descriptor in descriptors))
 
 
 if __name__ == "__main__":

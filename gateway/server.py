@@ -289,8 +289,9 @@ def _uvicorn_config(app: ASGIApp, drain_s: float, *, lifespan: Literal["on", "of
     )
 
 
-def serve(server: GatewayServer, listener: socket.socket) -> None:
-    """Serve on a listening socket until a signal says stop."""
-    # Accepted sockets inherit it. Without, the kernel takes megabytes for a reader that has stalled.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    server.run(sockets=[listener])
+def serve(server: GatewayServer, *listeners: socket.socket) -> None:
+    """Serve on listening sockets, TCP or Unix, until a signal says stop."""
+    for listener in listeners:
+        # Accepted sockets inherit it. Without, the kernel takes megabytes for a reader that has stalled.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    server.run(sockets=list(listeners))

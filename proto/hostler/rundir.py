@@ -4,6 +4,7 @@
         lock                flock held by `hostler serve` for its life; its text is the pid
         config.json         the resolved configuration (0600), read by every process at start
         orchestrator.sock   placement service
+        gateway.sock        HTTP for this user alone (0600): what `ssh -L` forwards to
         w-<id>.sock         one per worker on this host
         token               of this run (0600), from which the keys of workers on other hosts are made
         responses.db        stored responses, if the configuration puts them nowhere else; files beside it are SQLite's
@@ -74,6 +75,11 @@ class RunDir:
     def orchestrator_socket(self) -> Path:
         """The placement service's socket."""
         return self.path / "orchestrator.sock"
+
+    @property
+    def gateway_socket(self) -> Path:
+        """The gateways' Unix socket, beside their TCP port."""
+        return self.path / "gateway.sock"
 
     @property
     def orchestrator_target(self) -> str:

@@ -52,7 +52,9 @@ def command(journal: str, arguments: list[str]) -> None:
     from cli.main import app
     from cli.supervisor import Child
 
-    def children(config: Any, run_dir: Any, descriptor: int, extra_env: Any, door: int | None) -> list[Child]:
+    def children(
+        config: Any, run_dir: Any, descriptor: int, extra_env: Any, door: int | None, unix: int | None
+    ) -> list[Child]:
         me = (sys.executable, __file__)
         dummy = (sys.executable, str(Path(__file__).with_name("dummy.py")), journal)
         return [

@@ -209,3 +209,21 @@ def sse(*pieces: str, reasoning: str = "", usage: int | None = None, done: bool 
         chunks.append({"choices": [], "usage": {"completion_tokens": usage}})
     lines = [b": ping\n\n", *(f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks)]
     return [*lines, b"data: [DONE]\n\n"] if done else lines[:-1]
+
+
+class News:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.texts: list[str] = []
+
+    def say(self, event: str, text: str, tone: str = "", **fields: Any) -> None:
+        self.events.append(event)
+        self.texts.append(text)
+
+    def progress(self, model: str, progress: Any) -> None: ...
+
+    def finish(self, model: str) -> None: ...
+
+    def close(self) -> None: ...

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -184,6 +185,26 @@ def test_the_listening_socket_bounds_what_a_stalled_reader_holds() -> None:
         assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * serve.SEND_BUFFER_BYTES
     finally:
         listener.close()
+
+
+def test_the_unix_socket_is_this_users_alone_and_takes_the_place_of_a_dead_one(place: Path) -> None:
+    path = place / "gateway.sock"
+    serve.bind_unix(path).close()  # as after a kill: the file stays
+    listener = serve.bind_unix(path)
+    try:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    finally:
+        listener.close()
+
+
+def test_gateways_inherit_the_public_socket_and_the_unix_one(place: Path) -> None:
+    from hostler.rundir import RunDir
+
+    children = serve.children(HostlerConfig(gateways=1), RunDir(place), 5, {}, 6, 7)
+    assert children[2].command[-6:] == ("--fd", "5", "--public-fd", "6", "--unix-fd", "7")
+    assert children[2].pass_fds == (5, 6, 7)
 
 
 def test_the_processes_are_those_of_the_design(place: Path) -> None:

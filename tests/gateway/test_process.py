@@ -37,6 +37,7 @@ class Running:
     process: asyncio.subprocess.Process
     client: httpx.AsyncClient
     worker: FakeWorker
+    unix: Path
 
 
 @asynccontextmanager
@@ -49,22 +50,43 @@ async def gateway_process(drain_s: float, **config: Any) -> AsyncIterator[Runnin
     write_resolved(HostlerConfig(drain_s=drain_s, **config), directory / "config.json")
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(directory / "gateway.sock"))
+    unix.listen()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "--run-dir", str(directory), "--fd", str(listener.fileno())),
-        pass_fds=(listener.fileno(),),
+        *("--unix-fd", str(unix.fileno())),
+        pass_fds=(listener.fileno(), unix.fileno()),
         stderr=asyncio.subprocess.DEVNULL,
         env={**os.environ},
     )
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            yield Running(process, client, worker)
+            yield Running(process, client, worker, directory / "gateway.sock")
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
         listener.close()
+        unix.close()
         await asyncio.gather(placement.stop(), worker.stop())
         shutil.rmtree(directory, ignore_errors=True)
+
+
+async def test_the_unix_socket_has_the_same_application_keys_and_allowed_names() -> None:
+    async with gateway_process(drain_s=1, api_key="sesame-sesame") as running:
+        transport = httpx.AsyncHTTPTransport(uds=str(running.unix))
+        key = {"Authorization": "Bearer sesame-sesame"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:18000", timeout=20) as client:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 401
+            reply = await client.post("/v1/chat/completions", json=body, headers=key)
+            assert reply.json()["choices"][0]["message"]["content"]
+            evil = await client.get("/v1/models", headers={**key, "Host": "evil.example"})
+            assert evil.status_code == 403
+        running.process.terminate()
+        assert await asyncio.wait_for(running.process.wait(), 20) == 0
+        assert running.unix.exists()  # it is the supervisor's: the next gateway accepts there
 
 
 async def test_sigterm_lets_running_streams_finish_and_exits_with_0() -> None:

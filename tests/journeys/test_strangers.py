@@ -105,7 +105,7 @@ def test_another_user_of_the_machine_opens_no_file_socket_or_process_of_a_server
     keyed.base.chmod(0o755)
     paths = [keyed.run_dir, *(path for path in keyed.run_dir.rglob("*") if not path.is_symlink())]
     sockets = [str(path) for path in paths if stat.S_ISSOCK(path.stat().st_mode)]
-    assert {"orchestrator.sock", "raylet", "plasma_store"} <= {Path(path).name for path in sockets}
+    assert {"gateway.sock", "orchestrator.sock", "raylet", "plasma_store"} <= {Path(path).name for path in sockets}
     pids = [process.pid for process in keyed.processes()]
     task = {
         "files": [str(path) for path in paths if not stat.S_ISSOCK(path.stat().st_mode)],
@@ -138,7 +138,7 @@ def test_another_user_of_the_machine_opens_no_file_socket_or_process_of_a_server
 def test_the_doors_of_the_run_directory_are_shut_by_their_modes(keyed: Server) -> None:
     for path in (keyed.base, keyed.run_dir, keyed.run_dir / "logs"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
-    for name in ("config.json", "token", "ray.json", "orchestrator.sock"):
+    for name in ("config.json", "token", "ray.json", "orchestrator.sock", "gateway.sock"):
         path = keyed.run_dir / name
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
