@@ -11,10 +11,10 @@ import sys
 from typing import Any
 
 from hostler import __version__
+from hostler.config import is_loopback
 
 from cli import servers
 from cli.servers import Server
-from cli.settings import is_loopback
 
 VERSION = 1
 
