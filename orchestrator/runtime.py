@@ -139,7 +139,14 @@ class Runtime:
         self.effects.remember(Memory(self.cluster.generation, (*ours, *self.cluster.ending.values())))
 
     def learn(self, spec: ModelSpec, worker: Worker, **seen: float) -> None:
-        """Take a measurement of a worker in, and store it when it says something new."""
+        """Take a measurement of a worker in, and store it when it says something new.
+
+        Bytes of a load that leaves later ones less to hold say nothing about those: they go by what is known.
+        """
+        if worker.report is not None and worker.report.info.loads_lighter:
+            seen = {key: value for key, value in seen.items() if not key.endswith("_bytes")}
+            if not seen:
+                return
         if worker.located is not None and self.cluster.experience.learn(spec, worker.located, worker.kind, **seen):
             self.effects.remember_experience(self.cluster.experience)
 

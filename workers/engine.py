@@ -243,7 +243,8 @@ Event = (
 class ModelFacts:
     """What a loaded model is and can do; bytes and tokens.
 
-    `adapters` are the names served beside it, `voices` those it speaks with.
+    `adapters` are the names served beside it, `voices` those it speaks with; `loads_lighter`: the next load of this
+    model will need less memory than this one did.
     """
 
     model: str
@@ -263,6 +264,7 @@ class ModelFacts:
     supports_fill_in_middle: bool = False
     embedding_dimensions: int = 0
     voices: tuple[str, ...] = ()
+    loads_lighter: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -353,6 +353,7 @@ def model_info(facts: ModelFacts) -> life.ModelInfo:
         supports_fill_in_middle=facts.supports_fill_in_middle,
         embedding_dimensions=facts.embedding_dimensions,
         voices=facts.voices,
+        loads_lighter=facts.loads_lighter,
     )
 
 

@@ -35,14 +35,16 @@ class FakeWorker:
         self.draining = self.unloaded = self.killed = self.asleep = False
         self.kv_cache_bytes = 0
 
-    def say(self, state: Any = life.WORKER_STATE_READY, *, generation: int = 0, **values: Any) -> None:
+    def say(
+        self, state: Any = life.WORKER_STATE_READY, *, generation: int = 0, loads_lighter: bool = False, **values: Any
+    ) -> None:
         model = self.request.model if self.request else ""
         self.reports.put_nowait(
             life.WatchResponse(
                 state=state,
                 generation=generation or self.generation,
                 pid=1000 + self.generation,
-                info=life.ModelInfo(model=model),
+                info=life.ModelInfo(model=model, loads_lighter=loads_lighter),
                 **values,
             )
         )

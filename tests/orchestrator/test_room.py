@@ -206,6 +206,19 @@ async def test_a_worker_that_holds_more_than_it_was_given_pays_with_its_kv_cache
     assert (await rig.scheduler.plan("a")).needed_bytes == 75 * MB
 
 
+async def test_what_a_first_load_left_behind_is_paid_for_but_not_asked_of_later_loads(
+    start: Start, effects: FakeEffects
+) -> None:
+    effects.stored["a"] = Footprint(20 * MB)
+    rig = await start({"name": "a", "kv_cache": 40 * MB})
+    await rig.ensure("a")
+    rig.worker("a").say(device_bytes=45 * MB, kv_allocated_bytes=10 * MB, loads_lighter=True)
+    await rig.settle()
+    assert rig.worker("a").kv_cache_bytes == 25 * MB
+    await rig.scheduler.unload("a")
+    assert (await rig.scheduler.plan("a")).needed_bytes == 60 * MB
+
+
 async def test_a_full_kv_cache_grows_into_free_room(start: Start, effects: FakeEffects) -> None:
     effects.stored["a"] = Footprint(20 * MB, kv_bytes_per_token=1000, max_context_tokens=50_000)
     rig = await start({"name": "a", "max_running": 2}, "b", budget=130 * MB)

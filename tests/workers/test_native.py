@@ -188,7 +188,7 @@ async def main():
     spec = LoadSpec(model="tiny", path={str(tiny_model)!r}, dtype="float32", num_threads=1)
     engine = await open_text_engine(spec, lambda *_: None)
     await engine.close()
-    return engine.runner, "transformers.modeling_utils" in sys.modules
+    return engine.runner, "transformers.modeling_utils" in sys.modules, engine.facts.loads_lighter
 
 print(*asyncio.run(main()))
 """
@@ -199,7 +199,20 @@ print(*asyncio.run(main()))
         return done.stdout.split()
 
     told()
-    assert told() == ["native", "False"]
+    assert told() == ["native", "False", "False"]
+
+
+async def test_a_load_that_wrote_a_recipe_says_that_the_next_one_needs_less(
+    tiny_model: Path, no_kernels_yet: Path
+) -> None:
+    _borrowed_library(no_kernels_yet)
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1)
+    seen = []
+    for _ in range(2):
+        engine = await open_text_engine(spec, lambda *_: None)
+        seen.append((engine.runner, engine.facts.loads_lighter))
+        await engine.close()
+    assert seen == [("native", True), ("native", False)]
 
 
 @pytest.mark.timeout(300)

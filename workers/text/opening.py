@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
                 runner = open_native(directory, loaded, spec, library)
                 loaded.free_weights()
                 memory.give_back()
-                return loaded.told(spec.quantize, runner.decoder.weight_bytes), runner, False
+                told = loaded.told(spec.quantize, runner.decoder.weight_bytes)
+                return _lighter_next_time(told, directory, spec, library), runner, False
             describe(loaded.decoder, loaded.head, loaded.text_config)
             may_compile = not spec.quantize  # quantized weights replace the ones that the kernels would be packed from
         except NotSupported as reason:
@@ -99,10 +101,19 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
     if spec.quantize:
         loaded = loaded.told(spec.quantize, loaded.facts.weight_bytes - quantize(loaded.decoder, spec.quantize))
     eager = open_eager(loaded, spec, keep_weights=may_compile or bool(spec.quantize))
+    if may_compile:
+        loaded = replace(loaded, facts=replace(loaded.facts, loads_lighter=True))
     if not may_compile:
         for adapter in loaded.adapters:  # The runner has its own.
             adapter.release()
     return loaded, eager, may_compile
+
+
+def _lighter_next_time(loaded: LoadedModel, directory: Directory, spec: LoadSpec, library: Path) -> LoadedModel:
+    """Return the model with the fact that later loads go by a recipe, if one was written."""
+    weights = _weights(directory.dtype, directory.text.dtype, spec)
+    is_lighter = recipe.recipe_path(library, directory, weights).exists()
+    return replace(loaded, facts=replace(loaded.facts, loads_lighter=is_lighter))
 
 
 def open_recipe(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$hostler/lifecycle/v1/lifecycle.proto\x12\x14hostler.lifecycle.v1\"\xe7\x03\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x04 \x03(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08quantize\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x12\n\nmax_queued\x18\t \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x04\x12\x1c\n\x14prefill_chunk_tokens\x18\x0b \x01(\r\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x19\n\x11trust_remote_code\x18\r \x01(\x08\x12/\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x1d.hostler.lifecycle.v1.Adapter\x12G\n\x0b\x65nvironment\x18\x0f \x03(\x0b\x32\x32.hostler.lifecycle.v1.LoadRequest.EnvironmentEntry\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"%\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"F\n\x0cLoadProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\x9f\x03\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\x04\x12\x16\n\x0esupports_tools\x18\n \x01(\x08\x12\x1a\n\x12supports_reasoning\x18\x0b \x01(\x08\x12\x17\n\x0fsupports_images\x18\x0c \x01(\x08\x12\x16\n\x0esupports_audio\x18\r \x01(\x08\x12\x1f\n\x17supports_fill_in_middle\x18\x0e \x01(\x08\x12\x1c\n\x14\x65mbedding_dimensions\x18\x0f \x01(\r\x12\x0e\n\x06voices\x18\x10 \x03(\t\"\x81\x01\n\x0cLoadResponse\x12\x36\n\x08progress\x18\x01 \x01(\x0b\x32\".hostler.lifecycle.v1.LoadProgressH\x00\x12\x30\n\x05ready\x18\x02 \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfoH\x00\x42\x07\n\x05\x65vent\"#\n\x0cSleepRequest\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x01 \x01(\r\"8\n\rSleepResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12\x12\n\nhost_bytes\x18\x02 \x01(\x04\"6\n\x0bWakeRequest\x12\x0f\n\x07\x64\x65vices\x18\x01 \x03(\t\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\"\x0e\n\x0cWakeResponse\"\'\n\rResizeRequest\x12\x16\n\x0ekv_cache_bytes\x18\x01 \x01(\x04\"(\n\x0eResizeResponse\x12\x16\n\x0ekv_cache_bytes\x18\x01 \x01(\x04\"#\n\x0c\x44rainRequest\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x01 \x01(\r\"&\n\rDrainResponse\x12\x15\n\rnum_remaining\x18\x01 \x01(\r\"\x0f\n\rUnloadRequest\"\x10\n\x0eUnloadResponse\"#\n\x0cWatchRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"\x92\x04\n\rWatchResponse\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.hostler.lifecycle.v1.WorkerState\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x12\n\nnum_queued\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_reserved_bytes\x18\n \x01(\x04\x12\x1f\n\x17num_prompt_tokens_total\x18\x0b \x01(\x04\x12#\n\x1bnum_completion_tokens_total\x18\x0c \x01(\x04\x12-\n\x04info\x18\r \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfo\x12\x0f\n\x07\x66\x61ilure\x18\x0e \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x0f \x01(\x04\x12\x19\n\x11peak_device_bytes\x18\x10 \x01(\x04\x12\x1a\n\x12kv_allocated_bytes\x18\x11 \x01(\x04\x12\x12\n\nhost_bytes\x18\x12 \x01(\x04\x12\x1a\n\rkeep_alive_ms\x18\x13 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_keep_alive_ms*\xc3\x01\n\nEngineKind\x12\x1b\n\x17\x45NGINE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NGINE_KIND_TEXT\x10\x01\x12\x18\n\x14\x45NGINE_KIND_SCRIPTED\x10\x02\x12\x19\n\x15\x45NGINE_KIND_EMBEDDING\x10\x03\x12\x1d\n\x19\x45NGINE_KIND_TRANSCRIPTION\x10\x04\x12\x16\n\x12\x45NGINE_KIND_SPEECH\x10\x05\x12\x16\n\x12\x45NGINE_KIND_RERANK\x10\x06*\xc2\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_BLANK\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x17\n\x13WORKER_STATE_ASLEEP\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_FAILED\x10\x06\x32\xd4\x04\n\x10LifecycleService\x12O\n\x04Load\x12!.hostler.lifecycle.v1.LoadRequest\x1a\".hostler.lifecycle.v1.LoadResponse0\x01\x12P\n\x05Sleep\x12\".hostler.lifecycle.v1.SleepRequest\x1a#.hostler.lifecycle.v1.SleepResponse\x12M\n\x04Wake\x12!.hostler.lifecycle.v1.WakeRequest\x1a\".hostler.lifecycle.v1.WakeResponse\x12S\n\x06Resize\x12#.hostler.lifecycle.v1.ResizeRequest\x1a$.hostler.lifecycle.v1.ResizeResponse\x12P\n\x05\x44rain\x12\".hostler.lifecycle.v1.DrainRequest\x1a#.hostler.lifecycle.v1.DrainResponse\x12S\n\x06Unload\x12#.hostler.lifecycle.v1.UnloadRequest\x1a$.hostler.lifecycle.v1.UnloadResponse\x12R\n\x05Watch\x12\".hostler.lifecycle.v1.WatchRequest\x1a#.hostler.lifecycle.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$hostler/lifecycle/v1/lifecycle.proto\x12\x14hostler.lifecycle.v1\"\xe7\x03\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x04 \x03(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08quantize\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x12\n\nmax_queued\x18\t \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x04\x12\x1c\n\x14prefill_chunk_tokens\x18\x0b \x01(\r\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x19\n\x11trust_remote_code\x18\r \x01(\x08\x12/\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x1d.hostler.lifecycle.v1.Adapter\x12G\n\x0b\x65nvironment\x18\x0f \x03(\x0b\x32\x32.hostler.lifecycle.v1.LoadRequest.EnvironmentEntry\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"%\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"F\n\x0cLoadProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\xb6\x03\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x06\x65ngine\x18\x02 \x01(\x0e\x32 .hostler.lifecycle.v1.EngineKind\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\x04\x12\x16\n\x0esupports_tools\x18\n \x01(\x08\x12\x1a\n\x12supports_reasoning\x18\x0b \x01(\x08\x12\x17\n\x0fsupports_images\x18\x0c \x01(\x08\x12\x16\n\x0esupports_audio\x18\r \x01(\x08\x12\x1f\n\x17supports_fill_in_middle\x18\x0e \x01(\x08\x12\x1c\n\x14\x65mbedding_dimensions\x18\x0f \x01(\r\x12\x0e\n\x06voices\x18\x10 \x03(\t\x12\x15\n\rloads_lighter\x18\x11 \x01(\x08\"\x81\x01\n\x0cLoadResponse\x12\x36\n\x08progress\x18\x01 \x01(\x0b\x32\".hostler.lifecycle.v1.LoadProgressH\x00\x12\x30\n\x05ready\x18\x02 \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfoH\x00\x42\x07\n\x05\x65vent\"#\n\x0cSleepRequest\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x01 \x01(\r\"8\n\rSleepResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12\x12\n\nhost_bytes\x18\x02 \x01(\x04\"6\n\x0bWakeRequest\x12\x0f\n\x07\x64\x65vices\x18\x01 \x03(\t\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\"\x0e\n\x0cWakeResponse\"\'\n\rResizeRequest\x12\x16\n\x0ekv_cache_bytes\x18\x01 \x01(\x04\"(\n\x0eResizeResponse\x12\x16\n\x0ekv_cache_bytes\x18\x01 \x01(\x04\"#\n\x0c\x44rainRequest\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x01 \x01(\r\"&\n\rDrainResponse\x12\x15\n\rnum_remaining\x18\x01 \x01(\r\"\x0f\n\rUnloadRequest\"\x10\n\x0eUnloadResponse\"#\n\x0cWatchRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"\x92\x04\n\rWatchResponse\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.hostler.lifecycle.v1.WorkerState\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x12\n\nnum_queued\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_reserved_bytes\x18\n \x01(\x04\x12\x1f\n\x17num_prompt_tokens_total\x18\x0b \x01(\x04\x12#\n\x1bnum_completion_tokens_total\x18\x0c \x01(\x04\x12-\n\x04info\x18\r \x01(\x0b\x32\x1f.hostler.lifecycle.v1.ModelInfo\x12\x0f\n\x07\x66\x61ilure\x18\x0e \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x0f \x01(\x04\x12\x19\n\x11peak_device_bytes\x18\x10 \x01(\x04\x12\x1a\n\x12kv_allocated_bytes\x18\x11 \x01(\x04\x12\x12\n\nhost_bytes\x18\x12 \x01(\x04\x12\x1a\n\rkeep_alive_ms\x18\x13 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_keep_alive_ms*\xc3\x01\n\nEngineKind\x12\x1b\n\x17\x45NGINE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NGINE_KIND_TEXT\x10\x01\x12\x18\n\x14\x45NGINE_KIND_SCRIPTED\x10\x02\x12\x19\n\x15\x45NGINE_KIND_EMBEDDING\x10\x03\x12\x1d\n\x19\x45NGINE_KIND_TRANSCRIPTION\x10\x04\x12\x16\n\x12\x45NGINE_KIND_SPEECH\x10\x05\x12\x16\n\x12\x45NGINE_KIND_RERANK\x10\x06*\xc2\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_BLANK\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x17\n\x13WORKER_STATE_ASLEEP\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_FAILED\x10\x06\x32\xd4\x04\n\x10LifecycleService\x12O\n\x04Load\x12!.hostler.lifecycle.v1.LoadRequest\x1a\".hostler.lifecycle.v1.LoadResponse0\x01\x12P\n\x05Sleep\x12\".hostler.lifecycle.v1.SleepRequest\x1a#.hostler.lifecycle.v1.SleepResponse\x12M\n\x04Wake\x12!.hostler.lifecycle.v1.WakeRequest\x1a\".hostler.lifecycle.v1.WakeResponse\x12S\n\x06Resize\x12#.hostler.lifecycle.v1.ResizeRequest\x1a$.hostler.lifecycle.v1.ResizeResponse\x12P\n\x05\x44rain\x12\".hostler.lifecycle.v1.DrainRequest\x1a#.hostler.lifecycle.v1.DrainResponse\x12S\n\x06Unload\x12#.hostler.lifecycle.v1.UnloadRequest\x1a$.hostler.lifecycle.v1.UnloadResponse\x12R\n\x05Watch\x12\".hostler.lifecycle.v1.WatchRequest\x1a#.hostler.lifecycle.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOADREQUEST_ENVIRONMENTENTRY']._loaded_options = None
   _globals['_LOADREQUEST_ENVIRONMENTENTRY']._serialized_options = b'8\001'
-  _globals['_ENGINEKIND']._serialized_start=2146
-  _globals['_ENGINEKIND']._serialized_end=2341
-  _globals['_WORKERSTATE']._serialized_start=2344
-  _globals['_WORKERSTATE']._serialized_end=2538
+  _globals['_ENGINEKIND']._serialized_start=2169
+  _globals['_ENGINEKIND']._serialized_end=2364
+  _globals['_WORKERSTATE']._serialized_start=2367
+  _globals['_WORKERSTATE']._serialized_end=2561
   _globals['_LOADREQUEST']._serialized_start=63
   _globals['_LOADREQUEST']._serialized_end=550
   _globals['_LOADREQUEST_ENVIRONMENTENTRY']._serialized_start=500
@@ -46,33 +46,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADPROGRESS']._serialized_start=591
   _globals['_LOADPROGRESS']._serialized_end=661
   _globals['_MODELINFO']._serialized_start=664
-  _globals['_MODELINFO']._serialized_end=1079
-  _globals['_LOADRESPONSE']._serialized_start=1082
-  _globals['_LOADRESPONSE']._serialized_end=1211
-  _globals['_SLEEPREQUEST']._serialized_start=1213
-  _globals['_SLEEPREQUEST']._serialized_end=1248
-  _globals['_SLEEPRESPONSE']._serialized_start=1250
-  _globals['_SLEEPRESPONSE']._serialized_end=1306
-  _globals['_WAKEREQUEST']._serialized_start=1308
-  _globals['_WAKEREQUEST']._serialized_end=1362
-  _globals['_WAKERESPONSE']._serialized_start=1364
-  _globals['_WAKERESPONSE']._serialized_end=1378
-  _globals['_RESIZEREQUEST']._serialized_start=1380
-  _globals['_RESIZEREQUEST']._serialized_end=1419
-  _globals['_RESIZERESPONSE']._serialized_start=1421
-  _globals['_RESIZERESPONSE']._serialized_end=1461
-  _globals['_DRAINREQUEST']._serialized_start=1463
-  _globals['_DRAINREQUEST']._serialized_end=1498
-  _globals['_DRAINRESPONSE']._serialized_start=1500
-  _globals['_DRAINRESPONSE']._serialized_end=1538
-  _globals['_UNLOADREQUEST']._serialized_start=1540
-  _globals['_UNLOADREQUEST']._serialized_end=1555
-  _globals['_UNLOADRESPONSE']._serialized_start=1557
-  _globals['_UNLOADRESPONSE']._serialized_end=1573
-  _globals['_WATCHREQUEST']._serialized_start=1575
-  _globals['_WATCHREQUEST']._serialized_end=1610
-  _globals['_WATCHRESPONSE']._serialized_start=1613
-  _globals['_WATCHRESPONSE']._serialized_end=2143
-  _globals['_LIFECYCLESERVICE']._serialized_start=2541
-  _globals['_LIFECYCLESERVICE']._serialized_end=3137
+  _globals['_MODELINFO']._serialized_end=1102
+  _globals['_LOADRESPONSE']._serialized_start=1105
+  _globals['_LOADRESPONSE']._serialized_end=1234
+  _globals['_SLEEPREQUEST']._serialized_start=1236
+  _globals['_SLEEPREQUEST']._serialized_end=1271
+  _globals['_SLEEPRESPONSE']._serialized_start=1273
+  _globals['_SLEEPRESPONSE']._serialized_end=1329
+  _globals['_WAKEREQUEST']._serialized_start=1331
+  _globals['_WAKEREQUEST']._serialized_end=1385
+  _globals['_WAKERESPONSE']._serialized_start=1387
+  _globals['_WAKERESPONSE']._serialized_end=1401
+  _globals['_RESIZEREQUEST']._serialized_start=1403
+  _globals['_RESIZEREQUEST']._serialized_end=1442
+  _globals['_RESIZERESPONSE']._serialized_start=1444
+  _globals['_RESIZERESPONSE']._serialized_end=1484
+  _globals['_DRAINREQUEST']._serialized_start=1486
+  _globals['_DRAINREQUEST']._serialized_end=1521
+  _globals['_DRAINRESPONSE']._serialized_start=1523
+  _globals['_DRAINRESPONSE']._serialized_end=1561
+  _globals['_UNLOADREQUEST']._serialized_start=1563
+  _globals['_UNLOADREQUEST']._serialized_end=1578
+  _globals['_UNLOADRESPONSE']._serialized_start=1580
+  _globals['_UNLOADRESPONSE']._serialized_end=1596
+  _globals['_WATCHREQUEST']._serialized_start=1598
+  _globals['_WATCHREQUEST']._serialized_end=1633
+  _globals['_WATCHRESPONSE']._serialized_start=1636
+  _globals['_WATCHRESPONSE']._serialized_end=2166
+  _globals['_LIFECYCLESERVICE']._serialized_start=2564
+  _globals['_LIFECYCLESERVICE']._serialized_end=3160
 # @@protoc_insertion_point(module_scope)

@@ -252,6 +252,7 @@ class ModelInfo(_message.Message):
     SUPPORTS_FILL_IN_MIDDLE_FIELD_NUMBER: _builtins.int
     EMBEDDING_DIMENSIONS_FIELD_NUMBER: _builtins.int
     VOICES_FIELD_NUMBER: _builtins.int
+    LOADS_LIGHTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     engine: Global___EngineKind.ValueType
     architecture: _builtins.str
@@ -268,6 +269,10 @@ class ModelInfo(_message.Message):
     supports_fill_in_middle: _builtins.bool
     embedding_dimensions: _builtins.int
     """Length of an embedding; 0 for other kinds."""
+    loads_lighter: _builtins.bool
+    """This load did what later ones need not do again (the kernels were proved on the model), and left the process larger
+    than theirs: what it holds says nothing about them.
+    """
     @_builtins.property
     def voices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Voices of a text-to-speech model."""
@@ -291,10 +296,11 @@ class ModelInfo(_message.Message):
         supports_fill_in_middle: _builtins.bool = ...,
         embedding_dimensions: _builtins.int = ...,
         voices: _abc.Iterable[_builtins.str] | None = ...,
+        loads_lighter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "engine", b"engine", "kv_bytes_per_token", b"kv_bytes_per_token", "max_context_tokens", b"max_context_tokens", "model", b"model", "num_parameters", b"num_parameters", "supports_audio", b"supports_audio", "supports_fill_in_middle", b"supports_fill_in_middle", "supports_images", b"supports_images", "supports_reasoning", b"supports_reasoning", "supports_tools", b"supports_tools", "vocab_size", b"vocab_size", "voices", b"voices", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "engine", b"engine", "kv_bytes_per_token", b"kv_bytes_per_token", "loads_lighter", b"loads_lighter", "max_context_tokens", b"max_context_tokens", "model", b"model", "num_parameters", b"num_parameters", "supports_audio", b"supports_audio", "supports_fill_in_middle", b"supports_fill_in_middle", "supports_images", b"supports_images", "supports_reasoning", b"supports_reasoning", "supports_tools", b"supports_tools", "vocab_size", b"vocab_size", "voices", b"voices", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
