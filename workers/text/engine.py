@@ -233,11 +233,8 @@ class TextEngine:
         """See `workers.engine.Sleeper.wake`."""
         assert self._bed is not None, "opened without a bed"
         opened = await gently(partial(self._bed.get_up, spec), load_niceness(len(spec.devices)))
-        # What a first load imported stays in this process.
-        facts = replace(
-            opened.loaded.facts, loads_lighter=opened.loaded.facts.loads_lighter or self._facts.loads_lighter
-        )
-        self._loaded, self._facts = replace(opened.loaded, facts=facts), self._complete(facts)
+        is_large = self._facts.loads_lighter  # what a first load imported stays in this process
+        self._loaded, self._facts = opened.loaded, replace(self._complete(opened.loaded.facts), loads_lighter=is_large)
         self._intake.see_with(opened.loaded.vision)
         await self._orders.between_steps(partial(self._return, opened))
         self._asleep = False
