@@ -1,8 +1,8 @@
 """Devices: what a machine has, what we may use of it, and how a worker is pinned to some of it.
 
-Above it: `__main__`, the effects, and `node_agent.py` on other machines. Below it: NVML and psutil. Without an NVIDIA
-driver the CPU is the one device, with a byte budget, so that placement works the same everywhere. Configured devices
-replace the discovered ones of their machine and may be virtual: several budgets on one CPU.
+Above it: `__main__`, the effects, and `node_agent.py` on other machines. Below it: NVML, psutil and `host_memory`.
+Without an NVIDIA driver the CPU is the one device, with a byte budget, so that placement works the same everywhere.
+Configured devices replace the discovered ones of their machine and may be virtual: several budgets on one CPU.
 
 A device of another machine has that machine's name before its own, with a slash: `box2/cuda:0`.
 """
@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 from hostler.config import DeviceConfig
+
+from orchestrator import host_memory
 
 CPU_SHARE = 0.8
 CUDA_SHARE = 0.95
@@ -99,7 +101,7 @@ def _gpus() -> list[Device]:
 
 
 def _cpu(device_id: str = "cpu") -> Device:
-    budget = max(MIN_CPU_BUDGET_BYTES, int(psutil.virtual_memory().available * CPU_SHARE))
+    budget = max(MIN_CPU_BUDGET_BYTES, int(host_memory.available_bytes() * CPU_SHARE))
     return Device(device_id, "cpu", f"CPU, {num_physical_cores()} cores", 0, budget, auto_budget=True)
 
 
@@ -132,7 +134,7 @@ def sleep_budget_bytes(configured: int | None, found: Sequence[Device]) -> int:
     if configured is not None:
         return configured
     share = SLEEP_SHARE_BESIDE_GPUS if any(d.kind == "cuda" for d in found) else SLEEP_SHARE_BESIDE_CPU
-    return int(psutil.virtual_memory().available * share)
+    return int(host_memory.available_bytes() * share)
 
 
 def foreign_bytes(devices: Sequence[Device], our_pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
