@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import orjson
 import uvicorn
@@ -35,7 +35,9 @@ MAX_HEAD_BYTES = 16 * 1024
 HEAD_TIMEOUT_S = 30.0
 # What a refused client may still send before we hang up; reading it lets the client see the reply.
 MAX_DISCARDED_BYTES = 256 * 1024 * 1024
-# A stranger's body is not read at all; so long the connection stays, so that its reply can arrive.
+# A stranger's body is not read unless it is small; then its connection can serve the next request.
+SMALL_BODY_BYTES = 32 * 1024
+# So long a connection stays whose body is left unread: closed at once, the reply would be lost with it.
 LINGER_S = 2.0
 SEND_BUFFER_BYTES = 128 * 1024
 KEEP_ALIVE_S = 65
@@ -44,6 +46,22 @@ BACKLOG = 2048
 _FAREWELL_S = 3
 # For so long a gateway that has a successor still answers on connections that it has, and closes each behind its reply.
 _HANDOVER_S = 1.0
+
+
+class _Lingering:
+    """A transport that is closed a while after it was asked to be."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+
+    def write(self, data: bytes) -> None:
+        """Send."""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Close later."""
+        self._loop.call_later(LINGER_S, self._transport.abort)
 
 
 class Connection(HttpToolsProtocol):
@@ -108,12 +126,15 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def read_no_more(self) -> None:
-        """Leave what is still to come of this request unread, and hang up once its reply has had time to arrive."""
-        if not self.cycle.more_body:
+        """Leave what is still to come of a large body unread, and hang up once the reply has had time to arrive."""
+        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        is_small = length.isdigit() and int(length) <= SMALL_BODY_BYTES
+        if not self.cycle.more_body or is_small:
             return
         self.flow.pause_reading()
         self.flow.read_paused = False  # so that the end of the reply does not lift it
-        self.loop.call_later(LINGER_S, self.transport.abort)
+        self.cycle.keep_alive = False  # which the reply says, too
+        self.cycle.transport = cast(asyncio.Transport, _Lingering(self.transport, self.loop))
 
     def data_received(self, data: bytes) -> None:
         """Parse; a head over the cap ends the connection, a body waits to be asked for."""

@@ -39,6 +39,7 @@ cp "$1/hostler.yaml" /run  # the unit has a /tmp of its own
 cat > hostler.service.d/test.conf <<END
 [Service]
 Environment=PYTHONPATH=$PYTHONPATH
+BindReadOnlyPaths=${PYTHONPATH%%:*}
 StandardOutput=append:$1/serve.out
 StandardError=append:$1/serve.out
 END

@@ -238,11 +238,28 @@ async def test_of_a_hundred_megabytes_without_a_key_next_to_nothing_is_read_and_
 
         await asyncio.sleep(0.05)  # what is there together with the head is read together with it
         sending = asyncio.create_task(send_all())
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
-        assert b" 401 " in answer
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert b" 401 " in answer.split(b"\r\n")[0]
+        assert b"connection: close" in answer.lower()
         with pytest.raises(ConnectionError):  # hung up on
             await asyncio.wait_for(sending, 5)
         assert num_read < 64 * 1024
+
+
+async def test_a_refused_request_with_a_small_body_leaves_its_connection_open(file: KeyFile) -> None:
+    file.add("laptop")
+    async with world(config=config(file)) as here:
+        host, port = here.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for _ in range(3):
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000\r\n\r\n")
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            assert b" 401 " in head.split(b"\r\n")[0]
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await asyncio.wait_for(reader.readexactly(length), 5)
+            writer.write(bytes(30_000))
+            await writer.drain()
+        writer.close()
 
 
 async def test_a_refused_request_whose_body_has_come_leaves_its_connection_open(file: KeyFile) -> None:
