@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import uuid
@@ -48,6 +49,10 @@ _FAREWELL_S = 3
 _HANDOVER_S = 1.0
 
 
+# A key that no header may hold is a wrong key, not broken HTTP.
+_UNREADABLE_KEY = re.compile(rb"(?im)^(?:authorization|x-api-key):[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
 class _Lingering:
     """A transport that is closed a while after it was asked to be."""
 
@@ -73,6 +78,7 @@ class Connection(HttpToolsProtocol):
     _num_discarded_bytes = 0
     _has_long_key = False
     _head_came = False
+    _last_data = b""
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -140,7 +146,9 @@ class Connection(HttpToolsProtocol):
         """Parse; a head over the cap ends the connection, a body waits to be asked for."""
         if self._num_head_bytes > MAX_HEAD_BYTES or self.transport.is_closing():
             return
+        self._last_data = data
         super().data_received(data)
+        self._last_data = b""
         if self._head_came:
             self._head_came = False
             if self.cycle.more_body:
@@ -151,7 +159,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         error: HostlerError = InvalidRequest("The request is not valid HTTP, or its head is too long.")
-        if self._has_long_key:
+        if self._has_long_key or _UNREADABLE_KEY.search(self._last_data):
             error = InvalidApiKey("Wrong API key.")
         body = orjson.dumps(error_body(error))
         status = HTTPStatus(error.http_status)
