@@ -6,8 +6,9 @@ A request passes `Envelope` → CORS (when configured) → `Gate` → a route. N
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -15,6 +16,7 @@ from hostler.config import ConfigError, HostlerConfig
 from hostler.errors import HostlerError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from gateway.auth import HostCheck, PageCheck
 from gateway.doors import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER, Envelope, Gate, request_id_of
@@ -58,7 +60,6 @@ def create_app(
     token: str = "",
     patience: Patience | None = None,
     state_dir: Path | None = None,
-    demand_key: bool = False,
 ) -> FastAPI:
     """Build the application; it connects when its lifespan begins.
 
@@ -68,12 +69,11 @@ def create_app(
         token: of this run; workers on other hosts want keys that are made from it.
         patience: deadlines other than the usual ones, for tests.
         state_dir: where stored responses lie that every gateway process of a server shares; None: nowhere lasting.
-        demand_key: demand a key of everybody, wherever the server listens.
 
     Raises:
         ConfigError: it would be open to strangers.
     """
-    demands = demand_key or config.demands_key
+    demands = config.demands_key
     ring = KeyRing(config.api_key, config.keys_file, demands=demands)
     if demands and ring.is_empty:
         raise ConfigError(
@@ -122,28 +122,31 @@ def create_app(
     )
     for room in rooms:
         app.router.routes.extend(room.router.routes)
+    host_check = HostCheck(config.host, config.allowed_hosts, has_key=demands)
+    page_check = None if demands else PageCheck(config.cors, host_check)
+    gate = partial(Gate, host_check=host_check, ring=ring, limits=services.limits, page_check=page_check)
+    add_doors(app, gate, config.cors, allow_private_network=True)
+    app.add_middleware(Envelope, meter=services.meter)
+    return app
+
+
+def add_doors(
+    app: FastAPI, gate: Callable[[ASGIApp], Gate], origins: Sequence[str], *, allow_private_network: bool
+) -> None:
+    """Give an application its answers to failures, its gate, and around that CORS where origins are let in."""
     for kind in (HostlerError, HTTPException, ClientGone):
         app.add_exception_handler(kind, answer_error)
-    host_check = HostCheck(config.host, config.allowed_hosts, has_key=demands)
     # The last one added is the outermost.
-    app.add_middleware(
-        Gate,
-        host_check=host_check,
-        ring=ring,
-        limits=services.limits,
-        page_check=None if demands else PageCheck(config.cors, host_check),
-    )
-    if config.cors:
+    app.add_middleware(gate)
+    if origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=config.cors,
+            allow_origins=origins,
             allow_methods=("*",),
             allow_headers=("*",),
             expose_headers=(REQUEST_ID_HEADER, ANTHROPIC_ID_HEADER, "retry-after", *RATE_HEADERS),
-            allow_private_network=True,
+            allow_private_network=allow_private_network,
         )
-    app.add_middleware(Envelope, meter=services.meter)
-    return app
 
 
 async def answer_error(request: Request, exception: Exception) -> Response:

@@ -46,10 +46,6 @@ class KeyCheck:
         self._digest = hashlib.sha256(api_key.encode()).digest()
         self.own_scope = scope_of_key(self._digest)
 
-    def cache_scope(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-        """Return the cache scope of the key that the headers present; None if they present no valid one."""
-        return self.own_scope if self.allows(headers) else None
-
     def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Return whether `Authorization: Bearer` or `x-api-key` holds the key, in time that says nothing about it."""
         allowed = False

@@ -13,22 +13,20 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from hostler.config import ConfigError
-from hostler.errors import HostlerError
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.app import RATE_HEADERS, answer_error
+from gateway.app import add_doors
 from gateway.auth import normal_host, without_port
-from gateway.doors import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER, Envelope, Gate, request_id_of
+from gateway.doors import Envelope, Gate, request_id_of
 from gateway.error_reply import error_response
-from gateway.errors import ClientGone, RouteNotFound, as_hostler_error
+from gateway.errors import RouteNotFound, as_hostler_error
 from gateway.linked_images import LinkedImages
 from gateway.responses.answer import Answering
 from gateway.routes import (
@@ -185,21 +183,10 @@ def create_public_app(services: Services, *, told: Path | None = None) -> FastAP
         app.state.services = public_view(services)
 
     services.on_open.append(share)
-    for kind in (HostlerError, HTTPException, ClientGone):
-        app.add_exception_handler(kind, answer_error)
     names = [*config.public.hosts, *([urlsplit(config.public.url).netloc] if config.public.url else [])]
-    # The last one added is the outermost.
-    app.add_middleware(
-        Gate, host_check=PublicHosts(names, told), ring=services.ring, limits=services.limits, demands=True
-    )
-    if config.public.cors:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.public.cors,
-            allow_methods=("*",),
-            allow_headers=("*",),
-            expose_headers=(REQUEST_ID_HEADER, ANTHROPIC_ID_HEADER, "retry-after", *RATE_HEADERS),
-        )
+    hosts = PublicHosts(names, told)
+    gate = partial(Gate, host_check=hosts, ring=services.ring, limits=services.limits, demands=True)
+    add_doors(app, gate, config.public.cors, allow_private_network=False)
     app.add_middleware(Listed, routes=routes)
     app.add_middleware(Envelope, meter=services.meter)
     return app

@@ -58,5 +58,5 @@ async def test_a_retry_carries_the_scope(called: World) -> None:
 
 
 @pytest.mark.parametrize("headers", [[], [(b"x-api-key", OTHER_KEY.encode())], [(b"authorization", b"Basic eDp5")]])
-def test_a_wrong_key_has_no_scope(headers: list[tuple[bytes, bytes]]) -> None:
-    assert KeyCheck(KEY).cache_scope(headers) is None
+def test_a_wrong_key_is_not_let_in(headers: list[tuple[bytes, bytes]]) -> None:
+    assert not KeyCheck(KEY).allows(headers)

@@ -65,8 +65,6 @@ async def test_a_server_that_demands_a_key_does_not_start_without_one(file: KeyF
     for values in (config(file), {"keys_file": file.path, "host": "0.0.0.0"}):
         with pytest.raises(ConfigError, match="hostler key create"):
             create_app(HostlerConfig(**values), placement_target="unix:/nowhere")
-    with pytest.raises(ConfigError, match="hostler key create"):
-        create_app(HostlerConfig(keys_file=file.path), placement_target="unix:/nowhere", demand_key=True)
 
 
 async def test_what_a_key_may_not_do_is_a_403(file: KeyFile) -> None:
