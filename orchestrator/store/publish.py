@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +137,14 @@ def _is_ours(path: Path, partial: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(partial).parts)
 
 
+def _refuse_links(partial: Path) -> None:
+    """Refuse whatever is not a file or a directory, such as a link to another file of the machine."""
+    for path in partial.rglob("*"):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ModelLoadFailed(f"{path.relative_to(partial)} is a link or a device; a model is made of plain files.")
+
+
 def publish(place: Workplace, provenance: Provenance, report: Report) -> StoredModel:
     """Check, hash and sync the files in the partial directory, write the manifest, and rename it into place.
 
@@ -143,6 +152,7 @@ def publish(place: Workplace, provenance: Provenance, report: Report) -> StoredM
         ModelLoadFailed: damaged files (the partial directory is removed), or the disk failed (it stays).
     """
     try:
+        _refuse_links(place.partial)
         check_files(place.partial)
     except ModelLoadFailed:
         shutil.rmtree(place.partial, ignore_errors=True)

@@ -184,6 +184,25 @@ async def test_a_key_of_a_megabyte_nul_or_foreign_letters_is_a_401(file: KeyFile
             writer.close()
 
 
+@pytest.mark.parametrize(
+    ("header", "status"), [("Authorization: Bearer ", 401), ("x-api-key: ", 401), ("x-else: ", 400)]
+)
+async def test_nobody_waits_for_the_end_of_a_long_key(file: KeyFile, header: str, status: int) -> None:
+    file.add("laptop")
+    async with world(config=config(file)) as here:
+        host, port = here.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-note: a\r\n" + header.encode())
+        await asyncio.sleep(0.05)
+        writer.write(b"k" * 20_000)  # of a million
+        answer = await asyncio.wait_for(reader.read(), 1)  # its end comes with it, though we may still send
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        for _ in range(20):
+            writer.write(b"k" * 50_000)
+            await writer.drain()
+        writer.close()
+
+
 async def test_an_upload_without_a_key_is_refused_before_its_body_is_read(file: KeyFile) -> None:
     file.add("laptop")
     async with world(over_tcp=False, config=config(file)) as here:

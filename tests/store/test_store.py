@@ -215,6 +215,23 @@ def test_truncated_weights_are_never_published(models_dir: Path, tiny_model: Pat
     assert list_stored(models_dir) == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "1_Pooling"])
+def test_a_link_among_a_model_s_files_is_never_published(
+    name: str, models_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / name).write_text("{}")
+    with _gather(models_dir, tiny_model) as place:
+        (place.partial / name).unlink(missing_ok=True)
+        (place.partial / name).symlink_to(outside if name == "1_Pooling" else outside / name)
+        with pytest.raises(ModelLoadFailed, match=f"^{name} is a link"):
+            publish.publish(place, Provenance("m", "test", ""), lambda _progress: None)
+        assert not place.partial.exists()
+    assert list_stored(models_dir) == []
+    assert (outside / name).read_text() == "{}"
+
+
 def test_a_damaged_manifest_hides_the_model_instead_of_breaking_the_list(models_dir: Path, tiny_model: Path) -> None:
     for key in ("a", "b"):
         with _gather(models_dir, tiny_model, key) as place:

