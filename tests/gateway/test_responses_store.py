@@ -99,6 +99,7 @@ def test_everything_is_bound_to_its_owner(database: Database) -> None:
     database.insert_conversation(ME, {"id": "c"}, [message("ci")])
     for read in (
         lambda: database.get(OTHER, "r"),
+        lambda: database.state(OTHER, "r"),
         lambda: database.inputs(OTHER, "r"),
         lambda: database.delete(OTHER, "r", "response"),
         lambda: database.end(OTHER, "r", ending),

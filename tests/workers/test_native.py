@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from workers.engine import Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
+from workers.text import proving
 from workers.text.attention import PagedCache
 from workers.text.directory import LoadedModel, read_directory
 from workers.text.eager import ModelRunner
@@ -24,7 +25,7 @@ from workers.text.native import build
 from workers.text.native.decoder import NativeDecoder
 from workers.text.native.describe import NotSupported, describe
 from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
-from workers.text.opening import open_native, open_recipe, open_text_engine
+from workers.text.opening import open_native, open_recipe, open_runner, open_text_engine, recipe_of
 from workers.text.threads import Threads
 
 VOCABULARY = 1024
@@ -178,14 +179,15 @@ def test_a_recipe_is_not_followed_once_the_files_changed(
     assert open_recipe(directory, spec, library, lambda *_: None) is None
 
 
-def test_an_engine_over_a_recipe_imports_no_model_definition(tiny_model: Path) -> None:
+def test_neither_the_first_load_nor_a_later_one_imports_a_model_definition(tiny_model: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_model, tmp_path / "model")
     script = f"""
 import asyncio, sys
 from workers.engine import LoadSpec
 from workers.text.opening import open_text_engine
 
 async def main():
-    spec = LoadSpec(model="tiny", path={str(tiny_model)!r}, dtype="float32", num_threads=1)
+    spec = LoadSpec(model="tiny", path={str(path)!r}, dtype="float32", num_threads=1)
     engine = await open_text_engine(spec, lambda *_: None)
     await engine.close()
     return engine.runner, "transformers.modeling_utils" in sys.modules, engine.facts.loads_lighter
@@ -198,8 +200,36 @@ print(*asyncio.run(main()))
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
         return done.stdout.split()
 
-    told()
-    assert told() == ["native", "False", "False"]
+    assert [told(), told()] == [["native", "False", "False"]] * 2
+
+
+@pytest.mark.parametrize("how", ["not started", "killed"])
+def test_where_the_kernels_cannot_be_proved_apart_they_are_proved_here(
+    how: str, tiny_model: Path, no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _borrowed_library(no_kernels_yet)
+    killed = Path(shutil.which("sh") or "/bin/sh")
+    python = no_kernels_yet / "python"
+    python.write_text(f"#!{killed}\nkill -9 $$\n")
+    python.chmod(0o755 if how == "killed" else 0o644)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("workers.text.opening.is_worth_it", lambda _recipe: True)
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1)
+    _, runner, _ = open_runner(read_directory(spec), spec, lambda *_: None)
+    assert runner.name == "native"
+
+
+def test_a_model_without_a_recipe_is_tried_once(
+    tiny_model: Path, no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _borrowed_library(no_kernels_yet)
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1)
+    path = recipe_of(library, read_directory(spec), spec)
+    monkeypatch.setattr(proving, "_DEFINITIONS", "not imported here")
+    assert proving.is_worth_it(path)
+    monkeypatch.setattr("workers.text.native.recipe.draft", lambda *_: None)
+    assert not proving.prove(spec)
+    assert not proving.is_worth_it(path)
 
 
 async def test_a_load_that_wrote_a_recipe_says_that_the_next_one_needs_less(

@@ -1,9 +1,10 @@
 """Opens a text engine: read the directory, choose a runner, warm up, start. All of it off the event loop.
 
 On the CPU the compiled kernels run the model when they know its family. A model that they were proved on before goes
-from its files straight to them (`native/recipe.py`). Any other is loaded through transformers' definition, whose import
-alone takes seconds. When the kernels are not compiled yet, the engine serves through that definition at once, compiles
-in the background and goes over between two steps.
+from its files straight to them (`native/recipe.py`); on a new one they are proved in a process of its own first
+(`proving.py`). Any other is loaded through transformers' definition, whose import alone takes seconds. When the kernels
+are not compiled yet, the engine serves through that definition at once, compiles in the background and goes over
+between two steps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from workers.text.native import build, recipe
 from workers.text.native.decoder import NativeDecoder
 from workers.text.native.describe import Description, NotSupported, describe, described_layers
 from workers.text.native.runner import NativeRunner
+from workers.text.proving import is_worth_it, prove_apart
 from workers.text.runner import Runner
 from workers.text.sleeping import Bed, Opened
 
@@ -76,8 +78,12 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
 
         return *open_split(spec, report), False
     library = build.built() if directory.kernels else None
-    if library is not None and (ready := open_recipe(directory, spec, library, report)) is not None:
-        return *ready, False
+    if library is not None:
+        ready = open_recipe(directory, spec, library, report)
+        if ready is None and is_worth_it(recipe_of(library, directory, spec)) and prove_apart(spec):
+            ready = open_recipe(directory, spec, library, report)
+        if ready is not None:
+            return *ready, False
     from workers.text.eager import open_eager
     from workers.text.linear import quantize
     from workers.text.loader import load
@@ -111,9 +117,13 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
 
 def _lighter_next_time(loaded: LoadedModel, directory: Directory, spec: LoadSpec, library: Path) -> LoadedModel:
     """Return the model with the fact that later loads go by a recipe, if one was written."""
-    weights = _weights(directory.dtype, directory.text.dtype, spec)
-    is_lighter = recipe.recipe_path(library, directory, weights).exists()
+    is_lighter = recipe_of(library, directory, spec).exists()
     return replace(loaded, facts=replace(loaded.facts, loads_lighter=is_lighter))
+
+
+def recipe_of(library: Path, directory: Directory, spec: LoadSpec) -> Path:
+    """Return where the recipe for this load is kept, written or not."""
+    return recipe.recipe_path(library, directory, _weights(directory.dtype, directory.text.dtype, spec))
 
 
 def open_recipe(
@@ -121,7 +131,7 @@ def open_recipe(
 ) -> tuple[LoadedModel, NativeRunner] | None:
     """Return a model that the kernels were proved on before, packed straight from its files; None if there is none."""
     weights = _weights(directory.dtype, directory.text.dtype, spec)
-    found = recipe.read(recipe.recipe_path(library, directory, weights), directory)
+    found = recipe.read(recipe_of(library, directory, spec), directory)
     if found is None:
         return None
     total = sum(file.stat().st_size for file in directory.weight_files)

@@ -8,14 +8,11 @@ does, should it be stuck in a collective.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
 import select
-import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hostler import logs
 from hostler.errors import HostlerError
 
-from workers.engine import LoadSpec
+from workers.child import die_with, spec_of
 from workers.text.parallel.wire import Channel, Kind, decode_step
 
 if TYPE_CHECKING:
@@ -32,15 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; exit if its process has already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
 
 def exit_when_alone(end: socket.socket) -> None:
     """End this process as soon as the other end of its socket is closed, whatever it does meanwhile."""
@@ -48,11 +36,6 @@ def exit_when_alone(end: socket.socket) -> None:
     poll.register(end, select.POLLRDHUP)
     poll.poll()
     os._exit(0)
-
-
-def spec_of(fields: dict[str, Any]) -> LoadSpec:
-    """Return the `LoadSpec` that `dataclasses.asdict` made these fields of; adapters do not travel."""
-    return LoadSpec(**{**fields, "devices": tuple(fields["devices"]), "adapters": ()})
 
 
 def expect(channel: Channel, kind: Kind) -> bytes:

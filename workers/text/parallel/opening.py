@@ -5,7 +5,6 @@ Above: `workers/text/opening.py`. Below: `shard.py` and `followers.py`, or `laye
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from hostler.errors import ModelLoadFailed
 
+from workers.child import fields_of
 from workers.engine import LoadSpec
 from workers.text.directory import Directory, LoadedModel
 from workers.text.loader import Report
@@ -110,7 +110,7 @@ def open_tensor_parallel(
         member = group.Membership(0, size, directory.device)
         # A follower sees one GPU only, and numbers it as the first.
         seen = "cpu" if directory.device.type == "cpu" else "cuda:0"
-        its_spec = dataclasses.asdict(replace(spec, devices=(seen,) * size))
+        its_spec = fields_of(replace(spec, devices=(seen,) * size))
         meeting = private / "meeting"
         shared = {"spec": its_spec, "meeting": str(meeting), "num_threads": num_threads}
         followers.tell(Kind.TASK, ({**shared, "rank": rank} for rank in range(1, size)))
