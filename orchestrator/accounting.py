@@ -74,6 +74,9 @@ class Accounting:
             excess = self._cluster.committed_bytes(device.id) - self._cluster.usable_bytes(device)
             if excess > NOTICED * device.budget_bytes and not self._cluster.is_giving_way(device.id):
                 self._relieve(device, excess, now_s)
+        for node, spare in self._cluster.host_spare_bytes.items():
+            if spare < 0:
+                self._relieve_host(node, -spare)
         if now_s - self._grown_at_s < GROW_INTERVAL_S:
             return
         self._grown_at_s = now_s
@@ -103,6 +106,25 @@ class Accounting:
                 self._resting.put_to_sleep(worker, why)
             else:
                 self._retiring.gently(worker, EVICTION_DRAIN_S, why)
+
+    def _relieve_host(self, node: str, excess: int) -> None:
+        """Send sleepers away, those first whose bytes save the least waiting."""
+        here = [w for w in self._cluster.workers.values() if w.node == node]
+        if any(w.state is WorkerState.DRAINING and not w.parts for w in here):
+            return  # What they held comes free in a moment, and is measured then.
+        now_s = self._runtime.effects.now_s()
+
+        def worth(worker: Worker) -> float:
+            model = self._cluster.models[worker.model]
+            times = self._cluster.experience.expect(model.spec, worker.located, worker.kind)
+            return model.reuse.per_s(now_s) * (times.load_s - times.wake_s) / max(1, worker.sleep_bytes)
+
+        asleep = [w for w in here if w.state is WorkerState.ASLEEP and not self._cluster.models[w.model].pinned]
+        for worker in sorted(asleep, key=worth):
+            if excess <= 0:
+                break
+            excess -= worker.sleep_bytes
+            self._retiring.gently(worker, EVICTION_DRAIN_S, "other programs need the host memory that it slept in")
 
     def _grow(self, worker: Worker, model: Model) -> None:
         device = self._cluster.devices.get(worker.parts[0].device)

@@ -43,6 +43,7 @@ class Cluster:
     workers: dict[int, Worker] = field(default_factory=dict)
     foreign_bytes: dict[str, int] = field(default_factory=dict)
     sleep_budget_bytes: dict[str, int] = field(default_factory=dict)
+    host_spare_bytes: dict[str, int] = field(default_factory=dict)
     experience: Experience = field(default_factory=Experience)
     apart: frozenset[str] = frozenset()
     generation: int = 0
@@ -145,6 +146,14 @@ class Cluster:
         states = (WorkerState.RESTING, WorkerState.ASLEEP)
         return sum(w.sleep_bytes for w in self.workers.values() if w.node == node and w.state in states)
 
+    def sleep_room_bytes(self, node: str) -> int:
+        """Return what sleepers may hold: their budget, or what other programs left of a GPU machine's memory."""
+        budget = self.sleep_budget_bytes.get(node, 0)
+        if (spare := self.host_spare_bytes.get(node)) is None:
+            return budget
+        asleep = sum(w.sleep_bytes for w in self.workers.values() if w.node == node and w.state is WorkerState.ASLEEP)
+        return max(0, min(budget, asleep + spare))
+
     def grow_budget(self, device: str, num_bytes: int) -> None:
         """Add to a budget that was measured while our own adopted worker already held part of the memory."""
         found = self.devices.get(device)
@@ -174,7 +183,7 @@ class Cluster:
             if job.plan
         ]
         resting = [w for w in self.workers.values() if w.state is WorkerState.RESTING]
-        nodes = {node: bytes_ for node, bytes_ in self.sleep_budget_bytes.items()}
+        nodes = {node: self.sleep_room_bytes(node) for node in self.sleep_budget_bytes}
         for worker in resting:  # Their host memory is spoken for, though they are no holders any more.
             if worker.node in nodes:
                 nodes[worker.node] = max(0, nodes[worker.node] - worker.sleep_bytes)

@@ -22,9 +22,12 @@ from orchestrator import host_memory
 
 CPU_SHARE = 0.8
 CUDA_SHARE = 0.95
-SLEEP_SHARE_BESIDE_GPUS = 0.7
+SLEEP_SHARE_BESIDE_GPUS = 0.95
 SLEEP_SHARE_BESIDE_CPU = 0.1
 MIN_CPU_BUDGET_BYTES = 2**30
+HOST_RESERVE_BYTES = 2**30
+HOST_RESERVE_SHARE = 0.02
+"""Host memory that stays free beside sleeping models: so much, and so much of all that the machine has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,12 @@ def sleep_budget_bytes(configured: int | None, found: Sequence[Device]) -> int:
         return configured
     share = SLEEP_SHARE_BESIDE_GPUS if any(d.kind == "cuda" for d in found) else SLEEP_SHARE_BESIDE_CPU
     return int(host_memory.available_bytes() * share)
+
+
+def host_spare_bytes() -> int:
+    """Return how much of this machine's memory sleepers may still take; below zero, so much is to be given back."""
+    reserve = HOST_RESERVE_BYTES + int(psutil.virtual_memory().total * HOST_RESERVE_SHARE)
+    return host_memory.available_bytes() - reserve
 
 
 def foreign_bytes(devices: Sequence[Device], our_pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:

@@ -124,6 +124,12 @@ class Effects(Protocol):
         """Bring the model's files to this machine. Cancelling ends the download; what came stays resumable."""
         ...
 
+    async def measure_hosts(self) -> dict[str, int]:
+        """Return what sleepers may still take of each GPU machine's memory, by node; below zero: that much too much.
+
+        A machine that does not answer is left out.
+        """
+
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         """Return what other programs hold, by device."""
         ...

@@ -338,6 +338,15 @@ class RayEffects:
             found |= held
         return found
 
+    async def measure_hosts(self) -> dict[str, int]:
+        """Return what sleepers may still take of each GPU machine's memory. One that does not answer is left out."""
+        found: dict[str, int] = {}
+        if any(device.kind == "cuda" for device in self._devices):
+            found[""] = await asyncio.to_thread(devices.host_spare_bytes)
+        with_gpus = [m for m in self._elsewhere.members if any(device.kind == "cuda" for device in m.devices)]
+        answers = await asyncio.gather(*map(self._elsewhere.host_spare_bytes, with_gpus))
+        return found | {m.name: spare for m, spare in zip(with_gpus, answers, strict=True) if spare is not None}
+
     def recall_experience(self) -> Experience:
         """Return what earlier loads have taught."""
         return self._experience_file.read()

@@ -67,6 +67,13 @@ class Elsewhere:
             return {}
         return {names[local_id]: num_bytes for local_id, num_bytes in found.items()}
 
+    async def host_spare_bytes(self, member: Member) -> int | None:
+        """Return what sleepers may still take of one machine's memory; None when it does not answer."""
+        try:
+            return int(await self._nodes.ask(member.name, "host_spare_bytes", timeout_s=END_TIMEOUT_S))
+        except WorkerLost:
+            return None
+
     async def start_ticks(self, worker: RemoteWorker) -> int:
         """Return what tells a worker's process from a later one of the same number."""
         return int(await self._nodes.ask(worker.node, "start_ticks", worker.pid, timeout_s=END_TIMEOUT_S))

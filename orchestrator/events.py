@@ -133,6 +133,13 @@ class ForeignMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class HostsMeasured:
+    """What sleepers may still take of the host memory of machines with GPUs, by node; below zero: too much is taken."""
+
+    spare_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class DevicesChanged:
     """The devices that there are now, all of them; `why` in words. `sleep_budget_bytes`: host memory by node."""
 
@@ -268,6 +275,7 @@ Event = (
     | WorkersFound
     | WorkersSeen
     | ForeignMeasured
+    | HostsMeasured
     | DevicesChanged
     | BlankReady
     | BlankLost

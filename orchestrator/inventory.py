@@ -40,11 +40,16 @@ class Inventory:
         self._measured_at_s = now_s
         if any(device.total_bytes for device in self._cluster.devices.values()):
             self._runtime.run(self._measure())
+        if any(self._cluster.sleep_budget_bytes.values()):
+            self._runtime.run(self._measure_hosts())
 
     async def _measure(self) -> None:
         pids = {worker.pid for worker in self._cluster.workers.values()}
         reserved = {device: self._cluster.occupied_bytes(device) for device in self._cluster.devices}
         self._runtime.post(events.ForeignMeasured(await self._runtime.effects.measure_foreign(pids, reserved)))
+
+    async def _measure_hosts(self) -> None:
+        self._runtime.post(events.HostsMeasured(await self._runtime.effects.measure_hosts()))
 
     async def follow_nodes(self) -> None:
         """Have the devices of other machines come and go."""
@@ -65,6 +70,10 @@ class Inventory:
             why = f"other programs hold {in_words(num_bytes)}, before {in_words(before)}"
             self._runtime.journal.note(pb.EVENT_KIND_FOREIGN_MEMORY, why, device=device_id, num_bytes=num_bytes)
         return True
+
+    def on_hosts(self, event: events.HostsMeasured) -> None:
+        """Know from now on how much host memory there still is for sleepers."""
+        self._cluster.host_spare_bytes = event.spare_bytes
 
     def on_devices_changed(self, event: events.DevicesChanged) -> bool:
         """Take the new devices in; those that are gone take their workers with them."""

@@ -66,6 +66,10 @@ class NodeAgent:
         """Return what programs other than our workers hold, by device as this machine names it."""
         return await asyncio.to_thread(devices.foreign_bytes, found, pids, reserved)
 
+    async def host_spare_bytes(self) -> int:
+        """Return what sleepers may still take of this machine's memory, as `devices.host_spare_bytes`."""
+        return await asyncio.to_thread(devices.host_spare_bytes)
+
     async def locate(self, spec: ModelSpec) -> tuple[Failure | None, Located | None]:
         """Return the model's files and footprint if they are on this machine."""
         try:

@@ -37,18 +37,18 @@ class Resting:
 
     def can_sleep(self, worker: Worker) -> bool:
         """Return whether the worker's host memory has room for it, asleep."""
-        budget = self._cluster.sleep_budget_bytes.get(worker.node, 0)
-        return budget > 0 and self._cluster.sleep_used_bytes(worker.node) + worker.sleep_bytes <= budget
+        room = self._cluster.sleep_room_bytes(worker.node)
+        return room > 0 and self._cluster.sleep_used_bytes(worker.node) + worker.sleep_bytes <= room
 
     def why_not(self, worker: Worker) -> str:
         """Say why a worker cannot sleep."""
         budget = self._cluster.sleep_budget_bytes.get(worker.node, 0)
         if not budget:
             return "No host memory is set aside for sleeping models; see sleep_memory in the configuration."
-        used = self._cluster.sleep_used_bytes(worker.node)
+        used, room = self._cluster.sleep_used_bytes(worker.node), self._cluster.sleep_room_bytes(worker.node)
         return (
             f"{worker.model} would hold {in_words(worker.sleep_bytes)} of host memory asleep; "
-            f"{in_words(max(0, budget - used))} of {in_words(budget)} are left. Unload it instead."
+            f"{in_words(max(0, room - used))} of {in_words(budget)} are left. Unload it instead."
         )
 
     def put_to_sleep(self, worker: Worker, why: str) -> None:

@@ -93,6 +93,7 @@ class Scheduler:
             events.WorkersFound: self._on_workers_found,
             events.WorkersSeen: self._adopting.on_seen,
             events.ForeignMeasured: self._then_place(self._inventory.on_foreign),
+            events.HostsMeasured: self._inventory.on_hosts,
             events.DevicesChanged: self._on_devices_changed,
             events.BlankReady: self._pool.on_ready,
             events.BlankLost: self._pool.on_lost,

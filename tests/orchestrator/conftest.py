@@ -72,6 +72,7 @@ class FakeEffects:
         self.gates: dict[str, asyncio.Event] = {}
         self.load_errors: list[HostlerError] = []
         self.spawn_errors: list[HostlerError] = []
+        self.host_spare_bytes: int | None = None
         self.fetch_error: HostlerError | None = None
         self.kill_error: Exception | None = None
         self.drain_error: Exception | None = None
@@ -152,6 +153,9 @@ class FakeEffects:
         report(Progress("download", f"fetching {spec.source} on {node}", 1, 2))
         await self._pass(f"bring:{spec.name}")
         return Located(f"/{node}/models/{spec.name}", self.stored[spec.name], node=node)
+
+    async def measure_hosts(self) -> dict[str, int]:
+        return {} if self.host_spare_bytes is None else {"": self.host_spare_bytes}
 
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         return {}

@@ -140,6 +140,35 @@ async def test_a_sleeper_that_dies_just_goes(
     assert effects.calls.count("load:a") == 2
 
 
+async def test_sleepers_go_when_other_programs_need_the_host_memory(
+    start: Start, effects: FakeEffects, choose: Callable[[str, Choice], None]
+) -> None:
+    rig = await two_in_turn(start, choose)
+    effects.host_spare_bytes = 0
+    await rig.advance_heard(3)
+    assert (await rig.routes())["a"].state == pb.MODEL_STATE_ASLEEP
+    effects.host_spare_bytes = -1
+    await rig.advance_heard(3)
+    assert (await rig.routes())["a"].state == pb.MODEL_STATE_UNLOADED
+    assert (await rig.routes())["b"].state == pb.MODEL_STATE_READY
+    told = [e.why async for e in rig.scheduler.watch_events(0, past_only=True) if e.kind == pb.EVENT_KIND_EVICTED]
+    assert len(told) == 1
+    assert "other programs need the host memory" in told[0]
+
+
+async def test_nobody_goes_to_sleep_where_other_programs_left_no_room(
+    start: Start, effects: FakeEffects, choose: Callable[[str, Choice], None]
+) -> None:
+    rig = await two_in_turn(start, choose)
+    held = rig.scheduler._cluster.sleep_used_bytes("")
+    for spare, room in ((None, GB), (10 * GB, GB), (5 * MB, held + 5 * MB), (-2 * held, 0)):
+        effects.host_spare_bytes = spare
+        await rig.scheduler._inventory._measure_hosts()
+        await rig.settle()
+        assert rig.scheduler._cluster.sleep_room_bytes("") == room
+        assert [node.sleep_bytes for node in rig.scheduler._cluster.view(0.0).nodes] == [room]
+
+
 async def test_one_that_cannot_wake_is_replaced_by_a_load(
     start: Start, effects: FakeEffects, choose: Callable[[str, Choice], None]
 ) -> None:

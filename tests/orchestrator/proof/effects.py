@@ -136,6 +136,10 @@ class WorldEffects:
         await self._simple("fetch", spec.name)
         self.world.stored.add(spec.name)
 
+    async def measure_hosts(self) -> dict[str, int]:
+        await self._take("measure", "host memory")
+        return self.world.host_spare_bytes()
+
     async def measure_foreign(self, pids: Collection[int], reserved: dict[str, int]) -> dict[str, int]:
         await self._take("measure", "foreign memory")
         return self.world.foreign_bytes()

@@ -268,6 +268,7 @@ class Truth:
             ),
             tuple(cluster.devices),
             tuple(cluster.foreign_bytes.items()),
+            tuple(cluster.host_spare_bytes.items()),
             cluster.generation,
             latest.version if latest else 0,
         )

@@ -230,6 +230,11 @@ class Walk:
         self.world.tell(f"other programs hold {amount} MiB of {device}")
         self.world.foreign_mb[device] = amount
 
+    def host(self) -> None:
+        """Other programs take host memory that sleepers had, or give it back."""
+        self.world.host_foreign_mb = self.chance.choice((0, 0, 50, 200, 600))
+        self.world.tell(f"other programs hold {self.world.host_foreign_mb} MiB of the memory for sleepers")
+
     def devices(self) -> None:
         """A device falls off the bus, or is back."""
         world = self.world
@@ -388,6 +393,7 @@ _WEIGHTS: tuple[tuple[Callable[[Walk], None], float], ...] = (
     (Walk.thaw, 2),
     (Walk.fail, 1),
     (Walk.foreign, 2),
+    (Walk.host, 1),
     (Walk.devices, 0.8),
     (Walk.store, 1),
     (Walk.stale, 8),
