@@ -10,6 +10,7 @@ from pathlib import Path
 from hostler.config import read_resolved
 from hostler.logs import configure
 from hostler.rundir import RunDir
+from hostler.slices import ask_for_short_slices
 
 from gateway.shared_numbers import share_numbers
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--public-fd", type=int, help="inherited listening socket of the public application")
     arguments = parser.parse_args()
     configure()
+    ask_for_short_slices(inherited=True)
     run_dir = RunDir(arguments.run_dir)
     config = read_resolved(arguments.config or run_dir.config)
     share_numbers(run_dir.metrics)

@@ -9,6 +9,7 @@ from pathlib import Path
 from hostler.channel import new_server
 from hostler.inference.v1 import inference_pb2_grpc
 from hostler.lifecycle.v1 import lifecycle_pb2_grpc
+from hostler.slices import ask_for_short_slices
 
 from workers.host import WorkerHost
 from workers.inference import InferenceServicer
@@ -39,6 +40,7 @@ async def serve(
     path = Path(listen) if listen.startswith("/") else None
     if path is None and not key:
         raise ValueError(f"{listen}: a worker that listens on TCP wants a key")
+    ask_for_short_slices(inherited=False)
     host = WorkerHost(worker_id, generation)
     server = new_server(key)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(host), server)

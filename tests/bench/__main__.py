@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from hostler.slices import ask_for_short_slices
 from rich.console import Console
 
 from . import switching
@@ -162,6 +163,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run the benchmark; return the exit status."""
     chosen = parse()
+    ask_for_short_slices(inherited=False)  # so that the client sees what is sent when it is sent, whoever sends it
     console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
     facts = machine()
     if facts["load before"] > 0.7:

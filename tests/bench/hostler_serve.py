@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import Any, Literal
 
 import psutil
+import uvloop
 
 from tests.journeys.server import ROOT, Server, Servers
 
 from .environments import Say
-from .peers import Running, StoredModel
+from .load import first_reply
+from .peers import Running, Skip, StoredModel
 from .results import StepPart
 
 Weights = Literal["bf16", "int8"]
@@ -84,7 +87,20 @@ class Hostler:
         return "\n".join(["models:", *lines, *quantize, ""])
 
     def prepare(self, say: Say) -> None:
-        """Nothing to do: this checkout's own environment runs it."""
+        """Start it once with this model: its kernels are proved then, if they have not been; see `VllmServe.prepare`.
+
+        Raises:
+            Skip: it does not start.
+        """
+        began_s = time.perf_counter()
+        running = self.start()
+        try:
+            spent_s = uvloop.run(first_reply(self, running, began_s))
+        except RuntimeError as error:
+            raise Skip(f"it does not start: {error}") from None
+        finally:
+            running.stop()
+        say(f"{self.name}: a start that does not count took {spent_s:.1f} s")
 
     def start(self) -> Running:
         """Start it; returns at once."""

@@ -256,7 +256,7 @@ def taught(base_s: float, token_s: float, fixed_s: float = 0.0, chunks: tuple[in
 
 def test_a_newcomer_stretches_the_steps_of_running_streams_only_so_far() -> None:
     chunk = taught(0.040, 0.001).chunk_tokens(8, 1)
-    assert ALONE * 0.040 * 0.95 <= chunk * 0.001 <= ALONE * 0.040 * 1.05
+    assert chunk == pytest.approx(ALONE * 40, abs=1)
 
 
 def test_what_prompt_tokens_cost_whatever_their_number_is_not_taken_for_each_ones_cost() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 # What prompt tokens may add to a step, in steps without them: for one newcomer among many streams, and for as many
 # newcomers as there are streams. The first keeps a stream's longest gap within three steps although a machine that has
 # other things to do makes a single step half as long again.
-ALONE, EQUAL = 0.5, 1.5
+ALONE, EQUAL = 0.35, 1.5
 # No step lasts longer than this because of prompt tokens, whoever waits: streams, cancellations and newcomers see it.
 LONGEST_S = 0.15
 # Not more than this at the least: int8 weights halve a decode step but not a prompt token, and on a few cores sixteen

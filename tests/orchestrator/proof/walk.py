@@ -224,16 +224,11 @@ class Walk:
             process.break_streams()
 
     def foreign(self) -> None:
-        """Other programs take memory, or give it back."""
-        device = self.chance.choice(sorted(self.world.all_devices))
+        """Other programs take memory, of a device or of the machine, or give it back."""
+        device = self.chance.choice(sorted(self.world.foreign_mb))
         amount = self.chance.choice((0, 0, 20, 60, 150, 400, 900))
-        self.world.tell(f"other programs hold {amount} MiB of {device}")
+        self.world.tell(f"other programs hold {amount} MiB of {device or 'the machine'}")
         self.world.foreign_mb[device] = amount
-
-    def host(self) -> None:
-        """Other programs take host memory that sleepers had, or give it back."""
-        self.world.host_foreign_mb = self.chance.choice((0, 0, 50, 200, 600))
-        self.world.tell(f"other programs hold {self.world.host_foreign_mb} MiB of the memory for sleepers")
 
     def devices(self) -> None:
         """A device falls off the bus, or is back."""
@@ -393,7 +388,6 @@ _WEIGHTS: tuple[tuple[Callable[[Walk], None], float], ...] = (
     (Walk.thaw, 2),
     (Walk.fail, 1),
     (Walk.foreign, 2),
-    (Walk.host, 1),
     (Walk.devices, 0.8),
     (Walk.store, 1),
     (Walk.stale, 8),

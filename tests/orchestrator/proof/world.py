@@ -48,8 +48,7 @@ class World:
         self.kinds: dict[str, Kind] = {kind.name: kind for kind in shape.kinds}
         self.all_devices = {device.id: device for device in shape.found_devices()}
         self.lost_devices: set[str] = set()
-        self.foreign_mb: dict[str, int] = dict.fromkeys(self.all_devices, 0)
-        self.host_foreign_mb = 0
+        self.foreign_mb: dict[str, int] = dict.fromkeys((*self.all_devices, ""), 0)  # "": of the machine's own memory
         self.processes: dict[str, Process] = {}
         self.births: dict[str, Birth] = {}
         self.stored = {kind.name for kind in shape.kinds if kind.stored}
@@ -93,7 +92,7 @@ class World:
     def host_spare_bytes(self) -> dict[str, int]:
         """Return what is left of the host memory for sleepers once other programs have taken theirs."""
         held = sum(p.kind.own_bytes for p in self.processes.values() if p.kind and p.phase is Phase.ASLEEP)
-        return {"": (self.shape.sleep_mb - self.host_foreign_mb) * MB - held}
+        return {"": (self.shape.sleep_mb - self.foreign_mb[""]) * MB - held}
 
     def locate(self, name: str) -> Located | None:
         """Return the files of a model, if they are here."""
@@ -171,8 +170,7 @@ class World:
         """Undo what can be undone, and do no more harm from now on."""
         self.fates.calm = True
         self.lost_devices.clear()
-        self.foreign_mb = dict.fromkeys(self.all_devices, 0)
-        self.host_foreign_mb = 0
+        self.foreign_mb = dict.fromkeys(self.foreign_mb, 0)
         for process in list(self.processes.values()):
             if process.phase is not Phase.FAILED:
                 process.thaw()
