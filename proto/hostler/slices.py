@@ -13,8 +13,9 @@ import platform
 import struct
 
 _SYSCALL = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
-_SHORT_NS = 100_000
-"""The least that the kernel takes; its own is 1.4 ms with two cores, more with more."""
+_SHORT_NS = 700_000
+"""The kernel's own is 1.4 ms with two cores, more with more. One too short for a thread's turn (0.1 ms, the least) made
+the gateway wait longer than none: it lost the core in the middle, many times over."""
 _RESET_ON_FORK = 1
 
 
