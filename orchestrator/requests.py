@@ -98,7 +98,8 @@ class Requests:
         in_use = {worker.model for worker in self._cluster.workers.values()}
         for model in list(self._cluster.models.values()):
             name = model.spec.name
-            if not model.spec.configured and name not in listed and name not in in_use and not model.job:
+            is_needed = name in in_use or model.job or model.waiters  # whose load will say that it is gone
+            if not model.spec.configured and name not in listed and not is_needed:
                 del self._cluster.models[name]
 
     # ------------------------------------------------------------ waiting for a model

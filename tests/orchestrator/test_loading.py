@@ -9,6 +9,7 @@ from hostler.errors import InvalidRequest, ModelLoadFailed, ModelNeverFits, Mode
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
 
+from orchestrator.effects import Memory, Placement
 from orchestrator.models import Footprint, ModelSpec
 from tests.orchestrator.conftest import MB, FakeEffects, Rig
 
@@ -68,6 +69,25 @@ async def test_an_unknown_name_is_looked_up_in_the_store_once_more(start: Start,
     assert caller.ready is not None
     route = (await rig.routes())["pulled"]
     assert (route.state, route.owned_by) == (pb.MODEL_STATE_READY, "org")
+
+
+async def test_a_model_that_somebody_waits_for_is_not_forgotten_when_it_leaves_the_store(
+    start: Start, effects: FakeEffects
+) -> None:
+    # Something is remembered, so living workers are looked for before anything is loaded.
+    effects.memory = Memory(1, (Placement("w", 1, "a", (("cpu", MB),), 0, "", 0),))
+    looking = effects.hold("find")
+    rig = await start("a")
+    effects.stored["pulled"] = Footprint(MB)
+    effects.listed = (ModelSpec("pulled", "org/pulled", configured=False),)
+    caller = await rig.ensure("pulled")
+    assert caller.ready is None
+    effects.listed = ()
+    rig.scheduler._requests.rescan()
+    await rig.settle()
+    looking.set()
+    await rig.settle()
+    assert caller.ready is not None
 
 
 async def test_a_configured_model_that_is_not_here_is_fetched_with_progress(start: Start, effects: FakeEffects) -> None:

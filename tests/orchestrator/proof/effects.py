@@ -34,6 +34,7 @@ class WorldEffects:
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead = False
+        self.has_found = False  # what an earlier orchestrator left
         self._generations: dict[str, int] = {}
 
     # ------------------------------------------------------------ clock, names, memory
@@ -105,7 +106,10 @@ class WorldEffects:
     # ------------------------------------------------------------ store and devices
 
     async def find_workers(self) -> tuple[FoundWorker, ...]:
-        await self._take("find", "workers")
+        try:
+            await self._take("find", "workers")
+        finally:
+            self.has_found = True
         placements = {p.worker_id: p for p in self.recall().placements}
         return tuple(
             FoundWorker(p.id, None if p.frozen else p.report(), placements.get(p.id))
