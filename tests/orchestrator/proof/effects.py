@@ -34,7 +34,7 @@ class WorldEffects:
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead = False
-        self.has_found = False  # what an earlier orchestrator left
+        self._stock = {"models", "workers"}  # what an orchestrator looks for when it starts
         self._generations: dict[str, int] = {}
 
     # ------------------------------------------------------------ clock, names, memory
@@ -105,11 +105,15 @@ class WorldEffects:
 
     # ------------------------------------------------------------ store and devices
 
+    @property
+    def has_taken_stock(self) -> bool:
+        return not self._stock
+
     async def find_workers(self) -> tuple[FoundWorker, ...]:
         try:
             await self._take("find", "workers")
         finally:
-            self.has_found = True
+            self._stock.discard("workers")
         placements = {p.worker_id: p for p in self.recall().placements}
         return tuple(
             FoundWorker(p.id, None if p.frozen else p.report(), placements.get(p.id))
@@ -117,7 +121,10 @@ class WorldEffects:
         )
 
     async def list_stored(self) -> tuple[ModelSpec, ...]:
-        await self._simple("list", "models")
+        try:
+            await self._simple("list", "models")
+        finally:
+            self._stock.discard("models")
         return tuple(self.world.listed.values())
 
     async def locate(self, spec: ModelSpec) -> Located | None:
@@ -351,7 +358,7 @@ class WorldEffects:
     async def drain(self, worker_id: str, generation: int, deadline_s: float) -> int:
         process = await self._reach("drain", worker_id, generation)
         process.drained_until_s = self.now_s() + deadline_s
-        process.become(Phase.DRAINING)
+        process.become(Phase.ASLEEP if process.phase is Phase.ASLEEP else Phase.DRAINING)
         future = self.world.loop.create_future()
         fate = self.world.fates.of("drain")
         if fate is Fate.FAILS:

@@ -368,8 +368,8 @@ class Walk:
         cluster = self.truth.cluster
         steady = (WorkerState.READY, WorkerState.ASLEEP)
         return (
-            self.life.effects.has_found
-            and not any(client.waits for client in self.clients)
+            self.life.effects.has_taken_stock
+            and not (cluster.ending or any(client.waits for client in self.clients))
             and not any(model.job is not None for model in cluster.models.values())
             and all(worker.state in steady and worker.resizing_to is None for worker in cluster.workers.values())
             and not self.world.births
