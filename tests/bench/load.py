@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import uvloop
+
 from .client import StreamResult, stream_chat
-from .peers import Peer, Running, memory_bytes
+from .peers import Peer, Running, Skip, memory_bytes
 
 NEW_TOKENS = 128
 STREAM_WITHIN_S = 240.0
@@ -93,6 +95,29 @@ async def measure(peer: Peer, running: Running, streams: int, first_prompt: int,
     results = await asyncio.gather(*(stream_chat(running.url, body, STREAM_WITHIN_S) for body in bodies))
     share = (time.process_time() - cpu_s) / (time.perf_counter() - began_s)
     return summarize(results, share, memory_bytes(running.processes()))
+
+
+def first_start_s(peer: Peer) -> float:
+    """Start a peer, wait for its first text and stop it; return the seconds that this took.
+
+    Raises:
+        Skip: it does not start.
+    """
+    began_s = time.perf_counter()
+    running = peer.start()
+    try:
+        return uvloop.run(first_reply(peer, running, began_s))
+    except RuntimeError as error:
+        raise Skip(f"it does not start on this machine: {last_words(str(error))}") from None
+    finally:
+        running.stop()
+
+
+def last_words(output: str) -> str:
+    """Return the line of a server's output that most likely says why it ended: its last error, else its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "Illegal instruction" in line]
+    return (errors or lines or ["it printed nothing"])[-1][-300:]
 
 
 async def first_reply(peer: Peer, running: Running, started_s: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from packaging.requirements import Requirement
 from tests.journeys.server import free_port
 
 from .environments import Environment, Say, clean_environment, run_step
-from .load import first_reply
-from .peers import Peer, Running, Skip, StoredModel, TreeServer
+from .load import first_start_s
+from .peers import Running, StoredModel, TreeServer
 
 VLLM = "0.32.0"
 TORCH = "2.13.0+cpu"
@@ -91,21 +90,11 @@ class VllmServe:
         copy_distribution(site_packages)
 
     def _warm(self, say: Say) -> None:
-        import uvloop
-
         stamp = self._environment.directory / f"started-{self._model.fingerprint}"
         if stamp.is_file():
             return
         say("starting vLLM once, so that what it compiles is there for the starts that count (several minutes)")
-        peer: Peer = self
-        began_s = time.perf_counter()
-        running = self.start()
-        try:
-            spent_s = uvloop.run(first_reply(peer, running, began_s))
-        except RuntimeError as error:
-            raise Skip(f"it does not start on this machine: {last_words(str(error))}") from None
-        finally:
-            running.stop()
+        spent_s = first_start_s(self)
         say(f"vLLM's very first start took {spent_s:.0f} s")
         stamp.write_text(f"{spent_s:.1f} s\n", encoding="utf-8")
 
@@ -136,10 +125,3 @@ class VllmServe:
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
         }
-
-
-def last_words(output: str) -> str:
-    """Return the line of a server's output that most likely says why it ended: its last error, else its last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "Illegal instruction" in line]
-    return (errors or lines or ["it printed nothing"])[-1][-300:]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench.environments import Environment, clean_environment, need, run_step
+from tests.bench.load import last_words
 from tests.bench.peers import Skip
-from tests.bench.vllm_serve import VLLM, copy_distribution, last_words, requirements_of
+from tests.bench.vllm_serve import VLLM, copy_distribution, requirements_of
 
 
 def quiet(text: str) -> None:
