@@ -51,9 +51,12 @@ class Unable(Hostler):
         raise Skip("no compiler")
 
 
-def test_who_cannot_run_here_leaves_a_notice_and_the_others_run(model: StoredModel, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_who_cannot_run_here_leaves_a_notice_and_the_others_run(
+    model: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.console import Console
 
+    monkeypatch.setattr("tests.bench.hostler_serve.first_start_s", lambda _peer: 4.0)
     notices: list[str] = []
     peers = [Unable(model, "int8"), Hostler(model), *choose(lineup(model, 2), "transformers")]
     assert shorts(prepared(peers, [16], notices, Console())) == ["hostler"]

@@ -199,7 +199,8 @@ class Truth:
         model = self.cluster.models[worker.model]
         job = None
         for other in self.cluster.models.values():
-            plan = other.job.plan if other.job is not None else None
+            # Once a load has begun, whoever was to make room for it has: a later departure is for another reason.
+            plan = other.job.plan if other.job is not None and not other.job.stage.started else None
             if plan is not None and (worker.id in plan.evict or worker.id in plan.sleep):
                 job = other.job
         asked = isinstance(event, events.Stop)
