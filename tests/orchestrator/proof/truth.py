@@ -77,6 +77,7 @@ class Truth:
         self.num_events = 0
         self._states: dict[int, WorkerState] = {}
         self._jobs: set[int] = set()
+        self._begun: set[int] = set()
         self._leaving: set[str] = set()
         self._given: dict[int, tuple[int, int]] = {}
         self._confessed: dict[str, int] = {}
@@ -162,10 +163,13 @@ class Truth:
             if worker_id not in ids and process.phase.holds:
                 self._count_unseen(worker_id)
         jobs = set()
+        self._begun.clear()
         for model in cluster.models.values():
             job = model.job
             if job is not None:
                 jobs.add(job.generation)
+                if job.stage.started:
+                    self._begun.add(job.generation)
                 if job.plan is not None and not job.stage.started:
                     for part in job.plan.parts:
                         promised[part.device] += part.num_bytes
@@ -200,7 +204,7 @@ class Truth:
         job = None
         for other in self.cluster.models.values():
             # Once a load has begun, whoever was to make room for it has: a later departure is for another reason.
-            plan = other.job.plan if other.job is not None and not other.job.stage.started else None
+            plan = other.job.plan if other.job is not None and other.job.generation not in self._begun else None
             if plan is not None and (worker.id in plan.evict or worker.id in plan.sleep):
                 job = other.job
         asked = isinstance(event, events.Stop)
