@@ -141,9 +141,11 @@ class Runtime:
     def learn(self, spec: ModelSpec, worker: Worker, **seen: float) -> None:
         """Take a measurement of a worker in, and store it when it says something new.
 
-        Bytes of a load that leaves later ones less to hold say nothing about those: they go by what is known.
+        Bytes of a load that leaves later ones less to hold say nothing about those: they go by what is known. Nor do
+        those of a split model say what it holds whole.
         """
-        if worker.report is not None and worker.report.info.loads_lighter:
+        lighter = worker.report is not None and worker.report.info.loads_lighter
+        if lighter or len(worker.parts) > 1 or len(worker.home) > 1:
             seen = {key: value for key, value in seen.items() if not key.endswith("_bytes")}
             if not seen:
                 return

@@ -5,7 +5,7 @@ Above it: the package. Below it: `room.py`, `hosts.py`, `victims.py`, `split.py`
 In this order: room that is free (the device with the fewest busy models, then the tightest fit, which keeps large holes
 for large models), unless the model sleeps where others can give way for less than a cold load would cost; else, over
 all devices, the least expected loss among shrinking neighbours' KV caches, putting models to sleep and sending them
-away; else split over several devices; else the reason why not.
+away; else, where no device could ever have room for it alone, split over several; else the reason why not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def plan(view: ClusterView, demand: Demand, rules: Rules = _NO_RULES) -> Plan | 
         option = _by_giving_way(able, demand, view, rules, sleeper, hosts)
         if option is not None:
             return _plan(view, demand, option, sleeper, hosts)
-        for num_parts, share in ways:
+        # Where one device could have room in the end, waiting for it costs less than a workspace on each of several.
+        alone = any(refusal.could_ever(room, demand, view) for room in able)
+        for num_parts, share in ways if not alone else ():
             chosen = split.choose(candidates, share, num_parts, view, rules, sleeper, hosts)
             if chosen:
                 return split.plan_of(view, demand, share, chosen, sleeper, hosts)

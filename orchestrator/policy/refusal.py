@@ -82,7 +82,7 @@ def not_now(
         reason = f"one more {demand.model} needs {in_words(needed)} of free room"
         return Refusal(Obstacle.BUSY, needed, lacking, reason, nearest.device.id)
     for rooms, num_parts, share in tries:
-        movable = _with_enough([room for room in rooms if _could_ever(room, share, view)], num_parts)
+        movable = _with_enough([room for room in rooms if could_ever(room, share, view)], num_parts)
         if movable:
             return _waiting(movable, num_parts, share, view, rules)
     pinned = sorted({h.model for rooms, _, _ in tries for room in rooms for h in room.holders if h.pinned})
@@ -127,7 +127,7 @@ def _waiting(movable: Sequence[Room], num_parts: int, demand: Demand, view: Clus
     return Refusal(Obstacle.SOON, needed, lacking, reason, room.device.id, retry_in_s=min(retry_in_s, 60.0))
 
 
-def _could_ever(room: Room, demand: Demand, view: ClusterView) -> bool:
+def could_ever(room: Room, demand: Demand, view: ClusterView) -> bool:
     """Return whether the device would have room if every holder that is not pinned were gone."""
     if any(holder.pinned for holder in must_leave(room, demand, view.apart)):
         return False

@@ -338,6 +338,17 @@ def test_a_model_too_large_for_one_device_is_split_over_the_fewest_of_one_node()
     assert isinstance(plan(far, want(150, max_parts=4), RULES), Refusal)
 
 
+def test_a_model_that_one_device_can_hold_waits_for_it_rather_than_being_split() -> None:
+    demand = want(75, max_parts=4)
+    busy = cluster(holder("a", 50, busy=True), holder("b", 50, "gpu1", busy=True), devices=(100, 100))
+    refusal = plan(busy, demand, RULES)
+    assert isinstance(refusal, Refusal)
+    assert refusal.obstacle is Obstacle.BUSY
+    # What is pinned will not go: there is no other way then.
+    pinned = cluster(holder("a", 50, pinned=True), holder("b", 50, "gpu1", pinned=True), devices=(100, 100))
+    assert len(planned(pinned, demand).parts) == 2
+
+
 def test_a_refusal_for_good_says_what_is_lacking_and_what_would_help() -> None:
     demand = Demand("new", None, 110, 20, 30, 40, quantized_bytes=(("int8", 60), ("int4", 35)))
     answer = plan(cluster(), demand, RULES)

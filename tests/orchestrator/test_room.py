@@ -219,6 +219,18 @@ async def test_what_a_first_load_left_behind_is_paid_for_but_not_asked_of_later_
     assert (await rig.scheduler.plan("a")).needed_bytes == 60 * MB
 
 
+async def test_what_a_split_model_holds_is_not_what_it_would_hold_whole(start: Start, effects: FakeEffects) -> None:
+    effects.stored["a"] = Footprint(20 * MB)
+    rig = await start({"name": "a", "kv_cache": 40 * MB})
+    await rig.ensure("a")
+    (worker,) = rig.scheduler._cluster.workers.values()
+    worker.home = frozenset({"cpu", "cpu1"})
+    rig.worker("a").say(device_bytes=95 * MB, kv_allocated_bytes=10 * MB)
+    await rig.settle()
+    await rig.scheduler.unload("a")
+    assert (await rig.scheduler.plan("a")).needed_bytes == 60 * MB
+
+
 async def test_a_full_kv_cache_grows_into_free_room(start: Start, effects: FakeEffects) -> None:
     effects.stored["a"] = Footprint(20 * MB, kv_bytes_per_token=1000, max_context_tokens=50_000)
     rig = await start({"name": "a", "max_running": 2}, "b", budget=130 * MB)
