@@ -74,9 +74,10 @@ class Accounting:
             excess = self._cluster.committed_bytes(device.id) - self._cluster.usable_bytes(device)
             if excess > NOTICED * device.budget_bytes and not self._cluster.is_giving_way(device.id):
                 self._relieve(device, excess, now_s)
-        for node, spare in self._cluster.host_spare_bytes.items():
+        for node, spare in list(self._cluster.host_spare_bytes.items()):
             if spare < 0:
                 self._relieve_host(node, -spare)
+                self._cluster.host_spare_bytes[node] = 0  # until it is measured what that has freed
         if now_s - self._grown_at_s < GROW_INTERVAL_S:
             return
         self._grown_at_s = now_s

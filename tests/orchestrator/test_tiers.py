@@ -156,6 +156,24 @@ async def test_sleepers_go_when_other_programs_need_the_host_memory(
     assert "other programs need the host memory" in told[0]
 
 
+async def test_no_more_sleepers_go_than_are_needed(
+    start: Start, effects: FakeEffects, choose: Callable[[str, Choice], None]
+) -> None:
+    for name, victim in (("a", "none"), ("b", "a"), ("c", "b")):
+        choose(name, instead_of(victim, "sleep"))
+    rig = await start("a", "b", "c", budget=60 * MB, sleep=GB)
+    for name in "abc":
+        await rig.ensure(name)
+        await rig.advance_heard(3)
+    effects.host_spare_bytes = -1
+    for _ in range(12):  # a measurement, and several ticks before the next
+        await rig.advance(0.25)
+        if effects.calls[-1].startswith("kill"):
+            effects.host_spare_bytes = 0
+    asleep = [name for name, route in (await rig.routes()).items() if route.state == pb.MODEL_STATE_ASLEEP]
+    assert len(asleep) == 1
+
+
 async def test_nobody_goes_to_sleep_where_other_programs_left_no_room(
     start: Start, effects: FakeEffects, choose: Callable[[str, Choice], None]
 ) -> None:
