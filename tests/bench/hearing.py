@@ -1,8 +1,8 @@
-"""Speech to text beside faster-whisper: `python -m tests.bench.hearing [--seconds S] [--rounds N] [--only NAME]`.
+"""Speech to text beside faster-whisper: `python -m tests.bench.hearing [--seconds S] [--rounds N] [--beams N]`.
 
 Above: people. Below: the hearing engine through its protocol, without HTTP, gRPC or Ray; and faster-whisper in an
 environment of its own, from the same weights. Each round runs each contestant in a process of its own, one after the
-other, with as many threads as there are cores. All decode greedily, in batches of eight windows cut at pauses.
+other, with as many threads as there are cores. All decode greedily, but a peer with beams, in batches of eight windows.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _MIRROR = Path.home() / ".cache/hostler/mirror"
 _PEER = """
 import json, sys, time
 from faster_whisper import BatchedInferencePipeline, WhisperModel
-model, file, kind, threads = sys.argv[1:5]
+model, file, kind, threads, short, beams = sys.argv[1:7]
 whisper = BatchedInferencePipeline(WhisperModel(model, device="cpu", compute_type=kind, cpu_threads=int(threads)))
-options = dict(language="en", beam_size=1, batch_size=8, without_timestamps=True)
-list(whisper.transcribe(sys.argv[5], **options)[0])
+options = dict(language="en", beam_size=int(beams), batch_size=8, without_timestamps=True)
+list(whisper.transcribe(short, **options)[0])
 began, worked, first, texts = time.perf_counter(), time.process_time(), None, []
 for segment in whisper.transcribe(file, **options)[0]:
     first = first or time.perf_counter() - began
@@ -132,9 +132,9 @@ def measure_apart(seconds: float, num_threads: int) -> Heard:
 class FasterWhisper:
     """faster-whisper, batched, in one compute type."""
 
-    def __init__(self, kind: str) -> None:
-        self.name = f"faster-whisper {kind}"
-        self._kind = kind
+    def __init__(self, kind: str, beams: int) -> None:
+        self.name = f"faster-whisper {kind}" + (f", {beams} beams" if beams > 1 else "")
+        self._kind, self._beams = kind, beams
         self._environment = Environment("faster-whisper")
 
     def prepare(self, console: Console) -> None:
@@ -156,7 +156,7 @@ class FasterWhisper:
             long.write_bytes(wav(said.samples))
             short.write_bytes(wav(librivox()[1].samples))
             command = [str(self._environment.python), "-c", _PEER, str(model), str(long), self._kind]
-            command += [str(num_threads), str(short)]
+            command += [str(num_threads), str(short), str(self._beams)]
             environment = clean_environment(OMP_NUM_THREADS=str(num_threads), HF_HUB_OFFLINE="1")
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_WITHIN_S, env=environment, check=False
@@ -225,6 +225,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0, help="of sound")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--beams", type=int, default=1, help="of faster-whisper; hostler decodes greedily")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", default="", help="a contestant's name or its beginning")
     parser.add_argument("--measure", action="store_true", help="hostler alone, in this process, as one JSON line")
@@ -233,7 +234,7 @@ def main() -> int:
     if options.measure:
         print(json.dumps(asdict(asyncio.run(measure_engine(options.seconds, options.threads)))))
         return 0
-    peers = [FasterWhisper("float32"), FasterWhisper("int8")]
+    peers = [FasterWhisper(kind, options.beams) for kind in ("float32", "int8")]
     rounds: list[Heard] = []
     skipped: set[str] = set()
     for number in range(options.rounds):
