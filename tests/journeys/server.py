@@ -262,6 +262,16 @@ def hostler_server() -> Iterator[Servers]:
         servers.stop_all()
 
 
+@pytest.fixture(scope="module")
+def module_servers() -> Iterator[Servers]:
+    """Start servers for the tests of one file; all are gone after it, so that they cost the next one nothing."""
+    servers = Servers()
+    try:
+        yield servers
+    finally:
+        servers.stop_all()
+
+
 @pytest.fixture(scope="session")
 def shared_servers() -> Iterator[Servers]:
     """Start servers that many tests only read from; all are gone after the session."""

@@ -28,12 +28,12 @@ models:
 
 
 @pytest.fixture(scope="module")
-def adapted_server(shared_servers: Servers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+def adapted_server(module_servers: Servers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     place = tmp_path_factory.mktemp("adapters")
     first = write_adapter(place / "first", tiny_model, seed=1)
     second = write_adapter(place / "second", tiny_model, seed=2, targets=("q_proj", "v_proj"))
     config = CONFIG.format(source=tiny_model, first=first, second=second)
-    server = shared_servers(config=config, wait_ready=False)
+    server = module_servers(config=config, wait_ready=False)
     # Nothing is preloaded, so nothing is ready until it is asked for.
     wait_until(lambda: is_listing(server), 90, "the list of models")
     return server

@@ -98,8 +98,8 @@ def running(server: Server, model: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def server(shared_servers: Servers) -> Server:
-    started = shared_servers(config=TWO_MODELS)
+def server(module_servers: Servers) -> Server:
+    started = module_servers(config=TWO_MODELS)
     wait_until(lambda: started.is_ready("one") and started.is_ready("two"), 60, "both models")
     return started
 

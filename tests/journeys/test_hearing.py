@@ -44,11 +44,11 @@ def recordings() -> list[Clip]:
 
 
 @pytest.fixture(scope="module")
-def hearing_server(shared_servers: Servers, recordings: list[Clip], smollm2: Path) -> Server:
+def hearing_server(module_servers: Servers, recordings: list[Clip], smollm2: Path) -> Server:
     assert recordings
     assert smollm2.is_dir()
     assert pulled(HEARER).is_dir()
-    return shared_servers(config=CONFIG, ready_within_s=240)
+    return module_servers(config=CONFIG, ready_within_s=240)
 
 
 @pytest.fixture

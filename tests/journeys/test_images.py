@@ -27,8 +27,8 @@ models:
 
 
 @pytest.fixture(scope="module")
-def seeing_server(shared_servers: Servers, tiny_llava: Path) -> Server:
-    return shared_servers(config=CONFIG.format(source=tiny_llava), ready_within_s=180)
+def seeing_server(module_servers: Servers, tiny_llava: Path) -> Server:
+    return module_servers(config=CONFIG.format(source=tiny_llava), ready_within_s=180)
 
 
 def image_part(data: bytes, kind: str = "png") -> dict[str, Any]:

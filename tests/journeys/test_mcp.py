@@ -82,7 +82,7 @@ process.exit(0);
 
 
 @pytest.fixture(scope="module")
-def agents(shared_servers: Servers, qwen_coder: Path) -> Iterator[Server]:
+def agents(module_servers: Servers, qwen_coder: Path) -> Iterator[Server]:
     """A server of the coder and of the scripted model, with an MCP server over stdio."""
     config = f"""
 models:
@@ -92,7 +92,7 @@ gateways: 1
 mcp_servers:
   shop: {{command: [{sys.executable}, {PROGRAM}, stdio]}}
 """
-    server = shared_servers(config=config, ready_within_s=400)
+    server = module_servers(config=config, ready_within_s=400)
     wait_until(lambda: server.is_ready("coder") and server.is_ready("scripted"), 400, "both models")
     yield server
     server.stop()

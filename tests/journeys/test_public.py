@@ -55,7 +55,7 @@ class Outside:
 
 
 @pytest.fixture(scope="module")
-def outside(shared_servers: Servers, qwen_coder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
+def outside(module_servers: Servers, qwen_coder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
     port, public_port, edge_port = free_port(), free_port(), free_port()
     url = f"https://localhost:{edge_port}"
     with stand_in(public_port, tmp_path_factory.mktemp("edge"), edge_port) as edge:
@@ -64,7 +64,7 @@ def outside(shared_servers: Servers, qwen_coder: Path, tmp_path_factory: pytest.
             f"public: {{enabled: true, port: {public_port}, url: '{url}', hosts: [{NAME}]}}\n"
         )
         env = {"HOSTLER_API_KEY": KEY, "SSL_CERT_FILE": str(edge.authority)}
-        server = shared_servers(config=config, env=env, port=port, wait_ready=False)
+        server = module_servers(config=config, env=env, port=port, wait_ready=False)
         wait_until(lambda: "tool call" in server.output.read_text() or server.process.poll() is not None, 400, "tested")
         yield Outside(server, edge, url, public_port)
 

@@ -38,12 +38,12 @@ models:
 
 
 @pytest.fixture(scope="module")
-def server(shared_servers: Servers, piper_joe: Path) -> Server:
+def server(module_servers: Servers, piper_joe: Path) -> Server:
     assert piper_joe.is_dir()
     config = CONFIG.format(model=MODEL)
     if entry_of(LISTENER) is not None:
         config += f"  - name: {LISTENER}\n"
-    return shared_servers(config=config, ready_within_s=240)
+    return module_servers(config=config, ready_within_s=240)
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ TEXTS = ["A cat sits on the mat.", "A kitten is on a rug.", "Shares fell sharply
 
 
 @pytest.fixture(scope="module")
-def texts_server(shared_servers: Servers, tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Server:
+def texts_server(module_servers: Servers, tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Server:
     assert minilm.is_dir()
     ranker = tiny_cross_encoder(tmp_path_factory.mktemp("ranker") / "cross")
-    return shared_servers(config=CONFIG.format(writer=WRITER, embedder=EMBEDDER, ranker=ranker), ready_within_s=240)
+    return module_servers(config=CONFIG.format(writer=WRITER, embedder=EMBEDDER, ranker=ranker), ready_within_s=240)
 
 
 @pytest.fixture
