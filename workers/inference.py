@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -16,10 +17,10 @@ from hostler.inference.v1 import inference_pb2_grpc as rpc
 from hostler.inference.v1 import speaking_pb2
 
 from workers import translate, translate_hearing, translate_texts, translate_utterances
-from workers.engine import Engine
+from workers.engine import Engine, Finish
 from workers.host import WorkerHost
-from workers.transcription import Transcriber
-from workers.utterances import Speaker
+from workers.transcription import Transcriber, TranscriptionFinish
+from workers.utterances import Speaker, SpeechFinish
 from workers.vectors import Embedder, Ranker
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,19 @@ T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+@dataclass(slots=True)
+class _Note:
+    """What is known of a call under way: whether its last message is on its way. Nobody waits for what follows that."""
+
+    is_complete: bool = False
+
+
 @contextlib.contextmanager
-def _noted(call: str, request_id: str) -> Iterator[None]:
+def _noted(call: str, request_id: str) -> Iterator[_Note]:
     """Log how a call ended, once, under the id that the gateway and the orchestrator log it under, too."""
-    began, outcome = time.monotonic(), "cancelled"
+    began, outcome, note = time.monotonic(), "cancelled", _Note()
     try:
-        yield
+        yield note
         outcome = "served"
     except HostlerError as error:
         outcome = error.reason
@@ -42,6 +50,8 @@ def _noted(call: str, request_id: str) -> Iterator[None]:
         outcome = "failed"
         raise
     finally:
+        if note.is_complete and outcome == "cancelled":
+            outcome = "served"
         duration_ms = round((time.monotonic() - began) * 1000, 1)
         log.info("call", extra={"request_id": request_id, "call": call, "outcome": outcome, "duration_ms": duration_ms})
 
@@ -58,11 +68,12 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream one choice. A call that the client cancels ends at its next event and frees its slot."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            with _noted("generate", request_id), self._serving(context) as engine:
+            with _noted("generate", request_id) as note, self._serving(context) as engine:
                 self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
                 wanted = translate.generation_request(request, engine.facts, request_id)
                 async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
                     async for event in events:
+                        note.is_complete = isinstance(event, Finish)
                         yield translate.event(event)
         except HostlerError as error:
             await abort(context, error)
@@ -118,13 +129,14 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream what a recording says. A call that the client cancels ends at its next event and frees its rows."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            with _noted("transcribe", request_id), self._serving(context) as engine:
+            with _noted("transcribe", request_id) as note, self._serving(context) as engine:
                 if not isinstance(engine, Transcriber):
                     raise InvalidRequest("This model does not write down speech.", param="model")
                 self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
                 wanted = translate_hearing.transcription_request(request, request_id)
                 async with contextlib.aclosing(engine.transcribe(wanted)) as events:  # type: ignore[type-var]
                     async for event in events:
+                        note.is_complete = isinstance(event, TranscriptionFinish)
                         yield translate_hearing.transcribe_response(event)
         except HostlerError as error:
             await abort(context, error)
@@ -138,7 +150,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream encoded speech. A call that the client cancels ends at its next event and frees the engine of it."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            with _noted("speak", request_id), self._serving(context) as engine:
+            with _noted("speak", request_id) as note, self._serving(context) as engine:
                 if not isinstance(engine, Speaker):
                     raise InvalidRequest("This model does not speak.", param="model")
                 self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
@@ -146,6 +158,7 @@ class InferenceServicer(rpc.InferenceServiceServicer):
                 is_first = True
                 async with contextlib.aclosing(engine.speak(wanted)) as events:  # type: ignore[type-var]
                     async for event in events:
+                        note.is_complete = isinstance(event, SpeechFinish)
                         yield translate_utterances.speak_response(event, is_first=is_first)
                         is_first = False
         except HostlerError as error:
