@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ grpc.aio.init_grpc_aio()
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("hostler", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hostler")
+
+# Some tests hang up on what they start, and a signal that `nohup` has this run ignore would be ignored by that, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest_plugins = [
     name
