@@ -16,6 +16,7 @@ import logging
 from orchestrator import models
 from orchestrator.cluster import spare_bytes
 from orchestrator.devices import Device
+from orchestrator.policy.hosts import Hosts
 from orchestrator.resting import Resting
 from orchestrator.retiring import EVICTION_DRAIN_S, Retiring
 from orchestrator.runtime import Runtime
@@ -113,15 +114,11 @@ class Accounting:
         here = [w for w in self._cluster.workers.values() if w.node == node]
         if any(w.state is WorkerState.DRAINING and not w.parts for w in here):
             return  # What they held comes free in a moment, and is measured then.
-        now_s = self._runtime.effects.now_s()
-
-        def worth(worker: Worker) -> float:
-            model = self._cluster.models[worker.model]
-            times = self._cluster.experience.expect(model.spec, worker.located, worker.kind)
-            return model.reuse.per_s(now_s) * (times.load_s - times.wake_s) / max(1, worker.sleep_bytes)
-
+        view = self._cluster.view(self._runtime.effects.now_s())
+        hosts = Hosts(view, model="")
+        worth = {holder.id: hosts.worth_of(holder) for holder in view.holders}
         asleep = [w for w in here if w.state is WorkerState.ASLEEP and not self._cluster.models[w.model].pinned]
-        for worker in sorted(asleep, key=worth):
+        for worker in sorted(asleep, key=lambda worker: worth[worker.id]):
             if excess <= 0:
                 break
             excess -= worker.sleep_bytes
