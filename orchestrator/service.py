@@ -61,8 +61,9 @@ class PlacementService(placement_pb2_grpc.PlacementServiceServicer):
         began, outcome = time.monotonic(), "gone"
         try:
             async for event in events:
+                # The caller may hang up as soon as it has read the replica: it had what it asked for.
+                outcome = "ready" if event.HasField("ready") else outcome
                 yield event
-            outcome = "ready"
         except Exception as error:
             named = _named(error, "EnsureModel")
             outcome = named.reason

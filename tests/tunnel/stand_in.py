@@ -122,6 +122,16 @@ def stand_in(upstream_port: int, directory: Path, port: int = 0) -> Iterator[Sta
     try:
         yield edge
     finally:
-        loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(_end(server), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        loop.close()
+
+
+async def _end(server: asyncio.Server) -> None:
+    """Stop listening, and cut what is still passed on while there is a loop to do it in."""
+    server.close()
+    under_way = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in under_way:
+        task.cancel()
+    await asyncio.gather(*under_way, return_exceptions=True)
