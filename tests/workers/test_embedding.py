@@ -259,7 +259,7 @@ async def test_a_text_that_fails_costs_its_own_request_only(bert: Path) -> None:
 
 
 async def test_who_leaves_the_queue_is_never_run_and_a_full_queue_says_so(bert: Path) -> None:
-    async with gated(bert, max_running=1, max_queued=2) as (engine, gate):
+    async with gated(bert, max_running=1, max_queued=2, num_threads=1) as (engine, gate):
         running = ask(engine, 5)
         await gate.entered.wait()
         leaving, staying = ask(engine, 6), ask(engine, 7)

@@ -1,7 +1,9 @@
-"""The engine for embeddings and reranking: texts of all requests in one queue, one thread that runs them in batches.
+"""The engine for embeddings and reranking: texts of all requests in one queue, lanes that run them in batches.
 
 Above: the worker's servicers, through `workers.engine.Engine` and `workers.vectors`. Below: `batching.py` (who runs
-together), `models.py` (the model). The thread owns the queue; the asyncio side submits and waits for futures.
+together), `models.py` (the model). A lane is a thread with threads of torch of its own: two batches side by side keep
+two cores at work, where one batch over both would wait at a hundred barriers for whoever else takes a core. The
+asyncio side submits and waits for futures.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 MAX_BATCH_TEXTS = 256
 # A GPU needs more tokens than a CPU before its products are bound by arithmetic.
 _GPU_BATCH = 16
+_CPU_LANES = 2
+# Fewer tokens than these do not fill a core's arithmetic: they are not shared out among idle lanes.
+_WORTH_A_BATCH = 128
 _SWITCH_INTERVAL_S = 0.0002
 
 
@@ -68,6 +73,7 @@ class Loaded:
     Attributes:
         scores_pairs: it is a cross-encoder, not an embedding model.
         recipe: prompts of an embedding model.
+        is_reentrant: several threads may run the model at once.
     """
 
     model: SequenceModel
@@ -77,6 +83,7 @@ class Loaded:
     recipe: Recipe
     scores_pairs: bool
     on_gpu: bool
+    is_reentrant: bool
 
 
 class EmbeddingEngine:
@@ -84,7 +91,7 @@ class EmbeddingEngine:
 
     Args:
         loaded: the model.
-        spec: limits; `prefill_chunk_tokens` bounds a batch, padding included (on a GPU, 16 times as many).
+        spec: limits; `prefill_chunk_tokens` bounds what runs at a time, padding included (on a GPU, 16 times as many).
     """
 
     def __init__(self, loaded: Loaded, spec: LoadSpec) -> None:
@@ -99,10 +106,21 @@ class EmbeddingEngine:
         self._num_steps = 0
         self._num_tokens = 0
         self._waiting: deque[_Item] = deque()
-        self._arrived = threading.Condition()
+        self._num_tokens_running = 0
+        self._changed_queue = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
+        # Every operator takes the interpreter lock again; at Python's 5 ms a busy asyncio thread would hold a batch up
+        # a hundred times.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        cores = spec.num_threads or len(os.sched_getaffinity(0))
+        num_lanes = min(_CPU_LANES, cores) if loaded.is_reentrant and not loaded.on_gpu else 1
+        self._num_idle = num_lanes
+        self._lanes = [
+            threading.Thread(target=self._run_lane, args=(cores // num_lanes,), name=f"lane-{number}", daemon=True)
+            for number in range(num_lanes)
+        ]
+        for lane in self._lanes:
+            lane.start()
 
     # ------------------------------------------------------------ asyncio side
 
@@ -193,9 +211,9 @@ class EmbeddingEngine:
         job = _Job(request_id, self._asyncio.create_future(), vectors, len(sequences))
         self._jobs.add(job)
         try:
-            with self._arrived:
+            with self._changed_queue:
                 self._waiting.extend(_Item(job, index, sequence) for index, sequence in enumerate(sequences))
-                self._arrived.notify()
+                self._changed_queue.notify(len(sequences))
             return await job.done
         finally:
             job.cancelled = True
@@ -216,47 +234,58 @@ class EmbeddingEngine:
         return await self._asyncio.run_in_executor(self._encoding, self._loaded.decode, list(ids))
 
     async def close(self) -> None:
-        """Fail what still runs, end the thread."""
+        """Fail what still runs, end the lanes."""
         self._closing = True
-        with self._arrived:
-            self._arrived.notify()
-        await asyncio.to_thread(self._thread.join, 10.0)
+        with self._changed_queue:
+            self._changed_queue.notify_all()
+        for lane in self._lanes:
+            await asyncio.to_thread(lane.join, 10.0)
         self._encoding.shutdown(wait=False)
         for job in list(self._jobs):
             _fail(job, Unavailable("This model was unloaded while it answered. Try again."))
 
-    # ------------------------------------------------------------ engine thread
+    # ------------------------------------------------------------ lanes
 
-    def _loop(self) -> None:
-        # Every operator takes the interpreter lock again; at Python's 5 ms a busy asyncio thread would hold a batch up
-        # a hundred times.
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        # One core stays free for the gateway, the clients and our own tokenizing: a batch has a hundred barriers, and
-        # whoever takes one of its cores for a moment holds all of them up.
-        torch.set_num_threads(self._spec.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
-        while (batch := self._next_batch()) is not None:
-            if not batch:
-                continue
+    def _run_lane(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        while batch := self._next_batch():
             self._tell(self._begin, batch)
-            for part in self._results(batch):
-                self._num_steps += 1
+            results = self._results(batch)
+            with self._changed_queue:
+                self._num_idle += 1
+                self._num_tokens_running -= _num_padded(batch)
+                self._changed_queue.notify_all()
+            for part in results:
                 self._tell(self._deliver, *part)
 
-    def _next_batch(self) -> list[_Item] | None:
-        """Wait for texts and take out those to run next; None at the end."""
-        with self._arrived:
-            while not self._waiting and not self._closing:
-                self._arrived.wait()
-            if self._closing:
-                return None
-            waiting = [item for item in self._waiting if not item.job.cancelled]
-            if not waiting:
-                self._waiting.clear()
-                return []
-            lengths = [len(item.sequence.ids) for item in waiting]
-            chosen = set(choose_batch(lengths, self._max_batch_tokens, MAX_BATCH_TEXTS))
-            self._waiting = deque(item for index, item in enumerate(waiting) if index not in chosen)
-            return [waiting[index] for index in sorted(chosen)]
+    def _next_batch(self) -> list[_Item]:
+        """Wait for texts and for room to run them, and take those out that are next; none at the end."""
+        with self._changed_queue:
+            while not self._closing:
+                if batch := self._take():
+                    self._num_idle -= 1
+                    self._num_tokens_running += _num_padded(batch)
+                    return batch
+                self._changed_queue.wait()
+            return []
+
+    def _take(self) -> list[_Item]:
+        """Take the next batch out of the queue: the lane's share of what may run at a time, the eldest with it.
+
+        A text longer than a share runs all the same, one longer than all that may run at a time when nothing else does.
+        """
+        waiting = [item for item in self._waiting if not item.job.cancelled]
+        self._waiting = deque(waiting)
+        lengths = [len(item.sequence.ids) for item in waiting]
+        room = self._max_batch_tokens - self._num_tokens_running
+        if not waiting or (self._num_tokens_running and lengths[0] > room):
+            return []
+        share = min(room, self._max_batch_tokens // len(self._lanes))
+        if self._num_idle > 1:
+            share = min(share, max(_WORTH_A_BATCH, sum(lengths) // self._num_idle))
+        chosen = set(choose_batch(lengths, share, MAX_BATCH_TEXTS))
+        self._waiting = deque(item for index, item in enumerate(waiting) if index not in chosen)
+        return [waiting[index] for index in sorted(chosen)]
 
     def _results(self, batch: list[_Item]) -> list[tuple[list[_Item], Vectors | HostlerError]]:
         """Run a batch; where it fails, each text alone, so that only the culprit's request fails."""
@@ -286,6 +315,7 @@ class EmbeddingEngine:
         self._changed()
 
     def _deliver(self, batch: list[_Item], outcome: Vectors | HostlerError) -> None:
+        self._num_steps += 1
         for row, item in enumerate(batch):
             job = item.job
             if isinstance(outcome, HostlerError):
@@ -299,6 +329,11 @@ class EmbeddingEngine:
             job.num_left -= 1
             if not job.num_left and not job.done.done():
                 job.done.set_result(job.vectors)
+
+
+def _num_padded(batch: Sequence[_Item]) -> int:
+    """Return the tokens that a batch takes, padding included."""
+    return len(batch) * max(len(item.sequence.ids) for item in batch)
 
 
 def normalized(vectors: Vectors) -> Vectors:

@@ -37,6 +37,7 @@ _ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
 }
 # Their positions begin after the padding's own.
 _SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"}
+_ROPES_WITH_STATE = {"dynamic", "longrope"}
 _UNKNOWN_LIMIT = 512
 _NO_LIMIT = 10**6  # tokenizers say "none" with a number beyond any context
 
@@ -123,7 +124,16 @@ def load(spec: LoadSpec, report: Report, *, scores_pairs: bool) -> Loaded:
     def decode(ids: Any) -> str:
         return str(tokenizer.decode(ids))
 
-    return Loaded(model, encoder, decode, facts, recipe, scores_pairs=scores_pairs, on_gpu=device.type != "cpu")
+    return Loaded(
+        model,
+        encoder,
+        decode,
+        facts,
+        recipe,
+        scores_pairs=scores_pairs,
+        on_gpu=device.type != "cpu",
+        is_reentrant=_is_reentrant(spec, text),
+    )
 
 
 def max_tokens(spec: LoadSpec, recipe: Recipe, tokenizer: Any, text_config: Any) -> int:
@@ -134,6 +144,13 @@ def max_tokens(spec: LoadSpec, recipe: Recipe, tokenizer: Any, text_config: Any)
     known = [recipe.max_tokens, int(min(tokenizer.model_max_length, _NO_LIMIT)), positions, spec.max_context_tokens]
     limits = [limit for limit in known if 0 < limit < _NO_LIMIT]
     return min(limits, default=_UNKNOWN_LIMIT)
+
+
+def _is_reentrant(spec: LoadSpec, text_config: Any) -> bool:
+    """Whether several threads may run it at once: not what changes its rotary frequencies with the text's length."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    kinds = {parameters.get("rope_type"), *(p.get("rope_type") for p in parameters.values() if isinstance(p, dict))}
+    return not spec.trust_remote_code and not kinds & _ROPES_WITH_STATE
 
 
 def _dtype(wanted: str, config: Any, device: torch.device) -> torch.dtype:
