@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ MODEL = "whisper-base"
 FASTER_WHISPER = "1.2.1"
 GOAL_RATIO, GOAL_UPLOADS = 1.0, 2.0
 _UPLOADS = 8
+# One window each, and nearly full.
+LONG_S = 24.0
 _WITHIN_S = 3600
 _MIRROR = Path.home() / ".cache/hostler/mirror"
 _PEER = """
@@ -60,7 +62,8 @@ class Heard:
     Attributes:
         realtime: seconds that it took over seconds of sound.
         work: seconds of processors over seconds of sound; with one thread it hardly depends on what else runs.
-        uploads_gain: throughput of eight short uploads at once over one at a time; 0 where it was not measured.
+        uploads_gain: throughput of eight uploads of `LONG_S` at once over one at a time; 0 where it was not measured.
+        short_uploads_gain: the same of uploads of 3 to 7 s.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Heard:
     first_s: float
     error_rate: float
     uploads_gain: float = 0.0
+    short_uploads_gain: float = 0.0
 
 
 def recording(seconds: float) -> Clip:
@@ -104,19 +108,25 @@ async def measure_engine(seconds: float, num_threads: int) -> Heard:
         worked_s = time.process_time()
         text, took_s, first_s = await hear(said)
         worked_s = time.process_time() - worked_s
-        uploads = [clips[index % len(clips)] for index in range(_UPLOADS)]
-        began = time.perf_counter()
-        for clip in uploads:
-            await hear(clip)
-        alone_s = time.perf_counter() - began
-        began = time.perf_counter()
-        await asyncio.gather(*map(hear, uploads))
-        together_s = time.perf_counter() - began
+        short = [clips[index % len(clips)] for index in range(_UPLOADS)]
+        orders = [clips[index % len(clips) :] + clips[: index % len(clips)] for index in range(_UPLOADS)]
+        gains = [await gain_of(hear, uploads) for uploads in ([joined(order, LONG_S)[0] for order in orders], short)]
     finally:
         await engine.close()
     rate = word_error_rate(said.text, text)
     seconds = said.duration_s
-    return Heard("hostler", took_s / seconds, worked_s / seconds, first_s, rate, alone_s / together_s)
+    return Heard("hostler", took_s / seconds, worked_s / seconds, first_s, rate, *gains)
+
+
+async def gain_of(hear: Callable[[Clip], Awaitable[object]], uploads: Sequence[Clip]) -> float:
+    """Return the throughput of all uploads at once over that of one after the other."""
+    began = time.perf_counter()
+    for clip in uploads:
+        await hear(clip)
+    alone_s = time.perf_counter() - began
+    began = time.perf_counter()
+    await asyncio.gather(*map(hear, uploads))
+    return alone_s / (time.perf_counter() - began)
 
 
 def measure_apart(seconds: float, num_threads: int) -> Heard:
@@ -196,28 +206,31 @@ def _ctranslate2(directory: Path) -> Path:
 def report(console: Console, rounds: Sequence[Heard], seconds: float, num_threads: int) -> None:
     """Print one table and the goals."""
     table = Table(title=f"{MODEL}, {seconds:.0f} s of sound, {num_threads} threads, medians")
-    for column in ("", "time / sound", "work / sound", "first words", "word errors", f"{_UPLOADS} uploads at once"):
+    for column in ("", "time / sound", "work / sound", "first words", "word errors"):
         table.add_column(column, justify="left" if not column else "right")
     medians = {}
     for name in dict.fromkeys(heard.name for heard in rounds):
         mine = [heard for heard in rounds if heard.name == name]
         medians[name] = statistics.median(heard.realtime for heard in mine)
         first_s = statistics.median(heard.first_s for heard in mine)
-        gain = statistics.median(heard.uploads_gain for heard in mine)
         work = statistics.median(heard.work for heard in mine)
         error_rate = f"{mine[0].error_rate:.1%}"
         figures = (f"{medians[name]:.4f}", f"{work:.4f}", f"{first_s:.2f} s")
-        table.add_row(name, *figures, error_rate, f"{gain:.2f}×" if gain else "")
+        table.add_row(name, *figures, error_rate)
     console.print(table)
     peers = [value for name, value in medians.items() if name != "hostler"]
     if "hostler" in medians and peers:
         ratio = min(peers) / medians["hostler"]
         mark = "✓" if ratio >= GOAL_RATIO else "✗"
         console.print(f"{mark} no slower than the fastest faster-whisper: {ratio:.2f}× its pace")
-    gains = [heard.uploads_gain for heard in rounds if heard.uploads_gain]
-    if gains:
-        gain = statistics.median(gains)
-        console.print(f"{'✓' if gain >= GOAL_UPLOADS else '✗'} {_UPLOADS} uploads at once: {gain:.2f}× one at a time")
+    measured = [heard for heard in rounds if heard.uploads_gain]
+    if measured:
+        gain = statistics.median(heard.uploads_gain for heard in measured)
+        short = statistics.median(heard.short_uploads_gain for heard in measured)
+        mark = "✓" if gain >= GOAL_UPLOADS else "✗"
+        console.print(
+            f"{mark} {_UPLOADS} uploads of {LONG_S:.0f} s at once: {gain:.2f}× one at a time; of 3 to 7 s {short:.2f}×"
+        )
 
 
 def main() -> int:

@@ -6,10 +6,11 @@ import asyncio
 import base64
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 from tests.models.tiny_encoders import tiny_bert, tiny_cross_encoder, write_modules
 from workers.embedding.engine import EmbeddingEngine
 from workers.embedding.models import TokenSequence
+from workers.embedding.opening import is_reentrant as is_reentrant_with
 from workers.embedding.opening import load, open_embedding_engine, open_rerank_engine
 from workers.engine import ChatPrompt, GenerationRequest, LoadSpec, TextPrompt, TokenPrompt
 from workers.vectors import EmbeddingRequest, RankingRequest
@@ -198,9 +200,10 @@ async def test_a_cross_encoder_scores_pairs_as_transformers_does_and_cuts_long_d
             assert score == pytest.approx(float(model(**inputs).logits.sigmoid()), abs=1e-5)
 
 
-async def test_many_requests_share_batches_and_each_gets_its_own(bert: Path) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+async def test_many_requests_share_batches_and_each_gets_its_own(bert: Path, num_threads: int) -> None:
     texts = [f"{'fox ' * (n % 9)}{n}" for n in range(60)]
-    async with opened(bert, max_running=64) as engine:
+    async with opened(bert, max_running=64, num_threads=num_threads) as engine:
         before = engine.stats().num_steps
         alone = [(await vectors(engine, [text]))[0] for text in texts]
         steps_alone = engine.stats().num_steps - before
@@ -232,9 +235,9 @@ class Gate:
 
 
 @asynccontextmanager
-async def gated(bert: Path, **fields: Any) -> AsyncIterator[tuple[EmbeddingEngine, Gate]]:
+async def gated(bert: Path, *, is_reentrant: bool = True, **fields: Any) -> AsyncIterator[tuple[EmbeddingEngine, Gate]]:
     gate = Gate(asyncio.get_running_loop())
-    loaded = replace(load(spec(bert), silent, scores_pairs=False), model=gate)
+    loaded = replace(load(spec(bert), silent, scores_pairs=False), model=gate, is_reentrant=is_reentrant)
     engine = EmbeddingEngine(loaded, spec(bert, **fields))
     try:
         yield engine, gate
@@ -243,8 +246,77 @@ async def gated(bert: Path, **fields: Any) -> AsyncIterator[tuple[EmbeddingEngin
         await engine.close()
 
 
-def ask(engine: EmbeddingEngine, *ids: int) -> asyncio.Task[Any]:
-    return asyncio.create_task(engine.embed(EmbeddingRequest([TokenPrompt((i,)) for i in ids])))
+def ask(engine: EmbeddingEngine, *ids: int, num_tokens: int = 1) -> asyncio.Task[Any]:
+    return asyncio.create_task(engine.embed(EmbeddingRequest([TokenPrompt((i,) * num_tokens) for i in ids])))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+async def test_two_batches_run_side_by_side_and_a_third_waits(bert: Path) -> None:
+    async with gated(bert, num_threads=2) as (engine, gate):
+        first = ask(engine, 5)
+        await until(lambda: gate.batches == [[5]])
+        second = ask(engine, 6)
+        await until(lambda: gate.batches == [[5], [6]])
+        third = ask(engine, 7)
+        await asyncio.sleep(0.05)
+        assert gate.batches == [[5], [6]]
+        assert not first.done()
+        gate.free.set()
+        replies = await asyncio.gather(first, second, third)
+    assert [reply.vectors.tolist() for reply in replies] == [[[5.0]], [[6.0]], [[7.0]]]
+
+
+async def test_many_texts_are_shared_out_among_idle_lanes(bert: Path) -> None:
+    async with gated(bert, num_threads=2) as (engine, gate):
+        task = ask(engine, *range(20, 36), num_tokens=20)
+        await until(lambda: len(gate.batches) == 2)
+        gate.free.set()
+        await task
+    assert sorted(len(batch) for batch in gate.batches) == [8, 8]
+
+
+async def test_a_text_longer_than_all_lanes_run_at_once_waits_for_its_turn_alone(bert: Path) -> None:
+    async with gated(bert, num_threads=2, prefill_chunk_tokens=4) as (engine, gate):
+        running = ask(engine, 5)
+        await until(lambda: gate.batches == [[5]])
+        long, later = ask(engine, 6, num_tokens=9), ask(engine, 7)
+        await asyncio.sleep(0.05)
+        assert gate.batches == [[5]]
+        gate.free.set()
+        await asyncio.gather(running, long, later)
+    assert gate.batches == [[5], [6], [7]]
+
+
+async def test_a_model_that_keeps_state_runs_one_batch_at_a_time(bert: Path) -> None:
+    async with gated(bert, is_reentrant=False, num_threads=2) as (engine, gate):
+        tasks = [ask(engine, 5)]
+        await until(lambda: gate.batches == [[5]])
+        tasks.append(ask(engine, 6))
+        await asyncio.sleep(0.05)
+        assert gate.batches == [[5]]
+        gate.free.set()
+        await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "is_reentrant"),
+    [
+        (None, True),
+        ({"rope_type": "default", "rope_theta": 1e4}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, False),
+    ],
+)
+def test_rotary_frequencies_that_change_with_the_text_are_state(
+    bert: Path, parameters: dict[str, Any] | None, is_reentrant: bool
+) -> None:
+    assert is_reentrant_with(spec(bert), SimpleNamespace(rope_parameters=parameters)) == is_reentrant
+    assert not is_reentrant_with(spec(bert, trust_remote_code=True), SimpleNamespace(rope_parameters=parameters))
 
 
 async def test_a_text_that_fails_costs_its_own_request_only(bert: Path) -> None:
@@ -259,7 +331,7 @@ async def test_a_text_that_fails_costs_its_own_request_only(bert: Path) -> None:
 
 
 async def test_who_leaves_the_queue_is_never_run_and_a_full_queue_says_so(bert: Path) -> None:
-    async with gated(bert, max_running=1, max_queued=2, num_threads=1) as (engine, gate):
+    async with gated(bert, max_running=1, max_queued=2) as (engine, gate):
         running = ask(engine, 5)
         await gate.entered.wait()
         leaving, staying = ask(engine, 6), ask(engine, 7)

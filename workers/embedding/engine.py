@@ -91,7 +91,7 @@ class EmbeddingEngine:
 
     Args:
         loaded: the model.
-        spec: limits; `prefill_chunk_tokens` bounds what runs at a time, padding included (on a GPU, 16 times as many).
+        spec: limits; `prefill_chunk_tokens` bounds a batch, padding included (on a GPU, 16 times as many).
     """
 
     def __init__(self, loaded: Loaded, spec: LoadSpec) -> None:
@@ -270,17 +270,17 @@ class EmbeddingEngine:
             return []
 
     def _take(self) -> list[_Item]:
-        """Take the next batch out of the queue: the lane's share of what may run at a time, the eldest with it.
+        """Take the next batch out of the queue, the eldest text with it; what is idle gets an equal share of little.
 
-        A text longer than a share runs all the same, one longer than all that may run at a time when nothing else does.
+        A text longer than a batch may be runs all the same, one longer than all lanes' batches when nothing else does.
         """
         waiting = [item for item in self._waiting if not item.job.cancelled]
         self._waiting = deque(waiting)
         lengths = [len(item.sequence.ids) for item in waiting]
-        room = self._max_batch_tokens - self._num_tokens_running
+        room = self._max_batch_tokens * len(self._lanes) - self._num_tokens_running
         if not waiting or (self._num_tokens_running and lengths[0] > room):
             return []
-        share = min(room, self._max_batch_tokens // len(self._lanes))
+        share = min(room, self._max_batch_tokens)
         if self._num_idle > 1:
             share = min(share, max(_WORTH_A_BATCH, sum(lengths) // self._num_idle))
         chosen = set(choose_batch(lengths, share, MAX_BATCH_TEXTS))

@@ -132,7 +132,7 @@ def load(spec: LoadSpec, report: Report, *, scores_pairs: bool) -> Loaded:
         recipe,
         scores_pairs=scores_pairs,
         on_gpu=device.type != "cpu",
-        is_reentrant=_is_reentrant(spec, text),
+        is_reentrant=is_reentrant(spec, text),
     )
 
 
@@ -146,7 +146,7 @@ def max_tokens(spec: LoadSpec, recipe: Recipe, tokenizer: Any, text_config: Any)
     return min(limits, default=_UNKNOWN_LIMIT)
 
 
-def _is_reentrant(spec: LoadSpec, text_config: Any) -> bool:
+def is_reentrant(spec: LoadSpec, text_config: Any) -> bool:
     """Whether several threads may run it at once: not what changes its rotary frequencies with the text's length."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
     kinds = {parameters.get("rope_type"), *(p.get("rope_type") for p in parameters.values() if isinstance(p, dict))}
