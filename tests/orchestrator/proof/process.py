@@ -82,7 +82,7 @@ class Process:
         self.num_prompt_tokens = 0
         self.frozen = self.hung = self.unsound = self.doomed = False
         self.drained_until_s = float("inf")
-        self.frozen_ticks_s = 0.0
+        self.frozen_ticks_s = self.frozen_at_s = 0.0
         self.num_freezes = 0
         self.requests: set[object] = set()
         self.streams: list[Reports] = []
@@ -221,10 +221,15 @@ class Process:
 
     def freeze(self) -> None:
         self.frozen = self.unsound = True
-        self.frozen_ticks_s = 0.0
+        self.frozen_ticks_s, self.frozen_at_s = 0.0, self.loop.time()
         self.num_freezes += 1
         for stream in self.streams:
             self.loop.call_later(KEEPALIVE_S, self._keepalive, stream, self.num_freezes)
+
+    def tick(self, counted_s: float) -> None:
+        """Count the silence between two ticks; it may have begun between them."""
+        if self.frozen:
+            self.frozen_ticks_s += min(counted_s, self.loop.time() - self.frozen_at_s)
 
     def thaw(self) -> None:
         self.frozen = self.hung = False

@@ -113,8 +113,8 @@ class Walk:
 
     def _tick(self, step_s: float) -> None:
         for process in self.world.processes.values():
-            if process.frozen and process.generation in self.truth.cluster.workers:
-                process.frozen_ticks_s += step_s if step_s <= LAZY_TICK_S else 0.5
+            if process.generation in self.truth.cluster.workers:
+                process.tick(step_s if step_s <= LAZY_TICK_S else 0.5)
         self.life.scheduler.post(events.Tick())
         self.loop.settle()
 
