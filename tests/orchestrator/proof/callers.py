@@ -67,6 +67,12 @@ class Life:
         )
         walk.truth.attach(self.scheduler)
         self.task = walk.loop.create_task(self.scheduler.run())
+        self._births = world.births
+
+    @property
+    def awaits_processes(self) -> bool:
+        """Whether some are on their way, or will turn out not to be."""
+        return bool(self._births) or not all(blank.pid for blank in self.scheduler._pool._blanks.values())
 
 
 async def ignoring_refusals(call: object) -> None:

@@ -372,7 +372,7 @@ class Walk:
             and not (cluster.ending or any(client.waits for client in self.clients))
             and not any(model.job is not None for model in cluster.models.values())
             and all(worker.state in steady and worker.resizing_to is None for worker in cluster.workers.values())
-            and not self.world.births
+            and not self.life.awaits_processes
             and not any(p.doomed or p.requests for p in self.world.processes.values())
         )
 
