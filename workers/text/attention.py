@@ -2,7 +2,8 @@
 
 Every model definition of transformers calls one function with this step's queries, keys and values. Ours writes the new
 keys and values to their blocks, then attends: all works of one row at once, every longer one by itself. A step's tokens
-come packed in one row (`packing.py`), so that linear layers run once for everybody.
+come packed in one row (`packing.py`), so that linear layers run once for everybody. What works of one row attend to is
+read where it lies on a GPU with Triton (`paged_attention.py`), and gathered first elsewhere.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class PagedCache:
     Args:
         kept_heads: which of the heads that the model computes are kept: all, but for some split models.
         layer_devices: of each layer, when not all are on `device`.
+        in_place: works of one row are read where they lie, by Triton.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class PagedCache:
         device: torch.device,
         kept_heads: slice = slice(None),
         layer_devices: Sequence[torch.device] = (),
+        *,
+        in_place: bool = False,
     ) -> None:
         self.device = device
+        self.in_place = in_place
+        self.num_kv_heads = shape.num_kv_heads
         self.dtype = dtype
         self.kept_heads = kept_heads
         self._row = (shape.num_kv_heads, shape.head_dim)
@@ -55,6 +61,17 @@ class PagedCache:
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of one layer, each (positions, kv_heads, head_dim)."""
         return self._keys[index], self._values[index]
+
+    def splits(self, num_singles: int) -> int:
+        """Return into how many parts single rows' sequences are cut where they are read in place."""
+        if not self.in_place or not num_singles:
+            return 1
+        from workers.text.paged_attention import splits_for
+
+        num_processors = 1
+        if self.device.type == "cuda":
+            num_processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return splits_for(num_singles, self.num_kv_heads, num_processors)
 
     def drop(self) -> None:
         """Let go of all keys and values; the cache is of no further use."""
@@ -109,11 +126,12 @@ class StepContext:
     Attributes:
         cache: where keys and values live.
         new_places: (rows,) int64: where each row's key and value go.
-        single_places: (singles, longest) int64: where each single row's sequence lies; padded.
+        single_places: (singles, longest) int64: where each single row's sequence lies; padded. Empty where `tables` is.
         single_positions: (singles,) int64.
         chunks: works of several rows, in row order.
         masks: filled by the first layer, read by the rest.
         elsewhere: copies for the devices of other layers.
+        tables: (singles, blocks) int32 where single rows are read in place, and into how many parts each is cut.
     """
 
     cache: PagedCache
@@ -123,6 +141,8 @@ class StepContext:
     chunks: tuple[Chunk, ...]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
     elsewhere: dict[torch.device, StepContext] = field(default_factory=dict)
+    tables: torch.Tensor | None = None
+    splits: int = 1
 
     @classmethod
     def of(cls, packed: PackedStep, cache: PagedCache) -> StepContext:
@@ -135,7 +155,8 @@ class StepContext:
             return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(cache.device)
 
         n = packed.num_singles
-        longest = int(packed.positions[:n].max()) + 1 if n else 0
+        longest = int(packed.positions[:n].max()) + 1 if n and not cache.in_place else 0
+        tables = torch.from_numpy(packed.tables[:n]).to(cache.device) if cache.in_place else None
         chunks = tuple(
             Chunk(int(row), int(rows), int(start), there(places[table, : start + rows]))
             for row, rows, start, table in packed.sequences[n:]
@@ -146,6 +167,8 @@ class StepContext:
             single_places=there(places[:n, :longest]),
             single_positions=there(packed.positions[:n]),
             chunks=chunks,
+            tables=tables,
+            splits=cache.splits(n),
         )
 
     def on(self, device: torch.device) -> StepContext:
@@ -159,6 +182,8 @@ class StepContext:
                 single_places=self.single_places.to(device),
                 single_positions=self.single_positions.to(device),
                 chunks=tuple(replace(chunk, places=chunk.places.to(device)) for chunk in self.chunks),
+                tables=None if self.tables is None else self.tables.to(device),
+                splits=self.splits,
             )
         return self.elsewhere[device]
 
@@ -242,7 +267,22 @@ def attend(
             return _softcapped(q, k, v, mask, scale, softcap)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    if n := step.single_positions.shape[0]:
+    n = step.single_positions.shape[0]
+    if n and step.tables is not None:
+        from workers.text.paged_attention import attend_singles
+
+        output[:n] = attend_singles(
+            query[0, :, :n].transpose(0, 1),
+            keys,
+            values,
+            step.tables,
+            step.single_positions,
+            splits=step.splits,
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+        )
+    elif n:
         # A key head's group of query heads stands where query positions do: no key is ever repeated.
         q = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, group, head_dim)
         k, v = keys[step.single_places].transpose(1, 2), values[step.single_places].transpose(1, 2)

@@ -56,15 +56,25 @@ class ModelRunner:
             return torch.from_numpy(array).to(device, torch.long)
 
         with self._adapters.added(packed) if self._adapters is not None else nullcontext():
-            output = self._model(
-                **self._inputs(here(packed.tokens)[None], packed.placed),
-                position_ids=_positions(here(packed.positions)[None], packed.placed),
-                use_cache=False,
-                logits_to_keep=here(packed.logit_rows),
-                step=StepContext.of(packed, self._cache),
+            logits = self._forward(
+                self._inputs(here(packed.tokens)[None], packed.placed),
+                _positions(here(packed.positions)[None], packed.placed),
+                StepContext.of(packed, self._cache),
+                here(packed.logit_rows),
             )
+        return on_host(logits.float())
+
+    def _forward(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        positions: torch.Tensor,
+        context: StepContext,
+        logit_rows: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """Return logits (rows, vocab) of the rows that are wanted, where the model is; 0: of all."""
+        output = self._model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=logit_rows, step=context)
         logits: torch.Tensor = output.logits[0]
-        return logits.float().cpu()
+        return logits
 
     def _inputs(self, ids: torch.Tensor, placed: Placed) -> dict[str, torch.Tensor]:
         """Return the ids (1, rows) or, where pictures stand among them, embeddings (1, rows, hidden)."""
@@ -97,7 +107,7 @@ class ModelRunner:
         _swap(tensors, [tensor.to(device, non_blocking=True) for tensor in tensors])
         if self._adapters is not None:
             self._adapters.move_to(device)
-        self._cache = PagedCache(kv, self._cache.dtype, device)
+        self._cache = PagedCache(kv, self._cache.dtype, device, in_place=self._cache.in_place)
 
     def seconds(self) -> dict[str, float]:
         """Return nothing: torch's operators are not taken apart."""
@@ -108,6 +118,16 @@ class ModelRunner:
         if self._adapters is not None:
             self._adapters.close()
         del self._model, self._cache
+
+
+def on_host(logits: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory, pinned on its way from a GPU: ten times as fast as into any other."""
+    if logits.device.type != "cuda":
+        return logits.cpu()
+    there = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    there.copy_(logits, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return there
 
 
 def _tensors(model: Any) -> list[torch.Tensor]:
@@ -145,6 +165,11 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
     else:
         chosen = threads.measure(loaded.model, loaded.device)
     log.info("threads chosen", extra={"model": spec.model, "decode": chosen.decode, "prefill": chosen.prefill})
+    if loaded.device.type == "cuda" and not loaded.adapters:
+        from workers.text.graphs import open_graphed
+
+        if graphed := open_graphed(loaded.model, loaded.kv, loaded.dtype, loaded.device, chosen, spec.max_running):
+            return graphed
     adapters = EagerAdapters(loaded.adapters, loaded.decoder, loaded.device, loaded.dtype) if loaded.adapters else None
     return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen, adapters)
 

@@ -1,0 +1,81 @@
+"""The GPU's attention of single rows against plain softmax, on the CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="test_triton.py brings it")
+
+from workers.text.kv_cache import BLOCK_TOKENS
+from workers.text.paged_attention import attend_singles, splits_for
+
+PLACES = 40 * BLOCK_TOKENS
+
+
+def reference(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor, window: int | None,
+    softcap: float | None, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    places = places[-window:] if window else places
+    group = query.shape[0] // keys.shape[1]
+    key = keys[places].double().repeat_interleave(group, 1)
+    value = values[places].double().repeat_interleave(group, 1)
+    logits = torch.einsum("hd,phd->hp", query.double(), key) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.einsum("hp,phd->hd", logits.softmax(-1), value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "splits", "window", "softcap"),
+    [
+        (4, 2, 32, 1, None, None),
+        (8, 1, 64, 4, None, None),
+        (6, 2, 80, 8, None, 20.0),
+        (3, 3, 16, 2, 70, None),
+        (4, 2, 32, 4, 5, 30.0),
+    ],
+)
+# The interpreter has no bfloat16; the code is the same.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_it_attends_as_plain_softmax_does(
+    heads: int, kv_heads: int, head_dim: int, splits: int, window: int | None, softcap: float | None, dtype: torch.dtype
+) -> None:
+    draws = torch.Generator().manual_seed(heads + splits)
+    lengths = [1, 16, 17, 130, 300]
+    keys, values = (torch.randn((PLACES, kv_heads, head_dim), generator=draws).to(dtype) for _ in range(2))
+    # What nobody has written may be anything.
+    blocks = torch.randperm(40, generator=draws).tolist()
+    tables = torch.zeros((len(lengths), 19), dtype=torch.int32)
+    places = []
+    for row, length in enumerate(lengths):
+        own = [blocks.pop() for _ in range(-(-length // BLOCK_TOKENS))]
+        tables[row, : len(own)] = torch.tensor(own)
+        places.append(torch.tensor([own[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)]))
+    written = torch.cat(places)
+    unwritten = torch.ones(PLACES, dtype=torch.bool).index_fill(0, written, False)
+    keys[unwritten], values[unwritten] = float("nan"), float("nan")
+    query = torch.randn((len(lengths), heads, head_dim), generator=draws).to(dtype)
+    scale = head_dim**-0.5
+
+    got = attend_singles(
+        query, keys, values, tables, torch.tensor(lengths) - 1,
+        splits=splits, scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    for row, own in enumerate(places):
+        expected = reference(query[row], keys, values, own, window, softcap, scale)
+        torch.testing.assert_close(
+            got[row].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.004, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("sequences", "kv_heads", "expected"), [(1, 8, 32), (4, 8, 8), (32, 8, 1), (128, 8, 1), (1, 1, 32)]
+)
+def test_few_sequences_are_cut_into_many_parts(sequences: int, kv_heads: int, expected: int) -> None:
+    assert splits_for(sequences, kv_heads, 132) == expected

@@ -1,0 +1,283 @@
+"""Decode steps as CUDA graphs: what a step launches is recorded once for each batch size, and then replayed.
+
+Above: `eager.py`, which opens it where there is a GPU. Below: transformers' definition with our attention in place.
+
+A decode step launches dozens of kernels for each layer, most of which take microseconds: less than launching them from
+Python does. A recorded step reads its inputs from fixed memory (`_Frame`), so a replay is a copy and a launch. Batches
+are padded to the next recorded size with copies of their last row, which write what is there already. The rows of a
+draft are rows like others: each sees its sequence up to itself. What does not fit (prompts, pictures, adapters) runs
+as before, beside it and over the same cache.
+
+A model that cannot be recorded, or whose recording does not agree with its definition, is served without it:
+`open_graphed` compares both before anybody is served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from workers.text.attention import PagedCache, StepContext
+from workers.text.eager import ModelRunner, on_host
+from workers.text.embeddings import overlaps
+from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
+from workers.text.native.runner import agree
+from workers.text.packing import PackedStep
+from workers.text.threads import Threads
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[], torch.Tensor]
+Record = Callable[[Forward], tuple[Callable[[], None], torch.Tensor]]
+"""Records a function that reads and writes fixed memory; returns what replays it, and where its result lies then."""
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# A draft's rows read their sequence's cache each for itself, which a prompt's had better not.
+_MOST_ROWS_OF_ONE = 8
+_MOST_DRAFTED_ROWS = 16
+_WARM_UPS = 2
+_PROBE_PROMPTS = (19, 12, 33)
+_PROBE_STEPS = 3
+
+
+def record_cuda(forward: Forward) -> tuple[Callable[[], None], torch.Tensor]:
+    """Record on the current device; see `Record`. Other threads may use the device meanwhile."""
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(_WARM_UPS):
+            forward()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = forward()
+    return graph.replay, result
+
+
+class _Frame:
+    """A recorded step's inputs in fixed memory, for `size` rows. Pinned host memory mirrors what changes each step."""
+
+    def __init__(self, size: int, max_blocks: int, cache: PagedCache) -> None:
+        device = cache.device
+        self._rows = torch.zeros((3, size), dtype=torch.long, device=device)
+        self._host = torch.zeros((3, size), dtype=torch.long, pin_memory=device.type == "cuda")
+        self._tables = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
+        self.tokens, self.positions, places = self._rows.unbind()
+        self.context = StepContext(
+            cache=cache,
+            new_places=places,
+            single_places=torch.empty((size, 0), dtype=torch.long, device=device),
+            single_positions=self.positions,
+            chunks=(),
+            tables=self._tables,
+            splits=cache.splits(size),
+        )
+
+    def fill(self, packed: PackedStep) -> None:
+        """Take a step's rows in; the last one stands for those that are missing."""
+        rows = np.minimum(np.arange(self._host.shape[1]), len(packed.tokens) - 1)
+        owners = np.repeat(np.arange(len(packed.sequences)), packed.sequences[:, 1])
+        blocks = packed.tables[owners, packed.positions // BLOCK_TOKENS].astype(np.int64)
+        places = blocks * BLOCK_TOKENS + packed.positions % BLOCK_TOKENS
+        self._host.numpy()[:] = np.stack([packed.tokens, packed.positions, places])[:, rows]
+        self._rows.copy_(self._host, non_blocking=True)
+        tables = torch.from_numpy(packed.tables[owners[rows]])
+        self._tables[:, : tables.shape[1]].copy_(tables, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    frame: _Frame
+    replay: Callable[[], None]
+    logits: torch.Tensor
+
+
+class GraphedRunner(ModelRunner):
+    """Transformers' definition, whose decode steps are recorded.
+
+    Args:
+        max_blocks: most blocks of one sequence.
+        max_running: most rows of a decode step that are worth a recording.
+        record: how.
+    """
+
+    name = "graphs"
+
+    def __init__(
+        self,
+        model: Any,
+        cache: PagedCache,
+        threads: Threads,
+        *,
+        max_blocks: int,
+        max_running: int,
+        record: Record = record_cuda,
+    ) -> None:
+        super().__init__(model, cache, threads)
+        self._max_blocks = max_blocks
+        self._sizes = sizes_for(max(max_running, _MOST_DRAFTED_ROWS))
+        self._record = record
+        self._recorded: dict[int, _Recorded] = {}
+
+    @torch.inference_mode()
+    def run_packed(self, packed: PackedStep) -> torch.Tensor:
+        """Run one step, recorded if it is a decode step; see `workers.text.runner.Runner.run`."""
+        size = next((size for size in self._sizes if size >= len(packed.tokens)), 0)
+        if not size or packed.tables.shape[1] > self._max_blocks or not is_plain(packed):
+            return super().run_packed(packed)
+        recorded = self._recorded.get(size)
+        if recorded is None:
+            recorded = self._new(size, packed)
+        else:
+            recorded.frame.fill(packed)
+        recorded.replay()
+        wanted = torch.from_numpy(packed.logit_rows).to(self._cache.device, torch.long)
+        return on_host(recorded.logits[wanted])
+
+    def _new(self, size: int, packed: PackedStep) -> _Recorded:
+        """Record a size. Warming up runs the step itself, which may be run again: it writes the same again."""
+        frame = _Frame(size, self._max_blocks, self._cache)
+        frame.fill(packed)
+
+        def forward() -> torch.Tensor:
+            return self._forward({"input_ids": frame.tokens[None]}, frame.positions[None], frame.context, 0).float()
+
+        replay, logits = self._record(forward)
+        self._recorded[size] = _Recorded(frame, replay, logits)
+        return self._recorded[size]
+
+    def record_all(self) -> None:
+        """Record every size, the largest first, before anybody is served: a recording takes a tenth of a second."""
+        for size in reversed(self._sizes):
+            self.run_packed(_decode_step([0] * size, [0] * size, [[0]] * size))
+
+    def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
+        """Have a cache of so many blocks; recordings of the old one are dropped, and made anew as they are needed."""
+        self._recorded.clear()
+        super().resize(num_blocks, kept)
+
+    def move_to_host(self) -> None:
+        """Bring the weights to host memory; recordings go."""
+        self._recorded.clear()
+        super().move_to_host()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._recorded.clear()
+        super().close()
+
+
+def sizes_for(max_running: int) -> tuple[int, ...]:
+    """Return the batch sizes to record, so that at most `max_running` rows and their padding fit into one of them."""
+    last = next((index for index, size in enumerate(_SIZES) if size >= max_running), len(_SIZES) - 1)
+    return _SIZES[: last + 1]
+
+
+def is_plain(packed: PackedStep) -> bool:
+    """Whether every work of a step is one row, or a few, with nothing but tokens in them."""
+    if packed.sequences[:, 1].max() > _MOST_ROWS_OF_ONE or packed.adapters is not None:
+        return False
+    return not any(
+        work.sequence.rope is not None or overlaps(work.sequence.embeddings, work.start, work.end)
+        for _, work in packed.placed
+    )
+
+
+def agrees(runner: ModelRunner, reference: ModelRunner, vocab_size: int) -> bool:
+    """Return whether two runners make the same of prompts and decode steps. Uses the first blocks of both caches.
+
+    Raises:
+        RuntimeError, torch.OutOfMemoryError: what the recording raises.
+    """
+    steps = probe(vocab_size)
+    got, expected = (torch.cat([one.run_packed(step) for step in steps]) for one in (runner, reference))
+    return agree(got, expected, "bfloat16")
+
+
+def probe(vocab_size: int) -> list[PackedStep]:
+    """Return a prompt for each of three sequences, steps that decode all, two, and all again, and one with a draft."""
+    draws = np.random.default_rng(0)
+    tables, first = [], 0
+    for length in _PROBE_PROMPTS:
+        num_blocks = _probe_blocks(length)
+        tables.append(list(range(first, first + num_blocks)))
+        first += num_blocks
+    steps = [_prompt_step(draws.integers(0, vocab_size, n), 0, t) for n, t in zip(_PROBE_PROMPTS, tables, strict=True)]
+    lengths = list(_PROBE_PROMPTS)
+    for rows in (3, 2, 3):
+        tokens = draws.integers(0, vocab_size, rows).tolist()
+        steps.append(_decode_step(tokens, lengths[:rows], tables[:rows]))
+        lengths = [length + (row < rows) for row, length in enumerate(lengths)]
+    steps.append(_prompt_step(draws.integers(0, vocab_size, 3), lengths[0], tables[0]))
+    return steps
+
+
+def _probe_blocks(length: int) -> int:
+    return (length + 2 * _PROBE_STEPS) // BLOCK_TOKENS + 1
+
+
+PROBE_BLOCKS = sum(map(_probe_blocks, _PROBE_PROMPTS))
+
+
+def _prompt_step(tokens: np.ndarray[Any, Any], start: int, table: Sequence[int]) -> PackedStep:
+    rows = np.arange(len(tokens), dtype=np.int32)
+    return PackedStep(
+        tokens=tokens.astype(np.int32),
+        positions=rows + start,
+        sequences=np.asarray([[0, len(tokens), start, 0]], np.int32),
+        tables=np.asarray([table], np.int32),
+        logit_rows=rows,
+        num_singles=0,
+    )
+
+
+def _decode_step(tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> PackedStep:
+    rows = np.arange(len(tokens), dtype=np.int32)
+    widest = max(map(len, tables))
+    return PackedStep(
+        tokens=np.asarray(tokens, np.int32),
+        positions=np.asarray(positions, np.int32),
+        sequences=np.stack([rows, np.ones_like(rows), np.asarray(positions, np.int32), rows], axis=1),
+        tables=np.asarray([[*table, *[0] * (widest - len(table))] for table in tables], np.int32),
+        logit_rows=rows,
+        num_singles=len(tokens),
+    )
+
+
+def open_graphed(
+    model: Any, kv: KVShape, dtype: torch.dtype, device: torch.device, threads: Threads, max_running: int
+) -> ModelRunner | None:
+    """Return a runner whose decode steps are recorded and proved against the definition; None where that cannot be."""
+    try:
+        from workers.text import paged_attention
+    except ImportError as reason:
+        log.warning("serving without graphs", extra={"reason": str(reason)})
+        return None
+    if kv.head_dim > paged_attention.MAX_HEAD_DIM or kv.num_blocks < PROBE_BLOCKS:
+        return None
+    try:
+        runner = GraphedRunner(
+            model,
+            PagedCache(kv, dtype, device, in_place=True),
+            threads,
+            max_blocks=blocks_for(kv.max_context_tokens),
+            max_running=max_running,
+        )
+        if agrees(runner, reference_for(model, kv, dtype, device), int(model.config.get_text_config().vocab_size)):
+            runner.record_all()
+            return runner
+        log.warning("serving without graphs", extra={"reason": "recorded steps differ from the model's definition"})
+    except Exception as reason:  # Triton and recordings fail in many ways; the definition itself still serves.
+        log.warning("serving without graphs", extra={"reason": str(reason)[:500]})
+    return None
+
+
+def reference_for(model: Any, kv: KVShape, dtype: torch.dtype, device: torch.device) -> ModelRunner:
+    """Return a plain runner with a cache that holds the probe."""
+    shape = KVShape(kv.num_layers, kv.num_kv_heads, kv.head_dim, PROBE_BLOCKS, PROBE_BLOCKS * BLOCK_TOKENS)
+    return ModelRunner(model, PagedCache(shape, dtype, device), Threads(1, 1))
