@@ -44,8 +44,10 @@ sim: setup-dev ## the placement policy beside LRU, LFU, Ollama and a clairvoyant
 fuzz: setup-dev ## schemathesis on our own OpenAPI document, five minutes; ARGS='--seconds 60'
 	@exec $(BIN)/python -m tests.fuzz $(ARGS)
 
-gpu: setup-dev ## run the tests that need a CUDA device, if there is one
-	@exec $(BIN)/python -m tests.bench.gpu $(ARGS)
+# An interpreter given as `make gpu PYTHON=python3` is taken as it is: nothing is set up, what it lacks is named.
+GIVEN := $(if $(filter command line,$(origin PYTHON)),$(PYTHON))
+gpu: $(if $(GIVEN),,setup-dev) ## correctness and speed on a CUDA device, if there is one; ARGS='--only speed'; PYTHON=python3 to set up nothing
+	@exec $(or $(GIVEN),$(BIN)/python) -m tests.bench.gpu $(ARGS)
 
 proto: setup-dev ## generate the Python code of the .proto contracts
 	@deploy/proto.sh

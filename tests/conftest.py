@@ -41,12 +41,31 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where torch finds none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the text engine's own tests run on another device."""
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where engines of tests are opened (default cpu); with another, only tests that open engines there run",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where torch finds none; leave out what another device has no part in."""
+    if config.getoption("--device") != "cpu":
+        elsewhere = [item for item in items if _opens_on_device(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in elsewhere])
+        items[:] = elsewhere
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_cuda():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _opens_on_device(item: pytest.Item) -> bool:
+    """Whether a test opens its engines on the chosen device; the compiled kernels are the CPU's alone."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return "engine_device" in getattr(item, "fixturenames", ()) and parameters.get("runner_name") != "native"
 
 
 def _has_cuda() -> bool:

@@ -26,9 +26,6 @@ from workers.engine import Engine, EngineStats, Finish, GenerationRequest, LoadS
 from workers.text.engine import TextEngine
 from workers.text.opening import open_text_engine
 
-from .floor import read_bandwidth_bytes_per_s
-from .peers import Skip, pull
-
 MODEL = "SmolLM2-135M-Instruct"
 PROMPT_TOKENS = 90
 LONG_PROMPT_TOKENS = 1024
@@ -88,9 +85,14 @@ def spec_with(spec: LoadSpec, settings: Sequence[str]) -> LoadSpec:
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
 
+def prompt_ids(number: int, num_tokens: int, vocab_size: int) -> list[int]:
+    """Return a prompt that shares nothing with any other number's."""
+    return random.Random(number).choices(range(_FIRST_ORDINARY_ID, vocab_size), k=num_tokens)
+
+
 def request(engine: Measured, number: int, num_prompt_tokens: int, max_tokens: int) -> GenerationRequest:
-    """Return a greedy request whose prompt shares nothing with any other number's."""
-    ids = random.Random(number).choices(range(_FIRST_ORDINARY_ID, engine.facts.vocab_size), k=num_prompt_tokens)
+    """Return a greedy request with a prompt of its own."""
+    ids = prompt_ids(number, num_prompt_tokens, engine.facts.vocab_size)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     return GenerationRequest(TokenPrompt(tuple(ids)), f"bench-{number}", greedy, max_tokens)
 
@@ -160,6 +162,9 @@ async def measure(
 
 def main() -> int:
     """Run the benchmark; return the exit status."""
+    from .floor import read_bandwidth_bytes_per_s
+    from .peers import Skip, pull
+
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description="Measure the text engine alone.")
     parser.add_argument("--rows", default="1,4,16", help="batch sizes (default 1,4,16)")
     parser.add_argument("--steps", type=int, default=64, help="decode steps at each (default 64)")

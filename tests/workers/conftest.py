@@ -22,8 +22,17 @@ def runner_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def open_engine(runner_name: str) -> Callable[..., object]:
-    """Open a text engine over a directory: `async with open_engine(path, **LoadSpec fields) as engine`."""
+def engine_device(request: pytest.FixtureRequest) -> str:
+    """Where the engines of a test are opened: `pytest --device`, the CPU unless told otherwise."""
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def open_engine(runner_name: str, engine_device: str) -> Callable[..., object]:
+    """Open a text engine over a directory: `async with open_engine(path, **LoadSpec fields) as engine`.
+
+    On another device than the CPU it has the runner that serves there, whatever that is.
+    """
 
     @asynccontextmanager
     async def opened(path: Path, **options: object) -> AsyncIterator[TextEngine]:
@@ -33,22 +42,25 @@ def open_engine(runner_name: str) -> Callable[..., object]:
         from workers.text.loader import load
         from workers.text.native.build import build
         from workers.text.native.describe import NotSupported
-        from workers.text.opening import open_native
+        from workers.text.opening import open_native, open_runner
 
         fields: dict[str, object] = {
             "model": "tiny",
             "path": str(path),
+            "devices": (engine_device,),
             "dtype": "float32",
             "num_threads": 1,
             **options,
         }
         spec = LoadSpec(**fields)  # type: ignore[arg-type]
         directory = read_directory(spec)
-        loaded = load(spec, lambda *_: None, directory)
         try:
-            runner = (
-                open_native(directory, loaded, spec, build()) if runner_name == "native" else open_eager(loaded, spec)
-            )
+            if engine_device != "cpu":
+                loaded, runner, _ = open_runner(directory, spec, lambda *_: None)
+            else:
+                loaded = load(spec, lambda *_: None, directory)
+                is_native = runner_name == "native"
+                runner = open_native(directory, loaded, spec, build()) if is_native else open_eager(loaded, spec)
         except NotSupported as reason:
             # `test_native.py` says which families the kernels must take.
             pytest.skip(f"no kernels for it: {reason}")

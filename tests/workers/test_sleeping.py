@@ -33,7 +33,7 @@ KEPT = {0: 0, 7: 1, 3: 3}
 
 
 @pytest.fixture
-def opened(runner_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def opened(runner_name: str, engine_device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     if runner_name == "native":
         build.build()
     else:
@@ -42,9 +42,10 @@ def opened(runner_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     @asynccontextmanager
     async def open_one(path: Path, **fields: Any) -> AsyncIterator[tuple[Any, LoadSpec]]:
-        spec = LoadSpec(model="tiny", path=str(path), **{"dtype": "float32", "num_threads": 1, **fields})
+        chosen = {"devices": (engine_device,), "dtype": "float32", "num_threads": 1, **fields}
+        spec = LoadSpec(model="tiny", path=str(path), **chosen)
         engine = await open_text_engine(spec, lambda *_: None)
-        assert engine.runner == runner_name
+        assert engine.runner == runner_name or engine_device != "cpu"
         try:
             yield engine, spec
         finally:

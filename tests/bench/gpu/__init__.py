@@ -1,0 +1,1 @@
+"""`make gpu`: correctness and speed on one CUDA device, in one call. `__main__` is the entry, `steps` what it runs."""
