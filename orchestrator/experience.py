@@ -50,7 +50,8 @@ def key_of(spec: ModelSpec, footprint: Footprint, kind: str) -> str:
     context = context_tokens(spec, footprint)
     adapters = ",".join(sorted(path for _, path in spec.adapters))
     what = (spec.source, spec.revision or "", spec.dtype, spec.quantize, context, spec.max_running, adapters, kind)
-    return "|".join(str(part) for part in (*what, footprint.weight_bytes))
+    beams = (f"{spec.beams} beams",) if spec.beams > 1 else ()  # Keys of measurements that were taken before stay.
+    return "|".join(str(part) for part in (*what, footprint.weight_bytes, *beams))
 
 
 @dataclass(slots=True)

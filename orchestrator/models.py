@@ -97,6 +97,7 @@ class ModelSpec:
     max_queued: int = 256
     kv_cache_bytes: int = 0
     prefill_chunk_tokens: int = 512
+    beams: int = 1
     num_threads: int = 0
     preload: bool = False
     pinned: bool = False
@@ -143,6 +144,7 @@ def from_config(config: ModelConfig) -> ModelSpec:
         max_queued=config.max_queued,
         kv_cache_bytes=config.kv_cache,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
+        beams=config.beams,
         num_threads=config.num_threads,
         preload=config.preload,
         pinned=config.pinned,
@@ -170,6 +172,7 @@ def recipe(spec: ModelSpec) -> str:
         spec.max_queued,
         spec.kv_cache_bytes,
         spec.prefill_chunk_tokens,
+        spec.beams,
         spec.num_threads,
         spec.trust_remote_code,
     )
@@ -248,6 +251,7 @@ def load_request(
         max_queued=spec.max_queued,
         kv_cache_bytes=kv_cache_bytes,
         prefill_chunk_tokens=spec.prefill_chunk_tokens,
+        beams=spec.beams,
         num_threads=spec.num_threads,
         trust_remote_code=spec.trust_remote_code,
         adapters=[lifecycle_pb2.Adapter(name=name, path=path) for name, path in spec.adapters],

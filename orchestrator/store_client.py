@@ -69,7 +69,8 @@ class StoreClient:
             return None
         engine = spec.engine or ENGINES[kind_of(found.path)]
         generates = engine == lifecycle_pb2.ENGINE_KIND_TEXT
-        needs = footprint(found.path, spec.dtype, spec.quantize if generates else "", generates=generates)
+        quantize = spec.quantize if generates else ""
+        needs = footprint(found.path, spec.dtype, quantize, generates=generates, beams=spec.beams)
         # For advice: what the weights would take in the ways that they are not served in.
         others = ("int8", "int4") if generates and not spec.quantize else ()
         quantized = tuple((kind, footprint(found.path, spec.dtype, kind).weight_bytes) for kind in others)

@@ -313,6 +313,7 @@ class LoadSpec:
     quantize: str = ""
     trust_remote_code: bool = False
     adapters: tuple[AdapterSource, ...] = ()
+    beams: int = 1
 
     @property
     def device(self) -> str:

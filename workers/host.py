@@ -30,6 +30,7 @@ from workers import memory
 from workers.engine import Engine, EngineStats, LoadSpec, ModelFacts, Resizable, Sleeper
 from workers.environment import enter_environment
 from workers.gentle import gently
+from workers.refusals import refuse_beams
 from workers.scripted import ScriptedEngine
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class WorkerHost:
     @staticmethod
     async def _create(spec: LoadSpec, kind: life.EngineKind.ValueType, report: Report) -> Engine:
         if kind == life.ENGINE_KIND_SCRIPTED:
+            refuse_beams(spec, "scripted models")
             return ScriptedEngine(spec)
         importing = _IMPORTS.get(kind)
         if importing is None:

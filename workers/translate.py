@@ -331,6 +331,7 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
         quantize=message.quantize,
         trust_remote_code=message.trust_remote_code,
         adapters=tuple(AdapterSource(adapter.name, adapter.path) for adapter in message.adapters),
+        beams=message.beams or 1,
     )
 
 

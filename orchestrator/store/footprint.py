@@ -31,6 +31,7 @@ _PROCESS_BYTES = 264 * 10**6
 _TOKEN_BYTES = 300
 _CHUNK_TOKENS = 256
 _BATCH = 16
+_LOGITS_AT_ONCE = 4
 _INT4_GROUP = 32
 _RANK_STEP = 16
 SPEECH_BYTES = 300 * 10**6
@@ -209,7 +210,7 @@ def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: st
     return num_weights * item_bytes
 
 
-def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = True) -> Footprint:
+def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = True, beams: int = 1) -> Footprint:
     """Return what the model in directory `path` will take when served in `dtype` ("auto": as its config says).
 
     Args:
@@ -217,6 +218,7 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
         generates: it writes text. Others keep no KV cache, and "auto" is float32 for them, as on a CPU.
         dtype: "auto", "bfloat16", "float16" or "float32".
         quantize: "int8" or "int4" for the weights of linear layers; "" for none.
+        beams: that a model which writes speech down follows.
 
     Raises:
         ModelLoadFailed: files are missing or damaged.
@@ -247,7 +249,7 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
     kv_heads = _first(config, "num_key_value_heads") or heads
     activations = 4 * _CHUNK_TOKENS * (8 * hidden + 3 * (_first(config, "intermediate_size", "n_inner") or 4 * hidden))
     if config.get("model_type") == "whisper":
-        activations = _hearing_bytes(config, item_bytes)
+        activations = _hearing_bytes(config, item_bytes, beams)
     if config.get("model_type") == "vits":
         activations = SPEECH_BYTES
     vocabulary = _first(config, "vocab_size")
@@ -260,18 +262,19 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
     )
 
 
-def _hearing_bytes(config: dict[str, Any], item_bytes: int) -> int:
-    """Return what Whisper's rows and its encoder's activations take.
+def _hearing_bytes(config: dict[str, Any], item_bytes: int, beams: int) -> int:
+    """Return what Whisper's rows, its encoder's activations and further beams' logits take.
 
-    A row is one window of 30 s: keys and values of what is heard and of what is said. There are as many rows as 600 MB
-    hold, 2 … 8; two windows are encoded at once.
+    A row is one window of 30 s: keys and values of what is heard, and of what each beam says. There are as many rows as
+    600 MB hold, 2 … 8; two windows are encoded at once.
     """
     width, layers = _first(config, "d_model"), _first(config, "decoder_layers")
     sounds, tokens = _first(config, "max_source_positions"), _first(config, "max_target_positions")
-    row = 2 * layers * width * (sounds + tokens) * item_bytes
+    row = 2 * layers * width * (sounds + beams * tokens) * item_bytes
     rows = max(2, min(8, 600 * 10**6 // max(1, row)))
     inner = _first(config, "encoder_ffn_dim") or 4 * width
-    return rows * row + 2 * 4 * sounds * (8 * width + 3 * inner)
+    logits = _LOGITS_AT_ONCE * 4 * rows * (beams - 1) * _first(config, "vocab_size")
+    return rows * row + 2 * 4 * sounds * (8 * width + 3 * inner) + logits
 
 
 def adapter_bytes(name: str, directory: Path) -> int:

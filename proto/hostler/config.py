@@ -115,6 +115,12 @@ class ModelConfig(_Strict):
         le=65536,
         description="Most prompt tokens of one step; the engine takes fewer while others stream.",
     )
+    beams: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="Of speech recognition: how many ways to write speech down are followed at once; 1: greedy.",
+    )
     num_threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: chosen.")
     preload: bool = Field(default=False, description="Load at start.")
     pinned: bool = Field(default=False, description="Never evict.")

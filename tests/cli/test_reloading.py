@@ -64,6 +64,7 @@ OTHER_VALUES: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "quantize": "int8",
+    "beams": 5,
     "preload": True,
     "pinned": True,
     "keep_alive": 3,

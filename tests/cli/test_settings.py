@@ -171,6 +171,15 @@ def test_quantization_is_one_of_two_or_none(place: Path) -> None:
         resolve()
 
 
+def test_beams_are_one_to_sixteen(place: Path) -> None:
+    (place / "hostler.yaml").write_text("models: [{name: a, beams: 16}, {name: b}]")
+    assert [model.beams for model in resolve().models] == [16, 1]
+    for beams in (0, 17):
+        (place / "hostler.yaml").write_text(f"models: [{{name: a, beams: {beams}}}]")
+        with pytest.raises(ConfigError, match=r"models\.0\.beams"):
+            resolve()
+
+
 def test_an_editor_is_told_the_quantizations() -> None:
     kinds = ModelConfig.model_json_schema()["properties"]["quantize"]["anyOf"]
     assert {"enum": ["int8", "int4"], "type": "string"} in kinds

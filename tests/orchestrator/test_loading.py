@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import pytest
+from hostler.config import ModelConfig
 from hostler.errors import InvalidRequest, ModelLoadFailed, ModelNeverFits, ModelNotFound, Unavailable, WorkerLost
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 from hostler.placement.v1 import placement_pb2 as pb
 
 from orchestrator.effects import Memory, Placement
-from orchestrator.models import Footprint, ModelSpec
+from orchestrator.experience import Experience, key_of
+from orchestrator.models import Footprint, Located, ModelSpec, from_config, recipe
 from tests.orchestrator.conftest import MB, FakeEffects, Rig
 
 Start = Callable[..., Awaitable[Rig]]
@@ -331,6 +333,26 @@ async def test_the_configured_quantization_reaches_the_worker_the_routes_and_the
         assert request.quantize == quantize
         assert (await rig.routes())[name].quantize == quantize
         assert (await rig.scheduler.plan(name)).quantize == quantize
+
+
+async def test_the_configured_beams_reach_the_worker(start: Start, effects: FakeEffects) -> None:
+    rig = await start({"name": "hearer", "beams": 5}, "plain")
+    for name, beams in (("hearer", 5), ("plain", 1)):
+        await rig.ensure(name)
+        request = rig.worker(name).request
+        assert request is not None
+        assert request.beams == beams
+
+
+def test_a_load_with_other_beams_is_another_and_what_it_held_says_nothing_about_this_one() -> None:
+    located = Located("", Footprint(weight_bytes=100 * MB))
+    plain, wide = (from_config(ModelConfig(name="a", beams=beams)) for beams in (1, 5))
+    assert recipe(plain) != recipe(wide)
+    experience = Experience()
+    experience.learn(plain, located, "cpu", own_bytes=123 * MB)
+    assert experience.of(wide, located, "cpu").own_bytes == 0
+    assert experience.of(plain, located, "cpu").own_bytes == 123 * MB
+    assert "beams" not in key_of(plain, located.footprint, "cpu")
 
 
 async def test_a_plan_says_what_would_happen_and_changes_nothing(start: Start, effects: FakeEffects) -> None:

@@ -14,6 +14,7 @@ from hostler.errors import InvalidRequest, ModelLoadFailed
 from orchestrator.store import adapter_bytes, footprint
 from orchestrator.store.footprint import INDEX, SINGLE, read_header
 from tests.models.adapters import write_adapter
+from tests.models.tiny_whisper import SIZES, tiny_whisper
 
 
 @pytest.fixture
@@ -35,6 +36,15 @@ def test_weight_bytes_are_those_of_the_loaded_model(architecture: str, tiny_mode
     for dtype in ("float32", "bfloat16", "float16"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         assert footprint(path, dtype).weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_beams_take_keys_and_values_of_their_own_and_only_in_models_that_hear(tiny_model: Path, tmp_path: Path) -> None:
+    tiny_whisper(tmp_path)
+    one, five = (footprint(tmp_path, "float32", generates=False, beams=beams) for beams in (1, 5))
+    values = 2 * SIZES["decoder_layers"] * SIZES["d_model"] * SIZES["max_target_positions"]
+    logits = 4 * SIZES["vocab_size"]
+    assert five.workspace_bytes - one.workspace_bytes == 4 * 8 * 4 * (values + logits)
+    assert footprint(tiny_model, "float32", beams=5) == footprint(tiny_model, "float32")
 
 
 def _linear_layers(path: Path) -> list[tuple[int, int]]:

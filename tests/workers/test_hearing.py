@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,11 @@ from workers.hearing.decoding import Decoding, Row, Wanted
 from workers.hearing.engine import HearingEngine
 from workers.hearing.opening import load, multiplies_bfloat16, open_hearing_engine
 from workers.transcription import Heard, Segment, TranscriptionFinish, TranscriptionRequest
+
+Scorer = Callable[[Sequence[int]], torch.Tensor]
+"""What a window has said so far → masked logits of what it says next."""
+
+MOST_TOKENS = SIZES["max_target_positions"] // 2
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +56,15 @@ def noise(seconds: float, seed: int = 0) -> Any:
     return samples.clip(-32768, 32767).astype(np.int16)
 
 
-def decode(path: Path, windows: Sequence[Any], wanted: Sequence[Wanted], num_rows: int = 8) -> list[Row[int]]:
+def decode(path: Path, windows: Sequence[Any], wanted: Sequence[Wanted], **fields: Any) -> list[Row[int]]:
     """Decode windows together, joining three at a time while others run; return their rows in order."""
-    _, listener = load(spec(path), silent)
+    _, listener = load(spec(path, **fields), silent)
     decoding: Decoding[int] = listener._decoding  # type: ignore[assignment]
     rows: dict[int, Row[int]] = {}
     waiting = list(range(len(windows)))
     with torch.inference_mode():
         while waiting or decoding.rows:
-            if waiting and len(decoding.rows) <= num_rows - 3:
+            if waiting and len(decoding.rows) <= listener._whisper.num_rows - 3:
                 joining, waiting = waiting[:3], waiting[3:]
                 states = listener._whisper.encode(listener._features([windows[i] for i in joining]))
                 decoding.join([(i, wanted[i]) for i in joining], states)
@@ -76,8 +81,8 @@ def transformers_own(whisper: Path) -> Any:
     return WhisperForConditionalGeneration.from_pretrained(whisper, dtype=torch.float32).eval()
 
 
-def greedy(path: Path, model: Any, window: Any, opening: list[int], *, times: bool) -> list[int]:
-    """Return the likeliest tokens by transformers' model and its own rules, without a cache, to the end or to 48."""
+def scorer(path: Path, model: Any, window: Any, opening: list[int], *, times: bool) -> Scorer:
+    """Return what scores next tokens by transformers' model and its own rules, without a cache."""
     from transformers import WhisperFeatureExtractor
     from transformers.generation.logits_process import (
         LogitsProcessorList,
@@ -95,16 +100,28 @@ def greedy(path: Path, model: Any, window: Any, opening: list[int], *, times: bo
         rules.append(SuppressTokensLogitsProcessor(list(range(known["<|notimestamps|>"] + 1, SIZES["vocab_size"]))))
     extractor = WhisperFeatureExtractor.from_pretrained(path)
     features = extractor(window.astype(np.float32) / 32768, sampling_rate=RATE_HZ, return_tensors="pt").input_features
-    tokens = list(opening)
     with torch.inference_mode():
         states = model.model.encoder(features)
-        while len(tokens) < len(opening) + SIZES["max_target_positions"] // 2:
-            said = torch.tensor([tokens])
-            logits = model(encoder_outputs=states, decoder_input_ids=said, use_cache=False).logits[:, -1]
-            tokens.append(int(rules(said, logits).argmax()))
-            if tokens[-1] == known["<|endoftext|>"]:
-                return tokens[len(opening) : -1]
-    return tokens[len(opening) :]
+
+    @torch.inference_mode()
+    def scores(said: Sequence[int]) -> torch.Tensor:
+        tokens = torch.tensor([[*opening, *said]])
+        logits = model(encoder_outputs=states, decoder_input_ids=tokens, use_cache=False).logits[:, -1]
+        masked: torch.Tensor = rules(tokens, logits)[0]
+        return masked
+
+    return scores
+
+
+def greedy(path: Path, model: Any, window: Any, opening: list[int], *, times: bool) -> list[int]:
+    """Return the likeliest tokens by transformers' model and its own rules, to the end or to 32."""
+    scores = scorer(path, model, window, opening, times=times)
+    said: list[int] = []
+    while len(said) < MOST_TOKENS:
+        said.append(int(scores(said).argmax()))
+        if said[-1] == ids()["<|endoftext|>"]:
+            return said[:-1]
+    return said
 
 
 @pytest.mark.parametrize("times", [True, False])

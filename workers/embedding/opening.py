@@ -27,7 +27,7 @@ from workers.embedding.models import CrossEncoder, EmbeddingModel, SequenceModel
 from workers.embedding.recipe import DenseLayer, Recipe, read_recipe
 from workers.embedding.texts import TextEncoder
 from workers.engine import LoadSpec, ModelFacts
-from workers.refusals import refuse_text_options
+from workers.refusals import refuse_beams, refuse_text_options
 
 Report = Callable[[str, int, int], None]
 
@@ -69,6 +69,7 @@ def load(spec: LoadSpec, report: Report, *, scores_pairs: bool) -> Loaded:
         ModelLoadFailed, UnsupportedParameter: as above.
     """
     refuse_text_options(spec, "embedding models")
+    refuse_beams(spec, "embedding models")
     path, device = Path(spec.path), torch.device(spec.device)
     total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report("read", 0, total)

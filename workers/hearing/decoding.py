@@ -1,7 +1,8 @@
 """The decode loop: rows that join, say one token each step, and leave. Above: `listening.py`; below: `whisper.py`.
 
 A row is one window of one recording. It joins with what the encoder made of it, finds out its language if nobody said
-which, and is opened anew at a higher temperature when what it said looks wrong.
+which, and is opened anew at a higher temperature when what it said looks wrong. At temperature 0 it follows all its
+beams (`beams.py`); above it draws once, and the places of the other beams idle.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from hostler.errors import Internal
 
+from workers.hearing.beams import Search, advance, moves
 from workers.hearing.rules import Rules, choose
 from workers.hearing.times import MAX_COMPRESSION_RATIO, TEMPERATURES, Decoded
 from workers.hearing.vocabulary import Vocabulary
@@ -28,7 +30,7 @@ class Wanted:
     Attributes:
         language: a code; empty: find out.
         prompt: token ids of the text before.
-        temperature: None: greedy, then warmer while it looks wrong.
+        temperature: None: the likeliest, then warmer while it looks wrong.
         times: tell when.
         seed: of the draws at temperatures above 0.
     """
@@ -50,8 +52,7 @@ class Row(Generic[T]):
     language: str
     temperature: float
     opening: list[int] = field(default_factory=list)
-    said: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    search: Search = field(default_factory=Search)
     no_speech_prob: float = 0.0
     generator: torch.Generator | None = None
     tries: list[Decoded] = field(default_factory=list)
@@ -108,7 +109,7 @@ class Decoding(Generic[T]):
             row.opening = self.vocabulary.opening(
                 row.language, translate=wanted.translate, times=wanted.times, prompt=list(wanted.prompt)
             )
-            row.said, row.logprobs = [], []
+            row.search = Search()
             row.generator = self._generator(row) if row.temperature > 0 else None
             if group and (index != group[-1] + 1 or len(row.opening) != len(self.rows[group[-1]].opening)):
                 self._begin(group)
@@ -139,9 +140,7 @@ class Decoding(Generic[T]):
         """
         running = [row for row in self.rows if not self._is_over(row)]
         if running == self.rows and running:
-            tokens = [row.said[-1] for row in running]
-            positions = [len(row.opening) + len(row.said) - 1 for row in running]
-            self._take(running, self._whisper.step(tokens, positions))
+            self._take(running, self._read(running))
         over = [index for index, row in enumerate(self.rows) if self._is_over(row)]
         again = [index for index in over if self._judge(self.rows[index])]
         self._open(again)
@@ -158,31 +157,66 @@ class Decoding(Generic[T]):
                 self.rows[index] = self.rows[last]
             self.rows.pop()
 
+    def _read(self, rows: Sequence[Row[T]]) -> torch.Tensor:
+        """Read what all rows' beams have said last; return (beams, vocabulary) logits of those that go on."""
+        tokens: list[int] = []
+        used: list[int] = []
+        for row in rows:
+            last = [beam.said[-1] for beam in row.search.beams]
+            used += range(len(tokens), len(tokens) + len(last))
+            tokens += last + [last[0]] * (self._whisper.num_beams - len(last))
+        logits = self._whisper.step(tokens, [len(row.opening) + row.search.num_said - 1 for row in rows])
+        return logits if len(used) == len(tokens) else logits[used]
+
     def _take(self, rows: Sequence[Row[T]], logits: torch.Tensor) -> None:
-        """Choose the rows' next tokens by their logits (rows, vocabulary)."""
-        for index, sound in enumerate(logits.isfinite().all(dim=1).tolist()):
+        """Choose the next tokens of the rows' beams by their logits (beams, vocabulary)."""
+        owners = [row for row in rows for _ in row.search.beams]
+        # A sum is finite where all are.
+        for index, sound in enumerate(logits.sum(dim=1).isfinite().tolist()):
             if not sound:
-                rows[index].failure = Internal("The model produced no valid numbers for this recording.")
+                owners[index].failure = Internal("The model produced no valid numbers for this recording.")
                 logits[index] = 0.0
-        self._rules.apply(logits, [row.said for row in rows], [row.wanted.times for row in rows])
-        choices = choose(logits, [row.temperature for row in rows], [row.generator for row in rows])
-        for row, choice in zip(rows, choices, strict=True):
-            row.said.append(choice.token)
-            row.logprobs.append(choice.logprob)
+        said = [beam.said for row in rows for beam in row.search.beams]
+        self._rules.apply(logits, said, [row.wanted.times for row in owners])
+        width = self._whisper.num_beams
+        choices = choose(
+            logits,
+            [row.temperature for row in owners],
+            [row.generator for row in owners],
+            count=width + 1 if width > 1 else 1,
+        )
+        copies: list[tuple[int, int, int, int]] = []
+        place = 0
+        for row in rows:
+            before, first = row.search, len(row.opening)
+            found = choices[place : place + len(before.beams)]
+            place += len(before.beams)
+            row.search, parents = advance(before, found, self._width(row), self.vocabulary.end)
+            slot = self.rows.index(row) * width
+            copies += [
+                (slot + source, slot + target, first + same, first + before.num_said)
+                for source, target, same in moves(before, parents)
+            ]
+        if copies:
+            sources, targets, firsts, lasts = zip(*copies, strict=True)
+            self._whisper.copy(sources, targets, min(firsts), max(lasts))
+
+    def _width(self, row: Row[T]) -> int:
+        return 1 if row.temperature > 0 else self._whisper.num_beams
 
     def _is_over(self, row: Row[T]) -> bool:
         room = self._whisper.shape.num_tokens
         most = min(room // 2, room - len(row.opening))
-        ended = bool(row.said) and row.said[-1] == self.vocabulary.end
-        return ended or len(row.said) >= most or row.failure is not None
+        return row.search.is_over(self._width(row)) or row.search.num_said >= most or row.failure is not None
 
     def _judge(self, row: Row[T]) -> bool:
         """Add what a row has said to its tries, and put the best one last; return whether to try again, warmer."""
         if row.failure is not None:
             return False
-        tokens = row.said[:-1] if row.said[-1] == self.vocabulary.end else row.said
+        best = row.search.best(self._width(row), self.vocabulary.end)
+        tokens = best.said[:-1] if best.said[-1:] == (self.vocabulary.end,) else best.said
         words = [token for token in tokens if token < self.vocabulary.end]
-        tried = Decoded(tuple(tokens), tuple(row.logprobs), self._text_of(words), row.temperature, row.no_speech_prob)
+        tried = Decoded(tokens, best.logprobs, self._text_of(words), row.temperature, row.no_speech_prob)
         row.tries.append(tried)
         if not tried.looks_wrong or row.wanted.temperature:
             return False

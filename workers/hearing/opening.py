@@ -93,7 +93,7 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
         raise ModelLoadFailed(f"The tokenizer of {spec.model} lacks the token {error}.") from error
     sizes = [(parameter.numel(), parameter.element_size()) for parameter in module.parameters()]
     item_bytes = module.model.decoder.layers[0].fc1.weight.element_size()
-    whisper = Whisper(module, num_rows(shape.values_per_row * item_bytes, device))
+    whisper = Whisper(module, num_rows(shape.values_per_row(spec.beams) * item_bytes, device), spec.beams)
     encoder = TextEncoder(tokenizer, vocab_size=shape.vocabulary, max_tokens=shape.num_tokens)
 
     def text_of(ids: Sequence[int]) -> str:
@@ -120,7 +120,7 @@ def load(spec: LoadSpec, report: Report) -> tuple[Loaded, Listener]:
         Decoding(whisper, vocabulary, text_of),
         _features(extractor),
         _alignment_heads(generation, shape.layers, shape.heads),
-        _threads(module, whisper.dtype, spec.num_threads),
+        _threads(module, whisper.dtype, spec),
     )
     report("warm-up", total, total)
     listener.warm_up()
@@ -196,12 +196,12 @@ def _alignment_heads(generation: Any, layers: int, heads: int) -> list[tuple[int
     return [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
 
 
-def _threads(module: Any, decoder_dtype: torch.dtype, num_threads: int) -> Threads:
+def _threads(module: Any, decoder_dtype: torch.dtype, spec: LoadSpec) -> Threads:
     encoder, decoder = module.model.encoder, module.model.decoder
     if encoder.conv1.weight.device.type != "cpu":
         return Threads()
-    if num_threads:
-        return Threads(num_threads, num_threads)
+    if spec.num_threads:
+        return Threads(spec.num_threads, spec.num_threads)
 
     @torch.inference_mode()
     def seconds(layer: Any, dtype: torch.dtype, rows: int, count: int) -> float:
@@ -217,5 +217,5 @@ def _threads(module: Any, decoder_dtype: torch.dtype, num_threads: int) -> Threa
     cores = len(os.sched_getaffinity(0))
     return Threads(
         choose(partial(seconds, encoder.layers[0].fc1, encoder.conv1.weight.dtype, _TIMED_ROWS), cores),
-        choose(partial(seconds, decoder.layers[0].fc1, decoder_dtype, CPU_ROWS), cores),
+        choose(partial(seconds, decoder.layers[0].fc1, decoder_dtype, CPU_ROWS * spec.beams), cores),
     )

@@ -40,16 +40,18 @@ class Rules:
         """
         first_time = self._vocabulary.first_time
         logits += self._never
+        telling = [row for row, tells in enumerate(times) if tells]
+        if not telling:
+            logits[:, first_time:] = _NEVER
         for row, (tokens, tells) in enumerate(zip(said, times, strict=True)):
             if not tokens and self._first.numel():
                 logits[row, self._first] = _NEVER
             if tells:
                 self._mask_times(logits[row], tokens)
-            else:
+            elif telling:
                 logits[row, first_time:] = _NEVER
-        telling = [row for row, tells in enumerate(times) if tells]
         if telling:
-            chosen = logits[telling]
+            chosen = logits if len(telling) == len(logits) else logits[telling]
             all_times = chosen[:, first_time:].logsumexp(dim=1)
             likeliest_word = chosen[:, :first_time].amax(dim=1)
             for row, forced in zip(telling, (all_times > likeliest_word).tolist(), strict=True):
@@ -85,14 +87,23 @@ class Choice:
 
 
 def choose(
-    logits: torch.Tensor, temperatures: Sequence[float], generators: Sequence[torch.Generator | None]
-) -> list[Choice]:
-    """Return one token for each row of masked logits (rows, vocabulary): the likeliest, or at a temperature drawn."""
-    totals = logits.logsumexp(dim=1)
-    tokens = logits.argmax(dim=1)
+    logits: torch.Tensor,
+    temperatures: Sequence[float],
+    generators: Sequence[torch.Generator | None],
+    count: int = 1,
+) -> list[list[Choice]]:
+    """Return tokens for each row of masked logits (rows, vocabulary).
+
+    At temperature 0 these are the `count` likeliest, the likeliest first; else one that is drawn.
+    """
+    tokens = logits.argmax(dim=1, keepdim=True) if count == 1 else logits.topk(count, dim=1).indices
     for row, temperature in enumerate(temperatures):
         if temperature > 0:
             chances = torch.softmax(logits[row] / temperature, dim=0)
-            tokens[row] = torch.multinomial(chances, 1, generator=generators[row])[0]
-    logprobs = logits.gather(1, tokens[:, None])[:, 0] - totals
-    return [Choice(token, logprob) for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+            tokens[row, 0] = torch.multinomial(chances, 1, generator=generators[row])[0]
+    # torch's logsumexp takes ten times as long.
+    logprobs = logits.log_softmax(dim=1).gather(1, tokens)
+    return [
+        [Choice(token, logprob) for token, logprob in zip(*found, strict=True)][: 1 if temperature > 0 else count]
+        for *found, temperature in zip(tokens.tolist(), logprobs.tolist(), temperatures, strict=True)
+    ]

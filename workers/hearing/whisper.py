@@ -3,6 +3,8 @@
 The encoder is run as transformers defines it. The decoder's layers are transformers' modules, too, driven from here:
 rows of a batch stand at different positions, join and leave between steps, and keep their keys and values in memory
 that is there from the start. A row's place in that memory is its index; the rows in use are always the first ones.
+All beams of a row listen to the same sounds, which are kept and read once; each has tokens of its own, in the places
+from `index * num_beams` on.
 """
 
 from __future__ import annotations
@@ -34,10 +36,9 @@ class Shape:
     vocabulary: int
     mels: int
 
-    @property
-    def values_per_row(self) -> int:
-        """Numbers that one row's keys and values take."""
-        return 2 * self.layers * self.heads * self.head_width * (self.num_sounds + self.num_tokens)
+    def values_per_row(self, num_beams: int = 1) -> int:
+        """Return how many numbers one row's keys and values take."""
+        return 2 * self.layers * self.heads * self.head_width * (self.num_sounds + num_beams * self.num_tokens)
 
 
 def shape_of(config: Any) -> Shape:
@@ -54,17 +55,18 @@ def shape_of(config: Any) -> Shape:
 
 
 class Whisper:
-    """A loaded model with memory for `num_rows` rows. For one thread.
+    """A loaded model with memory for `num_rows` rows of `num_beams` beams. For one thread.
 
     Args:
         module: WhisperForConditionalGeneration, on its device. Its encoder and its decoder's linear layers may have
             another dtype than the rest: then what passes between the layers keeps the rest's.
         num_rows: most rows at once.
+        num_beams: of each row.
     """
 
-    def __init__(self, module: Any, num_rows: int) -> None:
+    def __init__(self, module: Any, num_rows: int, num_beams: int = 1) -> None:
         self.shape = shape_of(module.config)
-        self.num_rows = num_rows
+        self.num_rows, self.num_beams = num_rows, num_beams
         self._encoder = module.model.encoder
         self._decoder = module.model.decoder
         self._head = module.proj_out
@@ -74,16 +76,19 @@ class Whisper:
         self._rough_head: Any = None
         if self.dtype != weight.dtype:
             rough = self._head.weight.to(self.dtype)
-            self._rough_head = packed(rough, None, num_rows) or partial(linear, weight=rough)
-            pack_layers(self._decoder.layers, num_rows)
+            self._rough_head = packed(rough, None, num_rows * num_beams) or partial(linear, weight=rough)
+            pack_layers(self._decoder.layers, num_rows * num_beams)
         # torch's kernel for attention in bfloat16 on a CPU takes ten times as long as two products.
         self._by_products = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self._encoder_dtype: torch.dtype = self._encoder.conv1.weight.dtype
         shape = self.shape
-        rows = (shape.layers, 2, num_rows, shape.heads)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        self._sounds = torch.empty((*rows, shape.num_sounds, shape.head_width), **options)
-        self._tokens = torch.empty((*rows, shape.num_tokens, shape.head_width), **options)
+        self._sounds = torch.empty(
+            (shape.layers, 2, num_rows, shape.heads, shape.num_sounds, shape.head_width), **options
+        )
+        self._tokens = torch.empty(
+            (shape.layers, 2, num_rows * num_beams, shape.heads, shape.num_tokens, shape.head_width), **options
+        )
         self._steps = torch.arange(shape.num_tokens, device=self.device)
 
     def warm_up(self, num_windows: int) -> None:
@@ -97,7 +102,7 @@ class Whisper:
         states = self.encode(torch.zeros((num_windows, self.shape.mels, frames)))
         self.hear(0, states[0])
         self.begin(0, [[0]], [0])
-        self.step([0] * self.num_rows, [1] * self.num_rows)
+        self.step([0] * (self.num_rows * self.num_beams), [1] * self.num_rows)
 
     @torch.inference_mode()
     def encode(self, features: torch.Tensor) -> torch.Tensor:
@@ -110,20 +115,29 @@ class Whisper:
     def hear(self, row: int, states: torch.Tensor) -> None:
         """Give a row what it listens to: states (num_sounds, width)."""
         # What is masked is multiplied by zero, which a NaN of an earlier window would survive.
-        self._tokens[:, :, row].zero_()
+        self._tokens[:, :, self._places(row)].zero_()
         for keys_values, layer in zip(self._sounds, self._decoder.layers, strict=True):
             keys_values[0, row] = self._heads(layer.encoder_attn.k_proj(states))
             keys_values[1, row] = self._heads(layer.encoder_attn.v_proj(states))
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
-        """Copy a row's memory to another place."""
+        """Copy a row's memory, all its beams', to another row's place."""
         self._sounds[:, :, target] = self._sounds[:, :, source]
-        self._tokens[:, :, target] = self._tokens[:, :, source]
+        self._tokens[:, :, self._places(target)] = self._tokens[:, :, self._places(source)]
+
+    @torch.inference_mode()
+    def copy(self, sources: Sequence[int], targets: Sequence[int], first: int, last: int) -> None:
+        """Copy what beams have read from position `first` to `last` to other beams' places, all at once."""
+        self._tokens[:, :, list(targets), :, first:last] = self._tokens[:, :, list(sources), :, first:last]
+
+    def _places(self, row: int) -> slice:
+        """Return where a row's beams are."""
+        return slice(row * self.num_beams, (row + 1) * self.num_beams)
 
     @torch.inference_mode()
     def begin(self, first: int, tokens: Sequence[Sequence[int]], at: Sequence[int]) -> torch.Tensor:
-        """Read each row's opening tokens, all of one length, into the rows from `first` on.
+        """Read each row's opening tokens, all of one length, into the rows from `first` on, for all their beams.
 
         Returns:
             (rows, len(at), vocabulary) float32 logits after the tokens at the indices `at`.
@@ -136,8 +150,9 @@ class Whisper:
             attention = layer.self_attn
             states = layer.self_attn_layer_norm(hidden).to(self.dtype)
             keys, values = self._heads(attention.k_proj(states)), self._heads(attention.v_proj(states))
-            self._tokens[index, 0, rows, :, :length] = keys
-            self._tokens[index, 1, rows, :, :length] = values
+            of_rows = self._tokens[index].view(2, self.num_rows, self.num_beams, *self._tokens.shape[3:])
+            of_rows[0, rows, :, :, :length] = keys[:, None]
+            of_rows[1, rows, :, :, :length] = values[:, None]
             heard = self._attention(self._heads(attention.q_proj(states)), keys, values, self._past(length))
             hidden = hidden + attention.out_proj(self._joined(heard))
             hidden = self._rest(layer, hidden, self._sounds[index, 0, rows], self._sounds[index, 1, rows])
@@ -145,30 +160,40 @@ class Whisper:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """Read one more token of each of the first rows; return (rows, vocabulary) float32 logits."""
-        num_rows = len(tokens)
+        """Read one more token of each beam of the first rows.
+
+        Args:
+            tokens: the beams' of the first row, those of the second …
+            positions: one for each row.
+
+        Returns:
+            (rows * beams, vocabulary) float32 logits.
+        """
+        num_rows = len(positions)
         # In steps: oneDNN compiles and keeps a product for every shape that it meets.
         longest = min(-(-(max(positions) + 1) // _LENGTH_STEP) * _LENGTH_STEP, self.shape.num_tokens)
         ids = torch.tensor(tokens, device=self.device)
-        where = torch.tensor(positions, device=self.device)
-        every = torch.arange(num_rows, device=self.device)
+        where = torch.tensor([place for place in positions for _ in range(self.num_beams)], device=self.device)
+        every = torch.arange(len(tokens), device=self.device)
         seen = (self._steps[:longest] <= where[:, None])[:, None, None, :]
-        hidden = (self._decoder.embed_tokens(ids) + self._decoder.embed_positions.weight[where])[:, None]
+        hidden = self._decoder.embed_tokens(ids) + self._decoder.embed_positions.weight[where]
+        # (rows, beams, width) to listen, (rows * beams, 1, width) to attend to what each has said itself.
+        hidden = hidden.unflatten(0, (num_rows, self.num_beams))
         for index, layer in enumerate(self._decoder.layers):
             attention = layer.self_attn
-            states = layer.self_attn_layer_norm(hidden).to(self.dtype)
+            states = layer.self_attn_layer_norm(hidden).to(self.dtype).flatten(0, 1)[:, None]
             own_keys, own_values = self._tokens[index, 0], self._tokens[index, 1]
             own_keys[every, :, where] = self._heads(attention.k_proj(states))[:, :, 0]
             own_values[every, :, where] = self._heads(attention.v_proj(states))[:, :, 0]
             heard = self._attention(
                 self._heads(attention.q_proj(states)),
-                own_keys[:num_rows, :, :longest],
-                own_values[:num_rows, :, :longest],
+                own_keys[: len(tokens), :, :longest],
+                own_values[: len(tokens), :, :longest],
                 seen,
             )
-            hidden = hidden + attention.out_proj(self._joined(heard))
+            hidden = hidden + attention.out_proj(self._joined(heard)).view_as(hidden)
             hidden = self._rest(layer, hidden, self._sounds[index, 0, :num_rows], self._sounds[index, 1, :num_rows])
-        return self._logits(hidden[:, 0])
+        return self._logits(hidden.flatten(0, 1))
 
     @torch.inference_mode()
     def attend(
@@ -244,4 +269,4 @@ class Whisper:
         # Rounded to bfloat16, neighbours would be equal and logprobs off by some hundredths.
         likeliest = logits.topk(min(_REFINED, logits.shape[-1]), sorted=False).indices
         exact = (self._head.weight[likeliest] @ hidden[..., None])[..., 0]
-        return logits.scatter(-1, likeliest, exact)
+        return logits.scatter_(-1, likeliest, exact)

@@ -13,7 +13,7 @@ from pathlib import Path
 from hostler.errors import HostlerError, ModelLoadFailed
 
 from workers.engine import LoadSpec, ModelFacts
-from workers.refusals import refuse_text_options
+from workers.refusals import refuse_beams, refuse_text_options
 from workers.speaking.engine import SpeakingEngine
 from workers.speaking.models import SpeechModel
 
@@ -38,6 +38,7 @@ def load(spec: LoadSpec, report: Report) -> tuple[SpeechModel, ModelFacts]:
         ModelLoadFailed, UnsupportedParameter: as above.
     """
     refuse_text_options(spec, "speaking models")
+    refuse_beams(spec, "speaking models")
     path = Path(spec.path)
     weights = [*path.glob("*.safetensors"), *path.glob("*.onnx")]
     total = sum(file.stat().st_size for file in weights)

@@ -21,6 +21,7 @@ import torch
 from workers import memory
 from workers.engine import LoadSpec
 from workers.gentle import gently, load_niceness
+from workers.refusals import refuse_beams
 from workers.text.adapters import read_adapters
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
@@ -43,7 +44,9 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
 
     Raises:
         ModelLoadFailed: the directory cannot be served.
+        UnsupportedParameter: an option that this engine does not have.
     """
+    refuse_beams(spec, "text models")
     directory = await gently(partial(read_directory, spec))
     opened = await gently(partial(open_model, directory, spec, report), load_niceness(len(spec.devices)))
     log.info("runner chosen", extra={"model": spec.model, "runner": opened.runner.name})

@@ -117,6 +117,7 @@ class LoadRequest(_message.Message):
     TRUST_REMOTE_CODE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    BEAMS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Public name, as clients ask for it."""
     engine: Global___EngineKind.ValueType
@@ -139,6 +140,8 @@ class LoadRequest(_message.Message):
     num_threads: _builtins.int
     """0: the worker chooses."""
     trust_remote_code: _builtins.bool
+    beams: _builtins.int
+    """Of speech recognition: hypotheses of each window; 0 and 1: one."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"cpu", "cuda:0" …, as the worker's own process numbers its devices. Several: the model is split over them."""
@@ -169,10 +172,11 @@ class LoadRequest(_message.Message):
         trust_remote_code: _builtins.bool = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        beams: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "devices", b"devices", "dtype", b"dtype", "engine", b"engine", "environment", b"environment", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "beams", b"beams", "devices", b"devices", "dtype", b"dtype", "engine", b"engine", "environment", b"environment", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
