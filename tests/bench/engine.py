@@ -99,8 +99,9 @@ def request(engine: Measured, number: int, num_prompt_tokens: int, max_tokens: i
 
 async def decode(engine: Measured, rows: int, steps: int, first_number: int) -> DecodeFigures:
     """Run `rows` requests together and time the steps in which all of them decode."""
-    # Those that were taken in first must still be running when the last one has had its share.
-    started_steps = rows * -(-PROMPT_TOKENS // 32)
+    # Those that were taken in first must still be running when the last one has had its share, and long after that:
+    # what a step's parts took is read beside the running engine, and wrong by up to a step at either end.
+    started_steps = 4 * rows * -(-PROMPT_TOKENS // 32)
     waiting = rows
     began: tuple[float, EngineStats] | None = None
     ended: tuple[float, EngineStats] | None = None
