@@ -51,7 +51,8 @@ class Arrival:
 async def run(url: str, model: str, key: str | None) -> AsyncIterator[Check]:
     """Send one after the other and yield how each went. Raises nothing."""
     verify = next(e for e in corpus.replay_of("cursor", model) if e.expects == "chat")
-    counting = {"messages": [{"role": "user", "content": _COUNT}], "max_tokens": 64, "stream": True}
+    # Not drawn: by chance a reply can be too short to tell anything.
+    counting = {"messages": [{"role": "user", "content": _COUNT}], "temperature": 0, "max_tokens": 64, "stream": True}
     agent = {
         "input": [{"role": "user", "content": [{"type": "input_text", "text": "Read README.md."}]}],
         "tools": [tool for tool in flat_tools(1, 0) if tool["name"] == _TOOL],
