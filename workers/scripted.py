@@ -175,7 +175,8 @@ class ScriptedEngine:
         orders = directives(text)
         seed = request.sampling.seed or 0
         wanted = orders.get("tokens", 16 if request.max_tokens is None else request.max_tokens)
-        limit = wanted if request.max_tokens is None else min(wanted, request.max_tokens)
+        room = _CONTEXT_TOKENS - prompt_tokens
+        limit = min(wanted, room if request.max_tokens is None else min(room, request.max_tokens))
         if request.wants_progress:
             yield Progress(prompt_tokens)
         await asyncio.sleep(orders.get("prefill_ms", 0) / 1000)

@@ -48,3 +48,14 @@ async def test_a_tool_that_may_not_be_called_is_not() -> None:
     assert not any(isinstance(event, ToolCallStart) for event in events)
     with pytest.raises(UnsupportedParameter):
         await said("a", "b", use=ToolUse(TOOLS.tools, required=True))
+
+
+async def test_a_reply_ends_where_the_context_does() -> None:
+    engine = ScriptedEngine(LoadSpec(model="m", path=""))
+    request = GenerationRequest(ChatPrompt([{"role": "user", "content": "word " * 32_700}]), max_tokens=10**9)
+    *_, last = [event async for event in engine.generate(request)]
+    assert isinstance(last, Finish)
+    assert (last.reason, last.num_prompt_tokens + last.num_completion_tokens) == (
+        "length",
+        engine.facts.max_context_tokens,
+    )
