@@ -121,7 +121,7 @@ class ModelRunner:
 
 
 def on_host(logits: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, pinned on its way from a GPU: ten times as fast as into any other."""
+    """Return a copy in host memory, pinned where it comes from a GPU: any other takes a detour."""
     if logits.device.type != "cuda":
         return logits.cpu()
     there = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)

@@ -152,7 +152,7 @@ class GraphedRunner(ModelRunner):
         return self._recorded[size]
 
     def record_all(self) -> None:
-        """Record every size, the largest first, before anybody is served: a recording takes a tenth of a second."""
+        """Record every size, the largest first, before anybody is served: whoever needs one first would wait for it."""
         for size in reversed(self._sizes):
             self.run_packed(_decode_step([0] * size, [0] * size, [[0]] * size))
 
