@@ -106,6 +106,12 @@ class Cluster:
     def _promised(self) -> Iterable[Job]:
         return (m.job for m in self.models.values() if m.job and m.job.plan and not m.job.stage.started)
 
+    def awaited(self, worker: Worker) -> bool:
+        """Return whether a load is to wake this sleeper, or take its weights over: nobody may push it out meanwhile."""
+        model = self.models.get(worker.model)
+        plan = model.job.plan if model is not None and model.job is not None else None
+        return plan is not None and worker.id in (plan.wake, plan.take_over)
+
     def usable_bytes(self, device: Device) -> int:
         """Return the budget less what other programs make unusable of it."""
         if not device.total_bytes:
@@ -206,14 +212,16 @@ class Cluster:
             busy=worker.state in (WorkerState.LOADING, WorkerState.WAKING)
             or worker.num_requests > 0
             or now_s < worker.busy_until_s,
-            pinned=model.pinned,
+            pinned=model.pinned or self.awaited(worker),
             last_used_s=worker.used_at_s,
             ready_since_s=worker.ready_at_s,
             spare_bytes=spare_bytes(worker),
             sleep_bytes=worker.sleep_bytes if self.sleep_budget_bytes.get(worker.node) else None,
             load_s=times.load_s,
             wake_s=times.wake_s,
+            hand_over_s=times.hand_over_s if worker.shelf else None,
             uses_per_s=model.reuse.per_s(now_s),
+            lasting_per_s=model.reuse.lasting_per_s(now_s),
             group=spec.group,
             batch=model.batch,
             node=worker.node,

@@ -16,6 +16,7 @@ FIXED_LOAD_S = 1.5
 LOAD_BYTES_PER_S = 1e9
 FIXED_WAKE_S = 0.1
 WAKE_BYTES_PER_S = 4e9
+HAND_OVER_BYTES_PER_S = 4e9
 NEWEST_WEIGHS = 0.3
 """Share of the newest time in the running mean of times."""
 
@@ -29,12 +30,14 @@ class Measured:
         sleep_bytes: what it held in host memory asleep.
         load_s: from a blank worker to ready.
         wake_s: from asleep to ready.
+        hand_over_s: from a blank worker to ready with what a sleeper held.
     """
 
     own_bytes: int = 0
     sleep_bytes: int = 0
     load_s: float = 0.0
     wake_s: float = 0.0
+    hand_over_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Times:
 
     load_s: float
     wake_s: float
+    hand_over_s: float
 
 
 def key_of(spec: ModelSpec, footprint: Footprint, kind: str) -> str:
@@ -70,16 +74,18 @@ class Experience:
         """Return how long a load and a wake will take, as far as one can know."""
         seen = self.of(spec, located, kind)
         weights = located.footprint.weight_bytes if located else 0
+        load_s = seen.load_s or FIXED_LOAD_S + weights / LOAD_BYTES_PER_S
         return Times(
-            seen.load_s or FIXED_LOAD_S + weights / LOAD_BYTES_PER_S,
+            load_s,
             seen.wake_s or FIXED_WAKE_S + weights / WAKE_BYTES_PER_S,
+            seen.hand_over_s or min(load_s, FIXED_LOAD_S + weights / HAND_OVER_BYTES_PER_S),
         )
 
     def learn(self, spec: ModelSpec, located: Located, kind: str, **seen: Any) -> bool:
         """Take a measurement in: times by running mean, bytes as they are. Return whether it changed noticeably."""
         key = key_of(spec, located.footprint, kind)
         before = self.by_key.get(key, Measured())
-        for name in ("load_s", "wake_s"):
+        for name in ("load_s", "wake_s", "hand_over_s"):
             if name in seen and (old := getattr(before, name)):
                 seen[name] = old + NEWEST_WEIGHS * (seen[name] - old)
         after = self.by_key[key] = replace(before, **seen)
@@ -96,7 +102,11 @@ class Experience:
         for key, entry in values.items():
             try:
                 found[key] = Measured(
-                    int(entry["own_bytes"]), int(entry["sleep_bytes"]), float(entry["load_s"]), float(entry["wake_s"])
+                    int(entry["own_bytes"]),
+                    int(entry["sleep_bytes"]),
+                    float(entry["load_s"]),
+                    float(entry["wake_s"]),
+                    float(entry.get("hand_over_s", 0.0)),
                 )
             except (KeyError, TypeError, ValueError):
                 continue

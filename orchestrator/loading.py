@@ -123,6 +123,8 @@ class Loading:
             extra={"model": model.spec.name, "attempt": job.attempt, "error": error.message},
         )
         self.drop(model)
+        if job.plan is not None:  # The next attempt reads the files.
+            self._placing.dismiss(job.plan, "what it held could not be taken over")
         self.start(model, attempt=job.attempt + 1, delay_s=ATTEMPT_DELAYS_S[job.attempt])
 
     # ------------------------------------------------------------ locate and fetch

@@ -237,6 +237,7 @@ def load_request(
     devices: Sequence[str],
     environment: Mapping[str, str],
     kv_cache_bytes: int,
+    shelf: str = "",
 ) -> lifecycle_pb2.LoadRequest:
     """Return everything that a blank worker must know; `devices` as the worker's own process numbers them."""
     return lifecycle_pb2.LoadRequest(
@@ -256,4 +257,5 @@ def load_request(
         trust_remote_code=spec.trust_remote_code,
         adapters=[lifecycle_pb2.Adapter(name=name, path=path) for name, path in spec.adapters],
         environment=environment,
+        shelf=shelf,
     )

@@ -14,7 +14,7 @@ from orchestrator import models, policy
 from orchestrator.resting import Resting
 from orchestrator.retiring import EVICTION_DRAIN_S, Retiring
 from orchestrator.runtime import Runtime
-from orchestrator.state import Job, Model, Progress, Worker
+from orchestrator.state import Job, Model, Progress, Worker, WorkerState
 from orchestrator.views import Demand, Plan, Refusal, in_words
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Placing:
         plan = job.plan
         if plan is None or job.stage.started:
             return False
-        if plan.wake and self._woken(plan) is None:
+        if (plan.wake or plan.take_over) and self._sleeper(plan) is None:
             return True
         if any(part.device not in self._cluster.devices for part in plan.parts):
             return True
@@ -91,8 +91,19 @@ class Placing:
             return False
         return not any(self._cluster.is_giving_way(part.device) for part in plan.parts)
 
-    def _woken(self, plan: Plan) -> Worker | None:
-        return next((w for w in self._cluster.workers.values() if w.id == plan.wake), None)
+    def _sleeper(self, plan: Plan) -> Worker | None:
+        return next((w for w in self._cluster.workers.values() if w.id in (plan.wake, plan.take_over)), None)
+
+    def shelf(self, plan: Plan) -> str:
+        """Return where the weights can be taken over that the plan says lie in host memory; empty: from their files."""
+        sleeper = self._sleeper(plan) if plan.take_over else None
+        return sleeper.shelf if sleeper is not None else ""
+
+    def dismiss(self, plan: Plan, why: str) -> None:
+        """Send the sleeper away whose weights the plan's worker has taken over, or could not."""
+        sleeper = self._sleeper(plan) if plan.take_over else None
+        if sleeper is not None and sleeper.state is WorkerState.ASLEEP:
+            self._retiring.gently(sleeper, EVICTION_DRAIN_S, why)
 
     def note_placed(self, model: Model, worker: Worker, plan: Plan) -> None:
         """Write down where a model goes."""

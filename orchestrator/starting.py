@@ -132,6 +132,7 @@ class Starting:
             devices=devices.worker_devices(placed),
             environment=devices.worker_env(placed, placed[0].num_cores or devices.num_physical_cores()),
             kv_cache_bytes=job.plan.kv_cache_bytes,
+            shelf=self._placing.shelf(job.plan),
         )
         info = await self._effects.load(worker.id, worker.generation, request, report)
         self._runtime.post(events.LoadDone(worker.generation, info))
@@ -145,9 +146,12 @@ class Starting:
         if event.error is not None:
             self.on_failed(model, job, event.error)
             return
-        took_s = self._effects.now_s() - job.began_at_s
-        self._runtime.learn(model.spec, worker, load_s=took_s)
+        took_s, plan = self._effects.now_s() - job.began_at_s, job.plan
+        taken = plan is not None and bool(plan.take_over)
+        self._runtime.learn(model.spec, worker, **{"hand_over_s" if taken else "load_s": took_s})
         model.job, model.info = None, event.info
+        if plan is not None:
+            self._placing.dismiss(plan, f"{worker.devices} has taken over what it held")
         self.ready(model, worker, took_s)
 
     # ------------------------------------------------------------ wake

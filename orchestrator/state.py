@@ -184,6 +184,11 @@ class Worker:
         return self.report.num_running + self.report.num_queued if self.report else 0
 
     @property
+    def shelf(self) -> str:
+        """Where a worker on another device may take over what it holds asleep; empty where none can, or not now."""
+        return self.report.shelf if self.state is WorkerState.ASLEEP and self.report else ""
+
+    @property
     def reserved_bytes(self) -> int:
         """What it may hold on all its devices together."""
         return sum(part.num_bytes for part in self.parts)

@@ -60,7 +60,10 @@ class HolderView:
         sleep_bytes: host memory that it holds asleep, or would; None when it cannot sleep.
         load_s: expected time to bring it back from disk or page cache.
         wake_s: expected time to bring it back from sleep.
+        hand_over_s: expected time until a new worker on another device of its node serves what it holds asleep; None
+            when nobody can take that over.
         uses_per_s: expected rate of requests that find it idle or missing.
+        lasting_per_s: the same over the next minutes, which is what host memory is kept for; None: as now.
         group: models of one group may not share a device, where the group says so.
         batch: it serves nothing but batch work now.
         wakes_on: devices that it can wake on; None: any of its node.
@@ -78,7 +81,9 @@ class HolderView:
     sleep_bytes: int | None = None
     load_s: float = 1.0
     wake_s: float = 0.1
+    hand_over_s: float | None = None
     uses_per_s: float = 0.0
+    lasting_per_s: float | None = None
     group: str = ""
     batch: bool = False
     node: str = ""
@@ -181,6 +186,8 @@ class Plan:
         parts: where and how much; one part unless the model is split.
         kv_cache_bytes: what the KV cache may grow to, on all parts together.
         wake: the sleeping holder of this model that is to be woken rather than loaded anew.
+        take_over: the sleeping holder of this model, on another device of the same node, whose weights are taken from
+            its host memory rather than read from disk; it goes once they have been.
         sleep: holders that go to host memory.
         evict: holders that go for good, sleeping ones that must leave host memory included.
         shrink: holders whose KV cache gives up room, and by how many bytes.
@@ -193,6 +200,7 @@ class Plan:
     kv_cache_bytes: int
     reason: str
     wake: str = ""
+    take_over: str = ""
     sleep: tuple[str, ...] = ()
     evict: tuple[str, ...] = ()
     shrink: tuple[tuple[str, int], ...] = ()

@@ -297,7 +297,8 @@ class AdapterSource:
 class LoadSpec:
     """Everything a worker is told about the one model it will own. Zeros and empty strings mean: choose.
 
-    `devices`: as this process numbers them; several when the model is split.
+    `devices`: as this process numbers them; several when the model is split. `shelf`: where the weights of the same
+    model, asleep in another process, can be taken from memory; they are read from `path` where that fails.
     """
 
     model: str
@@ -314,6 +315,7 @@ class LoadSpec:
     trust_remote_code: bool = False
     adapters: tuple[AdapterSource, ...] = ()
     beams: int = 1
+    shelf: str = ""
 
     @property
     def device(self) -> str:
@@ -357,8 +359,12 @@ class Engine(Protocol):
 class Sleeper(Protocol):
     """An engine that keeps more than its files while it sleeps. Any other is closed, and opened anew to wake."""
 
-    async def sleep(self) -> None:
-        """Free weights and caches on the device, back to the system. Called only when no request runs."""
+    async def sleep(self) -> str:
+        """Free weights and caches on the device, back to the system. Called only when no request runs.
+
+        Returns:
+            what `LoadSpec.shelf` of a worker on another device may be until this one wakes; empty where none can.
+        """
 
     async def wake(self, spec: LoadSpec) -> None:
         """Serve again as before; `spec` is what the engine was opened with but for devices and size of the KV cache.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from hostler.errors import (
 )
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 
-from workers import memory
+from workers import memory, openers
 from workers.engine import Engine, EngineStats, LoadSpec, ModelFacts, Resizable, Sleeper
 from workers.environment import enter_environment
 from workers.gentle import gently
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Report = Callable[[str, int, int], None]
-Opener = Callable[[LoadSpec, Report], Awaitable[Engine]]
 
 # At most one watch message in this time, however often counts change.
 _WATCH_SPACING_S = 0.05
@@ -65,6 +64,7 @@ class WorkerHost:
         self.generation = generation
         self.state: life.WorkerState.ValueType = life.WORKER_STATE_BLANK
         self.failure = ""
+        self.shelf = ""
         self.ended = asyncio.Event()
         self.memory = memory.MemoryMeter()
         self.keep_alive_ms: int | None = None
@@ -220,7 +220,7 @@ class WorkerHost:
         if kind == life.ENGINE_KIND_SCRIPTED:
             refuse_beams(spec, "scripted models")
             return ScriptedEngine(spec)
-        importing = _IMPORTS.get(kind)
+        importing = openers.IMPORTS.get(kind)
         if importing is None:
             raise ModelLoadFailed(f"This version has no engine of kind {life.EngineKind.Name(kind)}.")
         report("import", 0, 0)
@@ -257,7 +257,7 @@ class WorkerHost:
         before = self.memory.look()
         try:
             if isinstance(engine, Sleeper):
-                await engine.sleep()
+                self.shelf = await engine.sleep()
             else:
                 self._engine = None
                 await engine.close()
@@ -281,7 +281,8 @@ class WorkerHost:
         """
         if self.state != life.WORKER_STATE_ASLEEP or self._spec is None:
             raise Unavailable("This worker does not sleep, so it cannot wake.")
-        spec = replace(self._spec, devices=devices or self._spec.devices, kv_cache_bytes=kv_cache_bytes)
+        self.shelf = ""
+        spec = replace(self._spec, devices=devices or self._spec.devices, kv_cache_bytes=kv_cache_bytes, shelf="")
         await asyncio.shield(self._bring_up(self._woken(spec), spec))
 
     async def _woken(self, spec: LoadSpec) -> Engine:
@@ -355,44 +356,3 @@ class WorkerHost:
             await self._engine.close()
         self.ended.set()
         self.changed()
-
-
-def _import_text_engine() -> Opener:
-    """Import torch and transformers (seconds, in a thread) and return the text engine's opener."""
-    from workers.text.opening import open_text_engine
-
-    return open_text_engine
-
-
-def _import_embedding_engine() -> Opener:
-    from workers.embedding.opening import open_embedding_engine
-
-    return open_embedding_engine
-
-
-def _import_rerank_engine() -> Opener:
-    from workers.embedding.opening import open_rerank_engine
-
-    return open_rerank_engine
-
-
-def _import_hearing_engine() -> Opener:
-    from workers.hearing.opening import open_hearing_engine
-
-    return open_hearing_engine
-
-
-def _import_speaking_engine() -> Opener:
-    from workers.speaking.opening import open_speaking_engine
-
-    return open_speaking_engine
-
-
-_IMPORTS: dict[life.EngineKind.ValueType, Callable[[], Opener]] = {
-    life.ENGINE_KIND_UNSPECIFIED: _import_text_engine,
-    life.ENGINE_KIND_TEXT: _import_text_engine,
-    life.ENGINE_KIND_EMBEDDING: _import_embedding_engine,
-    life.ENGINE_KIND_RERANK: _import_rerank_engine,
-    life.ENGINE_KIND_TRANSCRIPTION: _import_hearing_engine,
-    life.ENGINE_KIND_SPEECH: _import_speaking_engine,
-}

@@ -109,6 +109,7 @@ class LifecycleServicer(rpc.LifecycleServiceServicer):
             host_bytes=held.host,
             failure=host.failure,
             keep_alive_ms=host.keep_alive_ms,
+            shelf=host.shelf,
         )
         translate.fill_stats(message, host.stats())
         if host.facts is not None:

@@ -76,6 +76,13 @@ class MemoryMeter:
 
 
 _others: set[int] = set()
+_shelved_bytes = 0
+
+
+def shelve(num_bytes: int) -> None:
+    """Count shared memory that this process has provided as its own; a negative number: it is given back."""
+    global _shelved_bytes
+    _shelved_bytes += num_bytes
 
 
 def count_in(pid: int) -> None:
@@ -89,14 +96,14 @@ def leave_out(pid: int) -> None:
 
 
 def _process_bytes() -> tuple[int, int]:
-    """Return resident bytes, and those of them that are anonymous, of this process and those counted in."""
+    """Return resident bytes, and those of them that nobody else has, of this process and those counted in."""
     resident = own = 0
     for name in ("self", *tuple(_others)):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/statm", encoding="ascii") as file:
             pages, shared = map(int, file.read().split()[1:3])
             resident, own = resident + pages, own + pages - shared
     page = os.sysconf("SC_PAGE_SIZE")
-    return resident * page, own * page
+    return resident * page, own * page + _shelved_bytes
 
 
 def _cuda() -> Any:

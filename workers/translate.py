@@ -332,6 +332,7 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
         trust_remote_code=message.trust_remote_code,
         adapters=tuple(AdapterSource(adapter.name, adapter.path) for adapter in message.adapters),
         beams=message.beams or 1,
+        shelf=message.shelf,
     )
 
 

@@ -29,9 +29,23 @@ def can_wake_on(sleeper: HolderView, room: Room) -> bool:
     return sleeper.wakes_on is None or room.device.id in sleeper.wakes_on
 
 
+def can_hand_over_to(sleeper: HolderView, room: Room) -> bool:
+    """Return whether a worker on this device can take over what the sleeper holds, which cannot wake there itself."""
+    return sleeper.hand_over_s is not None and sleeper.node == room.device.node and not can_wake_on(sleeper, room)
+
+
+def arrives_s(room: Room, demand: Demand, sleeper: HolderView | None) -> float:
+    """Return how long it takes the model to come up on this device: woken, taken over or loaded."""
+    if sleeper is None:
+        return demand.load_s
+    if can_wake_on(sleeper, room):
+        return sleeper.wake_s
+    return sleeper.hand_over_s if sleeper.hand_over_s is not None and can_hand_over_to(sleeper, room) else demand.load_s
+
+
 def cold_s(room: Room, demand: Demand, sleeper: HolderView | None) -> float:
     """Return how much longer it takes here than it would where a sleeper wakes."""
-    return 0.0 if sleeper is None or can_wake_on(sleeper, room) else max(0.0, demand.load_s - sleeper.wake_s)
+    return 0.0 if sleeper is None else max(0.0, arrives_s(room, demand, sleeper) - sleeper.wake_s)
 
 
 def give_way(

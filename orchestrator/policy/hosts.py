@@ -3,7 +3,8 @@
 Above it: `victims.py` and `plan.py`. Below it: the views.
 
 A model that gives way sleeps when its node has host memory for it, or when the sleepers that would have to leave are
-worth less there. Worth is the waiting that sleep saves (load less wake time, times the rate of use) for each byte.
+worth less there. Worth is the waiting that sleep saves (load less wake time, times the rate of use) for each byte. The
+rate is that of the next minutes: what was used a moment ago would else drive out what is used again and again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ LEAST_RATE = 1e-9
 
 def rate_of(holder: HolderView, now_s: float) -> float:
     """Return the expected uses a second: never quite zero, and the less the longer ago the last use was."""
-    return max(holder.uses_per_s, 0.0) + LEAST_RATE / (1.0 + max(0.0, now_s - holder.last_used_s))
+    return max(holder.uses_per_s, 0.0) + _least_rate(holder, now_s)
+
+
+def _lasting_rate_of(holder: HolderView, now_s: float) -> float:
+    rate = holder.uses_per_s if holder.lasting_per_s is None else holder.lasting_per_s
+    return max(rate, 0.0) + _least_rate(holder, now_s)
+
+
+def _least_rate(holder: HolderView, now_s: float) -> float:
+    return LEAST_RATE / (1.0 + max(0.0, now_s - holder.last_used_s))
 
 
 @dataclass(slots=True)
@@ -52,7 +62,7 @@ class Hosts:
         return self._saved(holder) / max(1, holder.sleep_bytes or 1)
 
     def _saved(self, holder: HolderView) -> float:
-        return max(0.0, holder.load_s - holder.wake_s) * rate_of(holder, self._now_s)
+        return max(0.0, holder.load_s - holder.wake_s) * _lasting_rate_of(holder, self._now_s)
 
     def _leaving(self, host: Host, holder: HolderView) -> list[tuple[float, HolderView]] | None:
         """Return the sleepers that would leave for a holder, none needlessly; None when it is not worth it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.policy import refusal, split
-from orchestrator.policy.giving import Option, can_wake_on, cold_s, give_way
+from orchestrator.policy.giving import Option, arrives_s, can_hand_over_to, can_wake_on, cold_s, give_way
 from orchestrator.policy.hosts import LEAST_RATE, Hosts
 from orchestrator.policy.room import Room, comfortable_bytes, kv_cache_bytes, least_bytes, must_leave, rooms_of
 from orchestrator.policy.telling import reason_of
@@ -110,17 +110,19 @@ def _plan(view: ClusterView, demand: Demand, option: Option, sleeper: HolderView
     kv_bytes = kv_cache_bytes(free, demand)
     needed = demand.base_bytes + kv_bytes
     wakes = sleeper is not None and can_wake_on(sleeper, room)
+    taken = sleeper is not None and can_hand_over_to(sleeper, room)
     sleep, evict = hosts.send(give.victims) if hosts is not None else ((), ())
-    if sleeper is not None and not wakes:
+    if sleeper is not None and not wakes and not taken:
         evict = (*evict, sleeper.id)  # It cannot wake where there is room: its host memory is of no use any more.
     return Plan(
         model=demand.model,
         parts=(Part(room.device.id, needed),),
         kv_cache_bytes=kv_bytes,
-        reason=reason_of(view, room.device.id, free, needed, give, sleep, evict, wakes=wakes),
+        reason=reason_of(view, room.device.id, free, needed, give, sleep, evict, wakes=wakes, taken=taken),
         wake=sleeper.id if sleeper is not None and wakes else "",
+        take_over=sleeper.id if sleeper is not None and taken else "",
         sleep=sleep,
         evict=evict,
         shrink=give.shrink,
-        expected_s=sleeper.wake_s if sleeper is not None and wakes else demand.load_s,
+        expected_s=arrives_s(room, demand, sleeper),
     )

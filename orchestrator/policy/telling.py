@@ -21,12 +21,15 @@ def reason_of(
     evict: Iterable[str],
     *,
     wakes: bool,
+    taken: bool,
 ) -> str:
     """Say why here and why those."""
-    does = "wakes on" if wakes else "goes to"
+    does = f"wakes on {device}" if wakes else f"goes to {device}"
+    if taken:
+        does += " from host memory"
     if not give.shrink and not give.victims:
-        return f"{does} {device}: {in_words(free_bytes)} free, {in_words(needed_bytes)} needed"
-    return f"{does} {device}: {in_words(needed_bytes)} needed; {giving(view, give, sleep, evict)}"
+        return f"{does}: {in_words(free_bytes)} free, {in_words(needed_bytes)} needed"
+    return f"{does}: {in_words(needed_bytes)} needed; {giving(view, give, sleep, evict)}"
 
 
 def giving(view: ClusterView, give: GiveWay, sleep: Iterable[str], evict: Iterable[str]) -> str:

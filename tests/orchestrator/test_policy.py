@@ -269,44 +269,6 @@ def test_two_cheap_models_go_rather_than_one_dear_one() -> None:
     assert set(planned(view, want(50)).evict) == {"a", "b"}
 
 
-def test_a_victim_sleeps_where_host_memory_has_room_and_leaves_where_it_has_none() -> None:
-    victim = holder("a", 100, sleep_bytes=30)
-    assert planned(cluster(victim, sleep=40), want(50)).sleep == ("a",)
-    assert planned(cluster(victim, sleep=20), want(50)).evict == ("a",)
-
-
-def test_an_older_sleeper_leaves_host_memory_for_one_that_is_worth_more() -> None:
-    old = asleep("old", sleep_bytes=30, uses_per_s=0.0001)
-    answer = planned(cluster(holder("a", 100, sleep_bytes=30, uses_per_s=0.1), old, sleep=40), want(50))
-    assert (answer.sleep, answer.evict) == (("a",), ("old",))
-
-
-def test_a_sleeper_is_woken_rather_than_loaded_anew() -> None:
-    mine = asleep("w1", sleep_bytes=5)
-    view = cluster(replace(mine, model="new"), sleep=40)
-    answer = planned(view, want(50, load_s=10.0))
-    assert (answer.wake, answer.expected_s) == ("w1", 0.5)
-    assert "wakes on gpu0" in answer.reason
-
-
-def test_a_sleeper_that_can_wake_elsewhere_only_is_given_up_for_a_load_where_there_is_room() -> None:
-    mine = replace(asleep("w1", sleep_bytes=5), model="new", wakes_on=frozenset({"gpu0"}))
-    view = cluster(mine, holder("pinned", 90, pinned=True), devices=(100, 100), sleep=40)
-    answer = planned(view, want(50, load_s=10.0))
-    assert (answer.parts[0].device, answer.wake, answer.evict) == ("gpu1", "", ("w1",))
-
-
-def test_a_sleeper_is_woken_at_others_cost_where_that_costs_less_than_a_load_where_there_is_room() -> None:
-    mine = replace(asleep("w1", sleep_bytes=5), model="new", wakes_on=frozenset({"gpu0"}))
-    rare = holder("rare", 90, uses_per_s=0.001, sleep_bytes=30)
-    demand = want(50, load_s=10.0, uses_per_s=0.01)
-    answer = planned(cluster(mine, rare, devices=(100, 100), sleep=40), demand)
-    assert (answer.parts[0].device, answer.wake, answer.sleep) == ("gpu0", "w1", ("rare",))
-    often = replace(rare, uses_per_s=9.0)
-    answer = planned(cluster(mine, often, devices=(100, 100), sleep=40), demand)
-    assert (answer.parts[0].device, answer.wake, answer.sleep, answer.evict) == ("gpu1", "", (), ("w1",))
-
-
 def test_what_was_just_brought_up_stays_for_a_while() -> None:
     view = cluster(holder("a", 100, ready_since_s=NOW_S - 2))
     answer = plan(view, want(50), RULES)

@@ -58,6 +58,8 @@ def test_the_real_scheduler_loads_and_wakes_as_the_simulator_says(which: object)
     assert real.num_served == len(said.waits_s) == 150
     assert real.effects.reload_s == pytest.approx(said.reload_s, rel=0.05)
     assert abs(real.effects.num_loads - said.num_loads) <= 2
+    assert abs(real.effects.num_hand_overs - said.num_hand_overs) <= 2
+    assert real.effects.num_hand_overs > 0 or len(trace.device_gb) == 1
 
 
 class Watched(World):

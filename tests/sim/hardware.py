@@ -31,6 +31,10 @@ class Hardware:
         """Return the seconds from asleep in host memory to ready."""
         return self.wake_fixed_s + num_bytes / self.wake_bytes_per_s
 
+    def hand_over_s(self, num_bytes: int) -> float:
+        """Return the seconds from a blank worker to ready with what a sleeper on another device held."""
+        return self.load_s(num_bytes, cached=True)
+
     def sleep_s(self, num_bytes: int) -> float:
         """Return the seconds until the device is free of one that goes to sleep."""
         return self.sleep_fixed_s + num_bytes / self.wake_bytes_per_s

@@ -68,12 +68,17 @@ class TimedEffects(WorldEffects):
         self._fates, self._trace, self._hardware = fates, trace, Hardware()
         self._cache = PageCache(int(trace.host_gb * GB * (1 - SLEEP_SHARE_BESIDE_GPUS)))
         self.reload_s = 0.0
-        self.num_loads = self.num_wakes = 0
+        self.num_loads = self.num_wakes = self.num_hand_overs = 0
 
     async def load(self, worker_id: str, generation: int, request: life.LoadRequest, report: Report) -> life.ModelInfo:
         weight_bytes = self._trace.by_name[request.model].weight_bytes
-        took_s = self._hardware.load_s(weight_bytes, cached=self._cache.read(request.model, weight_bytes))
-        self.num_loads, self.reload_s = self.num_loads + 1, self.reload_s + took_s
+        if request.shelf:
+            took_s = self._hardware.hand_over_s(weight_bytes)
+            self.num_hand_overs += 1
+        else:
+            took_s = self._hardware.load_s(weight_bytes, cached=self._cache.read(request.model, weight_bytes))
+            self.num_loads += 1
+        self.reload_s += took_s
         self._fates.seconds_s = took_s
         return await super().load(worker_id, generation, request, report)
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from orchestrator import policy
 from orchestrator.devices import SLEEP_SHARE_BESIDE_GPUS
-from orchestrator.policy.giving import can_wake_on
+from orchestrator.policy.giving import can_hand_over_to, can_wake_on
 from orchestrator.policy.room import Room, comfortable_bytes, kv_cache_bytes, least_bytes, may_leave, rooms_of
 from orchestrator.views import ClusterView, Demand, HolderState, HolderView, Obstacle, Part, Plan, Refusal, Rules
 
@@ -101,17 +101,20 @@ class _InOrder:
             found = self._victims(room, needed - room.free_bytes, demand, view, rules)
             if found is not None:
                 shrink, victims = found
+                taken = sleeper is not None and can_hand_over_to(sleeper, room)
                 worst = max((self.key(victim) for victim in victims), default=float("-inf"))
                 rank = (bool(victims), cold, worst, len(shrink), room.num_busy, room.free_bytes, room.device.id)
-                tries.append((rank, room, shrink, victims, sleeper.id if sleeper and wakes else ""))
+                comes_from = sleeper.id if sleeper else ""
+                tries.append((rank, room, shrink, victims, comes_from if wakes else "", comes_from if taken else ""))
         if not tries:
             return Refusal(Obstacle.BUSY, least_bytes(demand), 0, "everything is busy")
-        _, room, shrink, victims, wake = min(tries, key=lambda one: one[0])
+        _, room, shrink, victims, wake, take_over = min(tries, key=lambda one: one[0])
         freed = sum(num_bytes for _, num_bytes in shrink) + sum(v.bytes_on(room.device.id) for v in victims)
         kv_bytes = kv_cache_bytes(room.free_bytes + freed, demand)
-        sleep, evict = self._send(view, victims, sleeper, wake)
+        sleep, evict = self._send(view, victims, sleeper, wake or take_over)
         parts = (Part(room.device.id, demand.base_bytes + kv_bytes),)
-        return Plan(demand.model, parts, kv_bytes, self.__class__.__name__, wake, sleep, evict, tuple(shrink))
+        reason = self.__class__.__name__
+        return Plan(demand.model, parts, kv_bytes, reason, wake, take_over, sleep, evict, tuple(shrink))
 
     def _victims(
         self, room: Room, lacking: int, demand: Demand, view: ClusterView, rules: Rules
@@ -139,14 +142,14 @@ class _InOrder:
         return holder.busy, self.key(holder), holder.id
 
     def _send(
-        self, view: ClusterView, victims: Sequence[HolderView], sleeper: HolderView | None, wake: str
+        self, view: ClusterView, victims: Sequence[HolderView], sleeper: HolderView | None, kept: str
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         asleep = sorted((h for h in view.holders if h.state is HolderState.ASLEEP), key=self._key_of)
         left = view.nodes[0].sleep_bytes - sum(holder.sleep_bytes or 0 for holder in asleep)
         sleep, evict = [], []
         if sleeper is not None:
             asleep.remove(sleeper)
-            if not wake:
+            if not kept:
                 evict.append(sleeper.id)
                 left += sleeper.sleep_bytes or 0
         for victim in sorted(victims, key=self._key_of, reverse=True):

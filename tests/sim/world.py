@@ -100,6 +100,7 @@ class Outcome:
     reload_s: float = 0.0
     num_loads: int = 0
     num_wakes: int = 0
+    num_hand_overs: int = 0
     num_sleeps: int = 0
     num_evicted: int = 0
     num_failed: int = 0
@@ -233,7 +234,8 @@ class World:
         self._ring()
 
     def _is_stale(self, plan: Plan) -> bool:
-        return bool(plan.wake) and all(w.id != plan.wake or w.state is not State.ASLEEP for w in self.workers)
+        sleeper = plan.wake or plan.take_over
+        return bool(sleeper) and all(w.id != sleeper or w.state is not State.ASLEEP for w in self.workers)
 
     def occupied_bytes(self, device: str) -> int:
         """Return what processes hold, the ones on their way out or to sleep included."""
@@ -306,14 +308,21 @@ class World:
             worker_id = f"w{self._num_workers}"
             worker = Worker(worker_id, job.model, part.device, part.num_bytes, plan.kv_cache_bytes, keep_bytes)
             self.workers.append(worker)
-            took_s = self.hardware.load_s(weight_bytes, cached=self.cache.read(job.model.name, weight_bytes))
-            self.outcome.num_loads += 1
+            if plan.take_over:
+                took_s = self.hardware.hand_over_s(weight_bytes)
+                self.outcome.num_hand_overs += 1
+            else:
+                took_s = self.hardware.load_s(weight_bytes, cached=self.cache.read(job.model.name, weight_bytes))
+                self.outcome.num_loads += 1
         job.worker = worker
         self.outcome.reload_s += took_s
         self.at(self.now_s + took_s, lambda: self._ready(job, worker, took_s))
 
     def _ready(self, job: Job, worker: Worker, took_s: float) -> None:
         what = "wake_s" if worker.state is State.WAKING else "load_s"
+        if job.plan is not None and job.plan.take_over:
+            what = "hand_over_s"
+            self.workers = [other for other in self.workers if other.id != job.plan.take_over]
         self.experience.learn(job.model.spec, job.model.located, KIND, **{what: took_s})
         worker.state, worker.ready_at_s, worker.used_at_s = State.READY, self.now_s, self.now_s
         del self.jobs[job.model.name]
@@ -355,7 +364,7 @@ class World:
 
     def _holder(self, worker: Worker) -> HolderView:
         spec, located = worker.model.spec, worker.model.located
-        times = self.experience.expect(spec, located, KIND)
+        times, reuse = self.experience.expect(spec, located, KIND), self.reuse[spec.name]
         asleep, busy = worker.state is State.ASLEEP, worker.num_running > 0 or worker.state is not State.READY
         return HolderView(
             id=worker.id,
@@ -369,6 +378,8 @@ class World:
             sleep_bytes=models.sleep_bytes(located.footprint, KIND) if self.sleep_bytes else None,
             load_s=times.load_s,
             wake_s=times.wake_s,
-            uses_per_s=self.strategy.uses_per_s(spec.name, self.now_s, self.reuse[spec.name].per_s(self.now_s)),
+            hand_over_s=times.hand_over_s if asleep else None,
+            uses_per_s=self.strategy.uses_per_s(spec.name, self.now_s, reuse.per_s(self.now_s)),
+            lasting_per_s=self.strategy.uses_per_s(spec.name, self.now_s, reuse.lasting_per_s(self.now_s)),
             wakes_on=frozenset((worker.device,)),
         )

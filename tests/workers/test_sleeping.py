@@ -173,7 +173,7 @@ def test_weights_that_wait_in_host_memory_come_back_as_they_were(tiny_model: Pat
     runner = open_eager(loaded, spec)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     tied = loaded.model.get_output_embeddings().weight
-    runner.move_to_host()
+    runner.move_to_host(loaded.facts)
     runner.move_to_device(loaded.kv, loaded.device)
     assert tied.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
     for name, tensor in loaded.model.state_dict().items():

@@ -24,6 +24,7 @@ from workers.text.kv_cache import KVShape, blocks_for
 from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
 from workers.text.packing import PackedStep, pack
 from workers.text.scheduler import Step, Work
+from workers.text.shelf import Shelf
 from workers.text.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ModelRunner:
         self._cache = cache
         self._threads = threads
         self._adapters = adapters
+        self._shelf: Shelf | None = None
 
     def run(self, step: Step) -> torch.Tensor:
         """Run one step; see `workers.text.runner.Runner.run`."""
@@ -90,21 +92,19 @@ class ModelRunner:
         """Have a cache of so many blocks; see `workers.text.runner.Runner.resize`."""
         self._cache.resize(num_blocks, kept)
 
-    def move_to_host(self) -> None:
+    def move_to_host(self, facts: object) -> str:
         """Bring the weights to pinned host memory and drop the cache; see `workers.text.runner.Movable`."""
         self._cache.drop()
-        tensors = _tensors(self._model)
-        waiting = [torch.empty_like(t, device="cpu", pin_memory=torch.cuda.is_available()) for t in tensors]
-        for tensor, host in zip(tensors, waiting, strict=True):
-            host.copy_(tensor, non_blocking=True)
-        _swap(tensors, waiting)
+        self._shelf = Shelf(self._model, facts, shared=self._adapters is None)
         if self._adapters is not None:
             self._adapters.move_to(torch.device("cpu"))
+        return self._shelf.path
 
     def move_to_device(self, kv: KVShape, device: torch.device) -> None:
         """Bring them back, with an empty cache."""
-        tensors = _tensors(self._model)
-        _swap(tensors, [tensor.to(device, non_blocking=True) for tensor in tensors])
+        assert self._shelf is not None, "was not in host memory"
+        self._shelf.clear(self._model, device)
+        self._shelf = None
         if self._adapters is not None:
             self._adapters.move_to(device)
         self._cache = PagedCache(kv, self._cache.dtype, device, in_place=self._cache.in_place)
@@ -128,20 +128,6 @@ def on_host(logits: torch.Tensor) -> torch.Tensor:
     there.copy_(logits, non_blocking=True)
     torch.cuda.current_stream(logits.device).synchronize()
     return there
-
-
-def _tensors(model: Any) -> list[torch.Tensor]:
-    """Return a module's parameters and buffers, each once, however many layers share it."""
-    return list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
-
-
-def _swap(tensors: list[torch.Tensor], contents: list[torch.Tensor]) -> None:
-    """Give tensors the memory of others, once all copies under way have arrived. Those that shared memory still do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    shared: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor, content in zip(tensors, contents, strict=True):
-        tensor.data = shared.setdefault((tensor.data_ptr(), tensor.shape), content)
 
 
 def _positions(plain: torch.Tensor, placed: Placed) -> torch.Tensor:

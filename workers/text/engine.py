@@ -218,7 +218,7 @@ class TextEngine:
         """
         await self._orders.between_steps(partial(self._replace, runner))
 
-    async def sleep(self) -> None:
+    async def sleep(self) -> str:
         """See `workers.engine.Sleeper.sleep`. Requests that came too late are told to go elsewhere."""
         assert self._bed is not None, "opened without a bed"
         self._asleep = True
@@ -227,7 +227,7 @@ class TextEngine:
         runner = await self._orders.between_steps(self._leave)
         self._intake.see_with(None)
         loaded, self._loaded = self._loaded, self._loaded.without_weights()
-        await gently(partial(self._bed.lay_down, loaded, runner))
+        return await gently(partial(self._bed.lay_down, loaded, runner))
 
     async def wake(self, spec: LoadSpec) -> None:
         """See `workers.engine.Sleeper.wake`."""

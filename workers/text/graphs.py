@@ -161,10 +161,10 @@ class GraphedRunner(ModelRunner):
         self._recorded.clear()
         super().resize(num_blocks, kept)
 
-    def move_to_host(self) -> None:
+    def move_to_host(self, facts: object) -> str:
         """Bring the weights to host memory; recordings go."""
         self._recorded.clear()
-        super().move_to_host()
+        return super().move_to_host(facts)
 
     def close(self) -> None:
         """Let go of everything."""

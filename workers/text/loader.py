@@ -1,4 +1,5 @@
-"""Loads a model directory's weights as a transformers module. Below stand transformers' definitions, seconds to import.
+"""Brings a model's weights into a transformers module, from its directory or from another worker that sleeps. Below
+stand transformers' definitions, seconds to import.
 
 Above: `opening.py`, which comes here only when the kernels cannot take the weights straight from the files.
 """
@@ -13,8 +14,8 @@ from hostler.errors import ModelLoadFailed
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from workers.engine import LoadSpec
-from workers.text import attention, vision
+from workers.engine import LoadSpec, ModelFacts
+from workers.text import attention, shelf, vision
 from workers.text.adapters import linear_layers, read_adapters
 from workers.text.directory import Directory, LoadedModel, read_directory
 
@@ -68,6 +69,33 @@ def load(
         vision=_open_vision(spec, model, directory) if vision.serves_images(directory.config) else None,
         adapters=read_adapters(spec.adapters, linear_layers(model)) if spec.adapters else (),
     )
+
+
+def take_over(spec: LoadSpec, report: Report, directory: Directory) -> LoadedModel | None:
+    """Return the model that waits on `spec.shelf`, on the device of `directory`; None if it cannot be had from there.
+
+    Blocking: as long as copying the weights to the device takes.
+    """
+    try:
+        model, facts = shelf.take_over(spec.shelf)
+    except shelf.CannotTakeOver as reason:
+        log.warning("the sleeping model is not taken over", extra={"model": spec.model, "reason": str(reason)})
+        return None
+    if not isinstance(facts, ModelFacts) or facts.model != spec.model:
+        log.warning("what sleeps is another model", extra={"model": spec.model, "found": str(facts)[:300]})
+        return None
+    report("read", 0, facts.weight_bytes)
+    shelf.move(model, directory.device)
+    report("read", facts.weight_bytes, facts.weight_bytes)
+    loaded = directory.loaded(
+        spec,
+        architecture=facts.architecture,
+        num_parameters=facts.num_parameters,
+        weight_bytes=facts.weight_bytes,
+        model=model,
+        vision=_open_vision(spec, model, directory) if vision.serves_images(directory.config) else None,
+    )
+    return loaded.told(spec.quantize, facts.weight_bytes)
 
 
 def _open_vision(spec: LoadSpec, model: Any, directory: Directory) -> vision.Vision | None:

@@ -80,6 +80,8 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
         from workers.text.parallel.opening import open_split
 
         return *open_split(spec, report), False
+    if spec.shelf and (found := _open_shelved(directory, spec, report)) is not None:
+        return *found, False
     library = build.built() if directory.kernels else None
     if library is not None:
         ready = open_recipe(directory, spec, library, report)
@@ -116,6 +118,15 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
         for adapter in loaded.adapters:  # The runner has its own.
             adapter.release()
     return loaded, eager, may_compile
+
+
+def _open_shelved(directory: Directory, spec: LoadSpec, report: Report) -> tuple[LoadedModel, Runner] | None:
+    """Return the model that another worker has asleep, served as it was there; None if it cannot be taken over."""
+    from workers.text.eager import open_eager
+    from workers.text.loader import take_over
+
+    loaded = take_over(spec, report, directory)
+    return None if loaded is None else (loaded, open_eager(loaded, spec, keep_weights=True))
 
 
 def _lighter_next_time(loaded: LoadedModel, directory: Directory, spec: LoadSpec, library: Path) -> LoadedModel:

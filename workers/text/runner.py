@@ -51,8 +51,15 @@ class Runner(Protocol):
 class Movable(Runner, Protocol):
     """A runner whose weights can wait in host memory. Used by one thread at a time."""
 
-    def move_to_host(self) -> None:
-        """Bring the weights to pinned host memory; drop keys and values."""
+    def move_to_host(self, facts: object) -> str:
+        """Bring the weights to pinned host memory; drop keys and values.
+
+        Args:
+            facts: what another process should know that takes the weights over.
+
+        Returns:
+            the path that it takes them from, while they wait (`workers.text.shelf`); empty where that cannot be.
+        """
 
     def move_to_device(self, kv: KVShape, device: torch.device) -> None:
         """Bring them back, to this device or another one, with an empty cache of a new size."""

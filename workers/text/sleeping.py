@@ -1,7 +1,8 @@
 """What a text engine keeps while it sleeps, and how its model comes back.
 
 Above: the engine. Below: directory, runners. On a CPU the weights lie in their files, which the system caches; they
-are laid out anew from there. On a GPU they go to pinned host memory and come back as they were. Tokenizer, template,
+are laid out anew from there. On a GPU they go to pinned host memory and come back as they were, or are taken over by a
+worker on another device. Tokenizer, template,
 formats and compiled grammars never leave the process: they are the engine's.
 """
 
@@ -53,15 +54,18 @@ class Bed:
         self._stamp = _stamp(self._files)
         self._parked: tuple[LoadedModel, Movable] | None = None
 
-    def lay_down(self, loaded: LoadedModel, runner: Runner) -> None:
-        """Free what the model holds on its device. Nobody may use `loaded` and `runner` any more."""
+    def lay_down(self, loaded: LoadedModel, runner: Runner) -> str:
+        """Free what the model holds on its device; return what `Sleeper.sleep` does.
+
+        Nobody may use `loaded` and `runner` any more.
+        """
         if loaded.vision is not None:
             loaded.vision.forget()
         if loaded.device.type == "cuda" and isinstance(runner, Movable):
-            runner.move_to_host()
             self._parked = loaded, runner
-        else:
-            runner.close()
+            return runner.move_to_host(loaded.facts)
+        runner.close()
+        return ""
 
     def get_up(self, spec: LoadSpec) -> Opened:
         """Bring the model to the devices of `spec`, with a cache of its size.

@@ -1,4 +1,5 @@
-"""How fast a model moves: from files in the page cache to the device, from there to host memory, and back.
+"""How fast a model moves: from files in the page cache to the device, from there to host memory, back, and over to
+another worker.
 
 Above: the steps. Below: the engine's own opening, sleep and wake.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ _READ_BYTES = 16 * 2**20
 
 
 def measure(setting: Setting) -> Found:
-    """Load twice, then sleep and wake twice; the second time is judged, the first told beside it."""
+    """Load twice, sleep and wake twice, then hand over; the last time is judged, the first told beside it."""
     figures = with_bandwidths(setting)
     shape = chosen_shape(setting)
     folder = build(shape, model_folder(setting), setting.device)
@@ -48,7 +50,7 @@ async def _measure(setting: Setting, spec: LoadSpec, figures: dict[str, float]) 
     from workers import memory
     from workers.text.opening import open_text_engine
 
-    spent: dict[str, list[float]] = {"load": [], "sleep": [], "wake": []}
+    spent: dict[str, list[float]] = {"load": [], "sleep": [], "wake": [], "hand over": []}
 
     async def timed(what: str, work: Any) -> Any:
         say(f"  {what}")
@@ -74,6 +76,12 @@ async def _measure(setting: Setting, spec: LoadSpec, figures: dict[str, float]) 
             await timed("wake", engine.wake(spec))
             if await _reply(engine) != before:
                 raise Failed("after sleep and wake the model says something else")
+        if shelf := await engine.sleep():
+            other = await timed("hand over", open_text_engine(replace(spec, shelf=shelf), lambda *_: None))
+            same = await _reply(other) == before
+            await other.close()
+            if not same:
+                raise Failed("taken over by another worker the model says something else")
         num_bytes = engine.facts.weight_bytes
     finally:
         await engine.close()
@@ -85,13 +93,15 @@ def _told(
 ) -> Found:
     found = Found()
     for what, times in spent.items():
+        if not times:
+            continue  # Nothing is handed over where weights do not wait in host memory.
         to_device = what != "sleep"
         bus = figures["to_device_bytes_per_s" if to_device else "to_host_bytes_per_s"]
         share = num_bytes / times[-1] / bus
         found.figures |= {f"{what}_s": times[-1], f"{what}_first_s": times[0], f"{what}_share": share}
-        label = "load from cached files" if what == "load" else what
+        label = {"load": "load from cached files", "hand over": "taken over by another worker"}.get(what, what)
         value = f"{times[-1]:.2f} s, {rate(num_bytes, times[-1])} (the first time {times[0]:.2f} s)"
-        found.add(f"{label}, {num_bytes / 1e9:.2f} GB", value, share, MOVING_GOAL if to_device else None)
+        found.add(f"{label}, {num_bytes / 1e9:.2f} GB", value, share, MOVING_GOAL if what in ("load", "wake") else None)
     found.notices.append("Moving: shares are of the measured bandwidth between pinned host memory and the device.")
     if setting.is_cuda:
         found.figures["asleep_reserved_bytes"] = held

@@ -186,7 +186,7 @@ class WorldEffects:
             await world.loop.create_future()
         process = self._process(worker_id, 0)
         self._check_load(process, generation, request.model)
-        process.generation, process.kind = generation, world.kinds[request.model]
+        process.generation, process.kind = generation, world.kind_for(request)
         process.devices = _visible(request)
         process.kv_bytes, process.max_running = request.kv_cache_bytes, request.max_running
         process.become(Phase.LOADING)

@@ -58,6 +58,8 @@ def pinned_stays(truth: Truth) -> str | None:
         if one.job is not None and one.job.model == one.worker.model:
             continue  # A sleeper that its own model's load elsewhere replaces.
         others = truth.cluster.ready(one.worker.model)
+        if one.was is WorkerState.ASLEEP and (others or one.model.job is not None):
+            continue  # … and has taken over, or tried to.
         if one.model.pinned and not one.asked and not (others and one.job is None and one.was is WorkerState.READY):
             return f"{one.worker.id} ({one.worker.model}) was sent away though pinned"
     return None

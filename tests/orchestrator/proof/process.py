@@ -125,6 +125,7 @@ class Process:
             said.info.model = kind.name
             if self.phase is Phase.ASLEEP:
                 said.host_bytes = kind.own_bytes
+                said.shelf = self.id if len(self.devices) == 1 else ""
             elif self.phase is Phase.READY:
                 said.kv_used_bytes = self.kv_held_bytes
                 said.kv_reserved_bytes = self.kv_bytes

@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hostler.lifecycle.v1 import lifecycle_pb2 as life
+
 from orchestrator.devices import Device
 from orchestrator.effects import Memory
 from orchestrator.experience import Experience
@@ -70,6 +72,14 @@ class World:
         """Write a line of the trace, when somebody wants one."""
         if self.trace is not None:
             self.trace.append(f"{self.loop.time() - 1000.0:9.2f}  {text}")
+
+    def kind_for(self, request: life.LoadRequest) -> Kind:
+        """Return what is to be loaded. What it is to be taken over from sleeps and is the same, or has died."""
+        sleeper = self.processes.get(request.shelf)
+        if sleeper is not None and (sleeper.model != request.model or sleeper.phase is not Phase.ASLEEP):
+            found = f"{sleeper.id} ({sleeper.model}, {sleeper.phase.value})"
+            self.breach("only sleepers are taken over", f"{request.model} was to be taken over from {found}")
+        return self.kinds[request.model]
 
     def breach(self, invariant: str, text: str) -> None:
         """Write down that the scheduler did what it must not."""

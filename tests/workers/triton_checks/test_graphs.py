@@ -124,7 +124,7 @@ def test_a_new_cache_takes_new_recordings(tiny_model: Path) -> None:
     runner.resize(32, kept)
     torch.testing.assert_close(runner.run_packed(step), before, atol=1e-4, rtol=1e-4)
     assert recorder.num_recorded == 3
-    runner.move_to_host()
+    runner.move_to_host(loaded.facts)
     runner.move_to_device(loaded.kv, CPU)
     for earlier in probe(1024):
         after = runner.run_packed(earlier)

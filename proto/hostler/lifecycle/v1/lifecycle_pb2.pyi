@@ -118,6 +118,7 @@ class LoadRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     BEAMS_FIELD_NUMBER: _builtins.int
+    SHELF_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Public name, as clients ask for it."""
     engine: Global___EngineKind.ValueType
@@ -142,6 +143,10 @@ class LoadRequest(_message.Message):
     trust_remote_code: _builtins.bool
     beams: _builtins.int
     """Of speech recognition: hypotheses of each window; 0 and 1: one."""
+    shelf: _builtins.str
+    """Where the same model waits in host memory, asleep in a worker on another device (WatchResponse.shelf): the weights
+    are taken from there. Where that fails they are read from the files.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"cpu", "cuda:0" …, as the worker's own process numbers its devices. Several: the model is split over them."""
@@ -173,10 +178,11 @@ class LoadRequest(_message.Message):
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         beams: _builtins.int = ...,
+        shelf: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "beams", b"beams", "devices", b"devices", "dtype", b"dtype", "engine", b"engine", "environment", b"environment", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "beams", b"beams", "devices", b"devices", "dtype", b"dtype", "engine", b"engine", "environment", b"environment", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "model", b"model", "num_threads", b"num_threads", "path", b"path", "prefill_chunk_tokens", b"prefill_chunk_tokens", "quantize", b"quantize", "shelf", b"shelf", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -574,6 +580,7 @@ class WatchResponse(_message.Message):
     KV_ALLOCATED_BYTES_FIELD_NUMBER: _builtins.int
     HOST_BYTES_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
+    SHELF_FIELD_NUMBER: _builtins.int
     state: Global___WorkerState.ValueType
     generation: _builtins.int
     pid: _builtins.int
@@ -599,6 +606,8 @@ class WatchResponse(_message.Message):
     """Held in host memory beyond the device: while asleep, what makes waking quick."""
     keep_alive_ms: _builtins.int
     """How long the newest request asked the model to stay up once idle; absent: as configured; negative: for ever."""
+    shelf: _builtins.str
+    """While asleep: from where a worker on another device of this machine may take the weights over; empty: from nowhere."""
     @_builtins.property
     def info(self) -> Global___ModelInfo:
         """Set once loaded."""
@@ -625,10 +634,11 @@ class WatchResponse(_message.Message):
         kv_allocated_bytes: _builtins.int = ...,
         host_bytes: _builtins.int = ...,
         keep_alive_ms: _builtins.int | None = ...,
+        shelf: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "info", b"info", "keep_alive_ms", b"keep_alive_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "device_bytes", b"device_bytes", "failure", b"failure", "generation", b"generation", "host_bytes", b"host_bytes", "info", b"info", "keep_alive_ms", b"keep_alive_ms", "kv_allocated_bytes", b"kv_allocated_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_used_bytes", b"kv_used_bytes", "max_running", b"max_running", "num_completion_tokens_total", b"num_completion_tokens_total", "num_prompt_tokens_total", b"num_prompt_tokens_total", "num_queued", b"num_queued", "num_running", b"num_running", "num_steps", b"num_steps", "peak_device_bytes", b"peak_device_bytes", "pid", b"pid", "resident_bytes", b"resident_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "device_bytes", b"device_bytes", "failure", b"failure", "generation", b"generation", "host_bytes", b"host_bytes", "info", b"info", "keep_alive_ms", b"keep_alive_ms", "kv_allocated_bytes", b"kv_allocated_bytes", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_used_bytes", b"kv_used_bytes", "max_running", b"max_running", "num_completion_tokens_total", b"num_completion_tokens_total", "num_prompt_tokens_total", b"num_prompt_tokens_total", "num_queued", b"num_queued", "num_running", b"num_running", "num_steps", b"num_steps", "peak_device_bytes", b"peak_device_bytes", "pid", b"pid", "resident_bytes", b"resident_bytes", "shelf", b"shelf", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
     _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
