@@ -73,6 +73,13 @@ def test_who_takes_over_computes_the_same(tiny_model_of_each_architecture: Path,
     torch.testing.assert_close(logits_of(runner), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_that_was_loaded_straight_to_its_device_can_be_taken_over(tiny_model: Path) -> None:
+    spec = LoadSpec(model="m", path=str(tiny_model), dtype="float32", num_threads=1)
+    loaded = load(spec, lambda *_: None, split={"device_map": {"": "cpu"}})
+    module, _ = shelf.take_over(open_eager(loaded, spec).move_to_host(loaded.facts))
+    assert torch.equal(module.get_input_embeddings().weight, loaded.model.get_input_embeddings().weight)
+
+
 async def test_a_worker_serves_what_sleeps_in_another_process(tiny_model: Path, tmp_path: Path, worker: Worker) -> None:
     (tmp_path / "other").mkdir()
     async with started(tmp_path / "other") as usual:

@@ -48,7 +48,10 @@ def load(
         "local_files_only": True,
         "use_safetensors": True,
     }
-    options.update(split or {})
+    if split:
+        options.update(split)
+    elif directory.device.type != "cpu":  # Straight there, in several threads, rather than through host memory.
+        options["device_map"] = {"": str(directory.device)}
     try:
         if vision.is_image_text(directory.config):
             model = vision.load_model(directory.path, attention.NAME, **options)
@@ -57,8 +60,6 @@ def load(
     except Exception as error:  # transformers raises anything here: missing weights, truncated files, unknown types
         raise ModelLoadFailed(f"The weights of {spec.model} cannot be loaded: {type(error).__name__}.") from error
     model = model.train(False).requires_grad_(False)
-    if not split:
-        model = model.to(directory.device)
     report("read", total, total)
     return directory.loaded(
         spec,
