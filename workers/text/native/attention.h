@@ -22,29 +22,40 @@ struct Cache {
   }
 };
 
-// Where element (input, column) of a panel lies.
-inline size_t panel_index(Kind kind, int input, int column) {
-  return kind == Kind::BF16 ? size_t(input / 2) * kPanel * 2 + column * 2 + input % 2 : size_t(input) * kPanel + column;
-}
-
-inline void put(uint8_t* panel, Kind kind, size_t index, float x) {
-  if (kind == Kind::BF16) reinterpret_cast<bf16*>(panel)[index] = narrow(x);
-  else reinterpret_cast<float*>(panel)[index] = x;
-}
-
 // Writes one position's key and value (head_dim floats each). `last`: no later position follows in this step.
 inline void write_position(const Cache& cache, uint8_t* block, int slot, const float* key, const float* value,
                            bool last) {
-  const size_t panel_elements = size_t(kBlock) * kPanel;
+  const int dim = cache.head_dim;
   uint8_t* values = block + cache.half();
-  for (int d = 0; d < cache.head_dim; ++d) {
-    put(block, cache.kind, panel_index(cache.kind, d, slot), key[d]);
-    uint8_t* panel = values + (d / kPanel) * panel_elements * cache.element();
-    put(panel, cache.kind, panel_index(cache.kind, slot, d % kPanel), value[d]);
-    // Products read positions in pairs: what an earlier owner left in the second half must not be NaN.
-    if (last && slot % 2 == 0) put(panel, cache.kind, panel_index(cache.kind, slot + 1, d % kPanel), 0.0f);
+  // Products read positions in pairs: what an earlier owner left in the second half must not be NaN.
+  const bool clears = last && slot % 2 == 0;
+  if (cache.kind != Kind::BF16) {
+    auto *keys = reinterpret_cast<float*>(block), *sums = reinterpret_cast<float*>(values) + slot * kPanel;
+    for (int d = 0; d < dim; ++d) keys[d * kBlock + slot] = key[d];
+    for (int p = 0; p < dim; p += kPanel, sums += kBlock * kPanel) {
+      std::memcpy(sums, value + p, kPanel * 4);
+      if (clears) std::memset(sums + kPanel, 0, kPanel * 4);
+    }
+    return;
+  }
+  // Inputs stand in pairs: of keys two dimensions, of values two positions, which two threads may write at once.
+  alignas(64) bf16 rounded[512];
+  narrow_all(key, dim, rounded);
+  for (int d = 0; d < dim; d += 2) std::memcpy(block + d * kBlock * 2 + slot * 4, rounded + d, 4);
+  narrow_all(value, dim, rounded);
+  auto* sums = reinterpret_cast<bf16*>(values) + slot / 2 * kPanel * 2 + slot % 2;
+  for (int p = 0; p < dim; p += kPanel, sums += kBlock * kPanel) {
+    for (int d = 0; d < kPanel; ++d) sums[d * 2] = rounded[p + d];
+    for (int d = 0; clears && d < kPanel; ++d) sums[d * 2 + 1] = 0;
   }
 }
+
+// Where there are dot products, queries and probabilities are rounded as keys and values are.
+using BF16Products = std::conditional_t<kDots, DotLoader, BF16Loader>;
+
+// How many inputs stand in four bytes of what a loader's products take.
+template <class Loader>
+constexpr int kInputs = std::is_same_v<Loader, DotLoader> ? 2 : 1;
 
 // Sums p[q][position] * values over blocks first … last for MR queries and NP panels of dimensions.
 template <class Loader, int MR, int NP>
@@ -55,7 +66,7 @@ void weigh(const Cache& cache, int layer, int head, const int32_t* table, int fi
   for (int b = first; b < last; ++b) {
     const uint8_t* values = cache.block(layer, table[b], head) + cache.half() + panel * stride;
     const int positions = std::min(kBlock, (length - b * kBlock + 1) & ~1);
-    accumulate<Loader, MR, NP>(acc, values, stride, p + size_t(b - first) * kBlock, ldp, positions, values);
+    accumulate<Loader, MR, NP>(acc, values, stride, p + (b - first) * (kBlock / kInputs<Loader>), ldp, positions, {values});
   }
   for (int r = 0; r < MR; ++r)
     for (int q = 0; q < NP; ++q)
@@ -71,28 +82,33 @@ struct Queries {
 // Turns scores of positions `begin …` (row r sees lo … its own) into probabilities, in place.
 inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
   for (int i = begin; i < lo; ++i) scores[i - begin] = 0.0f;
-  float peak = -INFINITY;
-  for (int i = lo; i < hi; ++i) peak = std::max(peak, scores[i - begin]);
   float* s = scores + (lo - begin);
   const int n = hi - lo;
-  float total = 0;
+  const float lowest = -INFINITY;
+  vf peaks = splat(lowest);
   int i = 0;
-  vf totals = {};
   for (; i + W <= n; i += W) {
+    const vf x = load(s + i);
+    peaks = pick(x > peaks, x, peaks);
+  }
+  alignas(64) float rest[W];
+  for (int j = 0; j < W; ++j) rest[j] = i + j < n ? s[i + j] : lowest;
+  const float peak = std::max(highest(peaks), highest(load(rest)));
+  vf totals = {};
+  for (i = 0; i + W <= n; i += W) {
     const vf e = exp(load(s + i) - peak);
     store(s + i, e);
     totals += e;
   }
   if (i < n) {
-    alignas(64) float rest[W];
-    for (int j = 0; j < W; ++j) rest[j] = i + j < n ? s[i + j] - peak : -1000.0f;
-    const vf e = exp(load(rest));
+    const vf e = exp(load(rest) - peak);
     store(rest, e);
-    for (int j = 0; i + j < n; ++j) s[i + j] = rest[j], total += rest[j];
+    for (int j = 0; i + j < n; ++j) s[i + j] = rest[j];
+    totals += e;
   }
-  total += sum(totals);
-  const float inverse = 1.0f / total;
-  for (int j = 0; j < n; ++j) s[j] *= inverse;
+  const float inverse = 1.0f / sum(totals);
+  for (i = 0; i + W <= n; i += W) store(s + i, load(s + i) * inverse);
+  for (; i < n; ++i) s[i] *= inverse;
   for (int j = n; lo + j < begin + padded; ++j) s[j] = 0.0f;
 }
 
@@ -110,16 +126,31 @@ void attend(const Cache& cache, int layer, int head, const int32_t* table, const
   const size_t needed = size_t(kRows) * padded + kRows * size_t(cache.head_dim);
   if (scratch_size < needed) scratch = allocate<float>(scratch_size = needed * 2);
   float *scores = scratch.get(), *queries = scores + size_t(kRows) * padded;
-  for (int r = 0; r < MR; ++r) std::memcpy(queries + r * cache.head_dim, q.rows[r], cache.head_dim * 4);
-  alignas(64) float out[MR * kPanel];
-  for (int b = first; b < last; ++b) {
-    const uint8_t* keys = cache.block(layer, table[b], head);
-    Tile<Loader, MR, 1>::run(keys, 0, queries, cache.head_dim, cache.head_dim, out, keys);
-    for (int r = 0; r < MR; ++r) std::memcpy(scores + r * padded + (b - first) * kBlock, out + r * kPanel, kPanel * 4);
+  constexpr bool rounds = kInputs<Loader> == 2;
+  const size_t ldq = cache.head_dim / kInputs<Loader>;
+  for (int r = 0; r < MR; ++r) {
+    if (rounds) narrow_all(q.rows[r], cache.head_dim, reinterpret_cast<bf16*>(queries + r * ldq));
+    else std::memcpy(queries + r * ldq, q.rows[r], cache.head_dim * 4);
   }
+  constexpr int NB = wide(MR) < 2 ? 1 : 2;  // blocks at once; as panels they are as far apart as they happen to lie
+  alignas(64) float out[NB * MR * kPanel];
+  auto score = [&](auto together, int b) {
+    constexpr int blocks = decltype(together)::value;
+    const uint8_t* keys = cache.block(layer, table[b], head);
+    const size_t stride = size_t(cache.block(layer, table[b + blocks - 1], head) - keys);
+    Tile<Loader, MR, blocks>::run(keys, stride, queries, ldq, cache.head_dim, out, {keys});
+    for (int p = 0; p < blocks; ++p)
+      for (int r = 0; r < MR; ++r)
+        std::memcpy(scores + r * padded + (b + p - first) * kBlock, out + (p * MR + r) * kPanel, kPanel * 4);
+  };
+  int block = first;
+  for (; block + NB <= last; block += NB) score(std::integral_constant<int, NB>{}, block);
+  for (; block < last; ++block) score(std::integral_constant<int, 1>{}, block);
   for (int r = 0; r < MR; ++r) {
     const int lo = window ? std::max(0, q.position[r] - window + 1) : 0;
-    softmax(scores + r * padded, begin, padded, lo, q.position[r] + 1);
+    float* row = scores + r * padded;
+    softmax(row, begin, padded, lo, q.position[r] + 1);
+    if (rounds) narrow_all(row, padded, reinterpret_cast<bf16*>(row));
   }
   constexpr int NP = wide(MR) < 4 ? wide(MR) : 4;
   const int panels = cache.head_dim / kPanel;

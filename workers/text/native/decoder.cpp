@@ -39,9 +39,8 @@ float widened(const Weight& w, int row, int input) {
   if (w.kind == Kind::I8) {
     return reinterpret_cast<const int8_t*>(panel)[size_t(input / 4) * kPanel * 4 + c * 4 + input % 4] * w.scales[row];
   }
-  const size_t index = panel_index(w.kind, input, c);
-  return w.kind == Kind::BF16 ? widen(reinterpret_cast<const bf16*>(panel)[index])
-                              : reinterpret_cast<const float*>(panel)[index];
+  return w.kind == Kind::BF16 ? widen(reinterpret_cast<const bf16*>(panel)[input / 2 * kPanel * 2 + c * 2 + input % 2])
+                              : reinterpret_cast<const float*>(panel)[input * kPanel + c];
 }
 
 // Half-split rotation (NeoX): the first rotary_dim / 2 dimensions pair with the next ones.
@@ -107,7 +106,7 @@ void attention(Model& m, const Step& step, const Layer& layer, int index, const 
     }
     const int32_t* table = step.tables + size_t(s.table) * step.table_stride;
     if (m.cache.kind == Kind::BF16)
-      attend_rows<BF16Loader>(m.cache, index, item.head, table, q, item.count, layer.window);
+      attend_rows<BF16Products>(m.cache, index, item.head, table, q, item.count, layer.window);
     else
       attend_rows<F32Loader>(m.cache, index, item.head, table, q, item.count, layer.window);
   });

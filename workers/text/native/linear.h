@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "pool.h"
 #include "vec.h"
@@ -21,7 +22,13 @@ namespace hostler {
 enum class Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 constexpr int kGroup = 32;        // inputs that share an I4 scale
 constexpr int kRows = 6;          // most rows in a tile
-constexpr int kExpandRows = 16;   // from so many rows on, a quantized panel is widened once for all of them
+#if defined(__AVX512BF16__)
+constexpr bool kDots = true;      // one instruction multiplies two pairs of bfloat16 and adds both products
+#else
+constexpr bool kDots = false;
+#endif
+constexpr int kExpandRows = kDots ? 8 : 16;  // from so many rows on, a quantized panel is widened once for all of them
+constexpr size_t kCacheBytes = 512 << 10;  // of a core's second cache, for panels
 
 struct Free {
   bool owned = true;  // else somebody else frees it
@@ -59,6 +66,10 @@ inline size_t panel_stride(Kind kind, int k) {
 }
 
 // A loader reads a panel in steps of kStep inputs; at(panel, k, j, v) gives vector v of input k + j, widened to float32.
+// DotLoader has no such: its products take two inputs at once, and `a` holds them as pairs of bfloat16.
+struct DotLoader {
+  static constexpr int kStep = 2;
+};
 struct F32Loader {
   static constexpr int kStep = 2;
   static vf at(const uint8_t* panel, int k, int j, int v) {
@@ -91,30 +102,51 @@ struct I4Loader {
   }
 };
 
+// What to call for on the way: a line from `memory`, and one `apart` bytes from there, for each line of a panel that is read.
+struct Ahead {
+  const uint8_t* memory;
+  size_t apart = 0;
+};
+
 // Adds to acc[r][p] the products of MR rows of `a` (k inputs each) with NP panels that are `stride` bytes apart. On the way
 // it calls for the memory at `ahead`, a line for each line of the first panel, so that whoever reads that next finds it.
 template <class Loader, int MR, int NP>
 inline __attribute__((always_inline)) void accumulate(vf (&acc)[MR][NP][V], const uint8_t* panel, size_t stride,
-                                                      const float* a, size_t lda, int k, const uint8_t* ahead) {
+                                                      const float* a, size_t lda, int k, const Ahead& ahead) {
   for (int i = 0; i < k; i += Loader::kStep) {
-    __builtin_prefetch(ahead + size_t(i / Loader::kStep) * 64, 0, 2);
+    __builtin_prefetch(ahead.memory + size_t(i / Loader::kStep) * 64, 0, 2);
+    __builtin_prefetch(ahead.memory + ahead.apart + size_t(i / Loader::kStep) * 64, 0, 2);
+    if constexpr (std::is_same_v<Loader, DotLoader>) {
+#if defined(__AVX512BF16__)
+      __m512i w[NP];
 #pragma GCC unroll 8
-    for (int j = 0; j < Loader::kStep; ++j) {
-      vf w[NP][V];
-#pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          w[p][v] = Loader::at(panel + p * stride, i, j, v);
-          if (MR > 1) hold(w[p][v]);
-        }
+      for (int p = 0; p < NP; ++p) w[p] = _mm512_loadu_si512(panel + p * stride + size_t(i) * 32);
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
-        const float x = a[r * lda + i + j];
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(reinterpret_cast<const int32_t*>(a)[r * lda + i / 2]);
+#pragma GCC unroll 8
+        for (int p = 0; p < NP; ++p) acc[r][p][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][p][0], x, (__m512bh)w[p]);
+      }
+#endif
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < Loader::kStep; ++j) {
+        vf w[NP][V];
 #pragma GCC unroll 8
         for (int p = 0; p < NP; ++p)
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) acc[r][p][v] += w[p][v] * x;
+          for (int v = 0; v < V; ++v) {
+            w[p][v] = Loader::at(panel + p * stride, i, j, v);
+            if (MR > 1) hold(w[p][v]);
+          }
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+          const float x = a[r * lda + i + j];
+#pragma GCC unroll 8
+          for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[r][p][v] += w[p][v] * x;
+        }
       }
     }
   }
@@ -124,7 +156,7 @@ inline __attribute__((always_inline)) void accumulate(vf (&acc)[MR][NP][V], cons
 template <class Loader, int MR, int NP>
 struct Tile {
   static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out,
-                  const uint8_t* ahead) {
+                  const Ahead& ahead) {
     vf acc[MR][NP][V] = {};
     accumulate<Loader, MR, NP>(acc, panel, stride, a, lda, k, ahead);
     for (int p = 0; p < NP; ++p)
@@ -142,66 +174,50 @@ constexpr int wide(int rows) {
 }
 constexpr int kWide = 8;
 
-#if defined(__AVX512BF16__)
-// One instruction for two inputs; `a` holds bfloat16 pairs, rounded once by the caller, and lda counts pairs.
-struct DotLoader {};
-template <int MR, int NP>
-struct Tile<DotLoader, MR, NP> {
-  static void run(const uint8_t* panel, size_t stride, const float* a, size_t lda, int k, float* out,
-                  const uint8_t* ahead) {
-    __m512 acc[MR][NP];
-    for (int r = 0; r < MR; ++r)
-      for (int p = 0; p < NP; ++p) acc[r][p] = _mm512_setzero_ps();
-    const auto* pairs = reinterpret_cast<const int32_t*>(a);
-    for (int i = 0; i < k / 2; ++i) {
-      __m512i w[NP];
-      __builtin_prefetch(ahead + size_t(i) * 64, 0, 2);
-#pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) w[p] = _mm512_loadu_si512(panel + p * stride + size_t(i) * 64);
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(pairs[r * lda + i]);
-#pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) acc[r][p] = _mm512_dpbf16_ps(acc[r][p], x, (__m512bh)w[p]);
-      }
-    }
-    for (int p = 0; p < NP; ++p)
-      for (int r = 0; r < MR; ++r) _mm512_storeu_ps(out + (p * MR + r) * kPanel, acc[r][p]);
-  }
-};
-#endif
-
-// `panels` panels from `panel` on, one tile of MR rows; out[p][r][16]. `distance`: how many bytes ahead to call for memory.
+// `panels` panels from `panel` on, one tile of MR rows; out[p][r][16].
 template <class Loader, int MR>
 void panels_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int k, float* out,
-               size_t distance) {
+               const Ahead& ahead) {
   constexpr int NP = wide(MR);
   int p = 0;
   for (; p + NP <= panels; p += NP, panel += NP * stride, out += NP * MR * kPanel)
-    Tile<Loader, MR, NP>::run(panel, stride, a, lda, k, out, panel + distance);
+    Tile<Loader, MR, NP>::run(panel, stride, a, lda, k, out, ahead);
+  if constexpr (NP > 2)
+    for (; p + 2 <= panels; p += 2, panel += 2 * stride, out += 2 * MR * kPanel)
+      Tile<Loader, MR, 2>::run(panel, stride, a, lda, k, out, ahead);
   for (; p < panels; ++p, panel += stride, out += MR * kPanel)
-    Tile<Loader, MR, 1>::run(panel, stride, a, lda, k, out, panel + distance);
+    Tile<Loader, MR, 1>::run(panel, stride, a, lda, k, out, ahead);
 }
 
 template <class Loader>
 void rows_of(const uint8_t* panel, size_t stride, int panels, const float* a, size_t lda, int rows, int k, float* out,
-             size_t distance) {
+             const Ahead& ahead) {
   switch (rows) {
-    case 1: return panels_of<Loader, 1>(panel, stride, panels, a, lda, k, out, distance);
-    case 2: return panels_of<Loader, 2>(panel, stride, panels, a, lda, k, out, distance);
-    case 3: return panels_of<Loader, 3>(panel, stride, panels, a, lda, k, out, distance);
-    case 4: return panels_of<Loader, 4>(panel, stride, panels, a, lda, k, out, distance);
-    case 5: return panels_of<Loader, 5>(panel, stride, panels, a, lda, k, out, distance);
-    default: return panels_of<Loader, 6>(panel, stride, panels, a, lda, k, out, distance);
+    case 1: return panels_of<Loader, 1>(panel, stride, panels, a, lda, k, out, ahead);
+    case 2: return panels_of<Loader, 2>(panel, stride, panels, a, lda, k, out, ahead);
+    case 3: return panels_of<Loader, 3>(panel, stride, panels, a, lda, k, out, ahead);
+    case 4: return panels_of<Loader, 4>(panel, stride, panels, a, lda, k, out, ahead);
+    case 5: return panels_of<Loader, 5>(panel, stride, panels, a, lda, k, out, ahead);
+    default: return panels_of<Loader, 6>(panel, stride, panels, a, lda, k, out, ahead);
   }
 }
 
+// Widens a quantized panel to what products take: pairs of bfloat16 where those have an instruction, else floats.
 template <class Loader>
 void widen_panel(const uint8_t* panel, int k, float* out) {
   for (int i = 0; i < k; i += Loader::kStep)
 #pragma GCC unroll 8
-    for (int j = 0; j < Loader::kStep; ++j)
-      for (int v = 0; v < V; ++v) store(out + size_t(i + j) * kPanel + v * W, Loader::at(panel, i, j, v));
+    for (int j = 0; j < Loader::kStep; j += 1 + kDots)
+      for (int v = 0; v < V; ++v) {
+        const vf x = Loader::at(panel, i, j, v);
+        float* to = out + size_t((i + j) / (1 + kDots)) * kPanel + v * W;
+        if constexpr (kDots) {
+          const vu low = (vu)x + 0x8000u, high = (vu)Loader::at(panel, i, j + 1, v) + 0x8000u;
+          store(to, (vf)(low >> 16 | (high & 0xffff0000u)));
+        } else {
+          store(to, x);
+        }
+      }
 }
 
 // What is added to a product: to its row r, row slot[r] of `values` (…, panels * 16), or nothing where that is -1.
@@ -227,64 +243,59 @@ struct Added {
 template <class Done>
 void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done,
              const Added& added = {}) {
-  const int step = std::max(unit, rows < kRows ? wide(rows) : unit);
   const int tiles = (rows + kRows - 1) / kRows;
   const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
   const bool expand = quantized && rows >= kExpandRows;
-  const float* pairs = nullptr;
-  size_t pair_lda = 0;
-#if defined(__AVX512BF16__)
+  const bool dots = kDots && (w.kind == Kind::BF16 || expand);
+  const size_t wide_stride = size_t(w.k) * kPanel * (dots ? 2 : 4), stride = expand ? wide_stride : w.stride;
+  int step = wide(std::min(rows, kRows));
+  // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
+  // them from tile to tile, or threads would run out of pieces at different times.
+  const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
+  if (tiles == 2 || (tiles > 2 && !fits)) step = std::min(step, 2);
+  step = std::max(unit, step);
   thread_local Buffer<bf16> rounded;
   thread_local size_t rounded_size = 0;
-  if (w.kind == Kind::BF16) {
+  if (dots) {
     if (rounded_size < size_t(rows) * w.k) rounded = allocate<bf16>(rounded_size = size_t(rows) * w.k);
-    bf16* target = rounded.get();
-    pool.run((rows + 7) / 8, [&, target](int block) {
+    pool.run((rows + 7) / 8, [&, target = rounded.get()](int block) {
       for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r)
-        for (int i = 0; i < w.k; ++i) target[size_t(r) * w.k + i] = narrow(a[r * lda + i]);
+        narrow_all(a + r * lda, w.k, target + size_t(r) * w.k);
     });
-    pairs = reinterpret_cast<const float*>(target), pair_lda = w.k / 2;
   }
-#endif
+  const float* inputs = dots ? reinterpret_cast<const float*>(rounded.get()) : a;
+  const size_t ldi = dots ? w.k / 2 : lda;
   pool.run((w.panels + step - 1) / step, [&](int item) {
     const int first = item * step, panels = std::min(step, w.panels - first);
     alignas(64) float out[kWide * kRows * kPanel];
     thread_local Buffer<float> wide_panels;
     thread_local size_t wide_size = 0;
+    const uint8_t* panel = w.panel(first);
     if (expand) {
-      const size_t needed = size_t(panels) * w.k * kPanel;
-      if (wide_size < needed) wide_panels = allocate<float>(wide_size = needed);
+      const size_t each = wide_stride / 4;
+      if (wide_size < panels * each) wide_panels = allocate<float>(wide_size = panels * each);
       for (int p = 0; p < panels; ++p) {
-        float* target = wide_panels.get() + size_t(p) * w.k * kPanel;
-        if (w.kind == Kind::I8) widen_panel<I8Loader>(w.panel(first + p), w.k, target);
-        else widen_panel<I4Loader>(w.panel(first + p), w.k, target);
+        if (w.kind == Kind::I8) widen_panel<I8Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
+        else widen_panel<I4Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
       }
+      panel = reinterpret_cast<const uint8_t*>(wide_panels.get());
     }
     for (int t = 0; t < tiles; ++t) {
       const int row = int(int64_t(rows) * t / tiles), count = int(int64_t(rows) * (t + 1) / tiles) - row;
-      const float* x = a + row * lda;
-      const uint8_t* panel = w.panel(first);
-      // The last tile of several finds its panels in the cache and has time to fetch the ones that this thread will
-      // probably take next: the others take those between.
-      const int next = panels * pool.size();
-      const size_t distance = tiles > 1 && t == tiles - 1 && first + next + panels <= w.panels ? next * w.stride : 0;
-      if (expand) {
-        const auto* data = reinterpret_cast<const uint8_t*>(wide_panels.get());
-        rows_of<F32Loader>(data, size_t(w.k) * kPanel * 4, panels, x, lda, count, w.k, out, 0);
-      } else if (w.kind == Kind::F32) {
-        rows_of<F32Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
-      } else if (w.kind == Kind::I8) {
-        rows_of<I8Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
-      } else if (w.kind == Kind::I4) {
-        rows_of<I4Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
-      } else {
-#if defined(__AVX512BF16__)
-        rows_of<DotLoader>(panel, w.stride, panels, pairs + row * pair_lda, pair_lda, count, w.k, out, distance);
-#else
-        (void)pairs, (void)pair_lda;
-        rows_of<BF16Loader>(panel, w.stride, panels, x, lda, count, w.k, out, distance);
-#endif
+      const float* x = inputs + row * ldi;
+      // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
+      // others take those between.
+      Ahead ahead{panel};
+      const int next = first + panels * pool.size() + t;
+      if (tiles > 1 && t < panels && next < w.panels) {
+        ahead.memory = w.panel(next);
+        if (t + tiles < panels && next + tiles < w.panels) ahead.apart = tiles * w.stride;
       }
+      if (dots) rows_of<DotLoader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else if (w.kind == Kind::F32 || expand) rows_of<F32Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else if (w.kind == Kind::I8) rows_of<I8Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else if (w.kind == Kind::I4) rows_of<I4Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else rows_of<BF16Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
       for (int p = 0; p < panels; ++p)
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < V; ++v) {

@@ -23,7 +23,7 @@ inline void panel_product(const Weight& w, int panel, const float* a, size_t lda
   alignas(64) float tile[kRows * kPanel];
   for (int r = 0; r < rows; r += kRows) {
     const int count = std::min(kRows, rows - r);
-    rows_of<F32Loader>(w.panel(panel), w.stride, 1, a + r * lda, lda, count, w.k, tile, 0);
+    rows_of<F32Loader>(w.panel(panel), w.stride, 1, a + r * lda, lda, count, w.k, tile, {w.panel(panel)});
     for (int i = 0; i < count; ++i) std::memcpy(out + (r + i) * ldo, tile + i * kPanel, kPanel * sizeof(float));
   }
 }

@@ -62,6 +62,16 @@ inline bf16 narrow(float x) {
   return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Rounds n floats. In place is fine.
+inline void narrow_all(const float* from, int n, bf16* to) {
+  int i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+  for (; i < n; ++i) to[i] = narrow(from[i]);
+}
+
 inline float sum(vf v) {
   float total = 0;
   for (int i = 0; i < W; ++i) total += v[i];
