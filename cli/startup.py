@@ -12,7 +12,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -127,15 +127,18 @@ class Screen:
             self._report.progress(model.name, Progress("start"))
         gateway = asyncio.create_task(self._wait_for_gateway())
         devices = asyncio.create_task(self._show_devices())
+        others = asyncio.create_task(self._look_over([model for model in self._config.models if not model.preload]))
         try:
             ready = await asyncio.gather(*(self._load(model) for model in wanted))
             await devices
+            await others
             if not await gateway:
                 log = self._run_dir.logs / "gateway-0.log"
                 self._report.say("gateway_silent", f"the gateway does not answer; see {log}", "bad")
         finally:
             gateway.cancel()
             devices.cancel()
+            others.cancel()
         can_answer = [m for m, is_ready in zip(wanted, ready, strict=True) if is_ready]
         engines = await self._engines()
         self._banner(can_answer, wanted, started_at, engines)
@@ -170,6 +173,19 @@ class Screen:
             text = f"  ✗ {model.name} could not be loaded: {' '.join(error.message.split())}"
             self._report.say("model_failed", text, "bad", model=model.name, reason=error.reason)
         return False
+
+    async def _look_over(self, models: Sequence[ModelConfig]) -> None:
+        """Say which models could not be loaded as they are configured, as far as the files that are here tell."""
+        await placement.wait_for_status(self._run_dir)
+        async with placement.connect(self._run_dir) as client:
+            for model in models:
+                try:
+                    await client.plan(model.name)
+                except errors.OrchestratorAway:
+                    return
+                except errors.HostlerError as error:
+                    text = f"  ✗ {model.name} will not load: {' '.join(error.message.split())}"
+                    self._report.say("model_failed", text, "bad", model=model.name, reason=error.reason)
 
     async def _wait_for_gateway(self) -> bool:
         url = servers.base_url(self._config.host, self._config.port).removeprefix("http://")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hostler.config import ModelConfig
+from hostler.errors import UnsupportedParameter
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from orchestrator.views import Demand
@@ -155,6 +156,29 @@ def from_config(config: ModelConfig) -> ModelSpec:
         max_devices=config.max_devices,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def check_options(spec: ModelSpec, engine: int) -> None:
+    """Refuse options that only other engines have, as a worker would at its load: before there is one.
+
+    Args:
+        engine: the one that runs the model.
+
+    Raises:
+        UnsupportedParameter: names the option.
+    """
+    kind = next(word for word, number in ENGINES.items() if number == engine)
+    for option, is_set, owner in (
+        ("beams", spec.beams > 1, "transcription"),
+        ("quantize", spec.quantize != "", "text"),
+        ("adapters", bool(spec.adapters), "text"),
+    ):
+        if is_set and kind != owner:
+            raise UnsupportedParameter(
+                f"{spec.name} is run by the {kind} engine, and {option} is an option of the {owner} engine. "
+                "Take it out of the model's configuration.",
+                param=option,
+            )
 
 
 def recipe(spec: ModelSpec) -> str:

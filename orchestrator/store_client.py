@@ -18,7 +18,7 @@ from hostler.errors import BY_REASON, Internal, ModelLoadFailed
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from orchestrator.effects import Report
-from orchestrator.models import ENGINES, Footprint, Located, ModelSpec, Split
+from orchestrator.models import ENGINES, Footprint, Located, ModelSpec, Split, check_options
 from orchestrator.ray_session import TOKEN_VARIABLE
 from orchestrator.state import Progress
 
@@ -54,7 +54,8 @@ class StoreClient:
         """Return a model's directory and footprint, if it is here.
 
         Raises:
-            HostlerError: the source means nothing, or its files are damaged.
+            HostlerError: the source means nothing, its files are damaged, or they are for an engine that lacks an
+                option of the spec.
         """
         return await asyncio.to_thread(self._locate, spec)
 
@@ -68,9 +69,9 @@ class StoreClient:
         if found is None:
             return None
         engine = spec.engine or ENGINES[kind_of(found.path)]
+        check_options(spec, engine)
         generates = engine == lifecycle_pb2.ENGINE_KIND_TEXT
-        quantize = spec.quantize if generates else ""
-        needs = footprint(found.path, spec.dtype, quantize, generates=generates, beams=spec.beams)
+        needs = footprint(found.path, spec.dtype, spec.quantize, generates=generates, beams=spec.beams)
         # For advice: what the weights would take in the ways that they are not served in.
         others = ("int8", "int4") if generates and not spec.quantize else ()
         quantized = tuple((kind, footprint(found.path, spec.dtype, kind).weight_bytes) for kind in others)

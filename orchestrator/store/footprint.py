@@ -36,6 +36,9 @@ _INT4_GROUP = 32
 _RANK_STEP = 16
 SPEECH_BYTES = 300 * 10**6
 """What making sound of the longest piece takes beside the weights."""
+_HEARING_BYTES = 300 * 10**6
+"""100 MB of modules, tokenizer and filters once a speech model is loaded; 200 MB that the allocator keeps of uploads,
+features and attention once eight recordings have been heard at a time."""
 _KERNEL_FAMILIES = frozenset(
     {"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"}
 )
@@ -263,18 +266,19 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
 
 
 def _hearing_bytes(config: dict[str, Any], item_bytes: int, beams: int) -> int:
-    """Return what Whisper's rows, its encoder's activations and further beams' logits take.
+    """Return what hearing takes beside Whisper's weights and any worker's own.
 
     A row is one window of 30 s: keys and values of what is heard, and of what each beam says. There are as many rows as
-    600 MB hold, 2 … 8; two windows are encoded at once.
+    600 MB hold, 2 … 8, whatever `max_running` is. Two windows are encoded at once: 36 times their states, in float32,
+    is what the process was seen to grow by, for the allocator keeps much of what one layer has given back. Last come
+    the logits of further beams.
     """
     width, layers = _first(config, "d_model"), _first(config, "decoder_layers")
     sounds, tokens = _first(config, "max_source_positions"), _first(config, "max_target_positions")
     row = 2 * layers * width * (sounds + beams * tokens) * item_bytes
     rows = max(2, min(8, 600 * 10**6 // max(1, row)))
-    inner = _first(config, "encoder_ffn_dim") or 4 * width
     logits = _LOGITS_AT_ONCE * 4 * rows * (beams - 1) * _first(config, "vocab_size")
-    return rows * row + 2 * 4 * sounds * (8 * width + 3 * inner) + logits
+    return _HEARING_BYTES + rows * row + 2 * 36 * 4 * sounds * width + logits
 
 
 def adapter_bytes(name: str, directory: Path) -> int:

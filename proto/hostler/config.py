@@ -141,9 +141,11 @@ class ModelConfig(_Strict):
     trust_remote_code: bool = Field(default=False, description="Run Python code from the model repository.")
 
     @model_validator(mode="after")
-    def _adapters_have_a_model(self) -> ModelConfig:
+    def _options_suit_the_engine(self) -> ModelConfig:
         if self.adapters and self.engine == "scripted":
             raise ValueError("the scripted engine has no weights that adapters could add to")
+        if self.beams > 1 and self.engine not in ("auto", "transcription"):
+            raise ValueError(f"beams are for models that write speech down, and the engine is {self.engine}")
         return self
 
 

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.journeys.server import ROOT
-from tests.models.clips import Clip, NoClips, joined, librivox, wav, word_error_rate
+from tests.kept import CannotFetch
+from tests.models.clips import Clip, joined, librivox, wav, word_error_rate
 from tests.models.real import pulled
 
 from .environments import Environment, clean_environment
@@ -80,7 +81,7 @@ def recording(seconds: float) -> Clip:
     """Return the long recording. Raises Skip."""
     try:
         return joined(librivox(), seconds)[0]
-    except NoClips as reason:
+    except CannotFetch as reason:
         raise Skip(str(reason)) from None
 
 

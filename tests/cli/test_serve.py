@@ -121,6 +121,16 @@ def test_a_model_that_fails_is_explained_and_the_server_goes_on(start: Callable[
     assert served.process.wait(15) == 0
 
 
+def test_a_model_that_waits_for_its_first_request_is_looked_over_at_the_start(
+    start: Callable[..., Served], place: Path
+) -> None:
+    (place / "hostler.yaml").write_text("models: [{name: tiny}, {name: nope}, {name: huge}]")
+    text = start("--config", str(place / "hostler.yaml")).wait_for("Ctrl-C stops")
+    assert "✗ nope will not load: No model is named 'nope'." in text
+    assert "✗ huge will not load: huge needs 900 GiB; the largest device has 8 GiB." in text
+    assert "tiny will not load" not in text
+
+
 def test_json_logs_are_json_alone(start: Callable[..., Served]) -> None:
     served = start("tiny", "--json-logs")
     served.wait_for('"event": "hint"')

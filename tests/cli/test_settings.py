@@ -178,6 +178,11 @@ def test_beams_are_one_to_sixteen(place: Path) -> None:
         (place / "hostler.yaml").write_text(f"models: [{{name: a, beams: {beams}}}]")
         with pytest.raises(ConfigError, match=r"models\.0\.beams"):
             resolve()
+    (place / "hostler.yaml").write_text("models: [{name: a, engine: transcription, beams: 5}]")
+    assert resolve().models[0].beams == 5
+    (place / "hostler.yaml").write_text("models: [{name: a, engine: speech, beams: 5}]")
+    with pytest.raises(ConfigError, match=r"models\.0: .*beams are .* the engine is speech"):
+        resolve()
 
 
 def test_an_editor_is_told_the_quantizations() -> None:

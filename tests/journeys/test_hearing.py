@@ -16,8 +16,9 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.journeys.server import Server, Servers
+from tests.kept import CannotFetch
 from tests.models import clips
-from tests.models.clips import Clip, NoClips, aligned, encoded, wav, word_error_rate, words_of
+from tests.models.clips import Clip, aligned, encoded, wav, word_error_rate, words_of
 from tests.models.real import pulled
 
 pytestmark = [pytest.mark.journey, pytest.mark.real_model, pytest.mark.timeout(900)]
@@ -39,7 +40,7 @@ LONG_S = 600.0 if LONG else 150.0
 def recordings() -> list[Clip]:
     try:
         return clips.librivox()
-    except NoClips as reason:
+    except CannotFetch as reason:
         pytest.skip(str(reason))
 
 
@@ -127,7 +128,7 @@ def test_subtitles_and_languages(hearing_server: Server, client: OpenAI, recordi
     assert word_error_rate(recordings[0].text, subtitles.splitlines()[2]) < 0.1
     try:
         french, text = clips.spoken("fr", "bonjour_monde")
-    except NoClips as reason:
+    except CannotFetch as reason:
         pytest.skip(str(reason))
     verbose = client.audio.transcriptions.create(model=HEARER, file=("fr.wav", french), response_format="verbose_json")
     assert verbose.language == "french"

