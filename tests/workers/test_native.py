@@ -83,12 +83,13 @@ def test_narrow_weights_stay_near_the_wide_ones(tiny_model: Path, weights: str, 
     assert 0 < float(error) < worst
 
 
-def test_a_row_is_computed_alike_in_any_company_and_by_any_number_of_threads(tiny_model: Path) -> None:
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_a_row_is_computed_alike_in_any_company_and_by_any_number_of_threads(tiny_model: Path, weights: str) -> None:
     loaded, _ = opened(tiny_model)
     first, *_ = probe(VOCABULARY)
 
     def last_row(num_threads: int, *, alone: bool) -> np.ndarray[Any, Any]:
-        decoder = decoder_of(loaded, "bfloat16", cache="bfloat16", num_threads=num_threads).decoder
+        decoder = decoder_of(loaded, weights, cache="bfloat16", num_threads=num_threads).decoder
         rows = 7 if alone else 21
         return decoder.step(
             tokens=np.tile(first.tokens, rows // 7),

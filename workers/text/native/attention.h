@@ -50,12 +50,10 @@ inline void write_position(const Cache& cache, uint8_t* block, int slot, const f
   }
 }
 
-// Where there are dot products, queries and probabilities are rounded as keys and values are.
-using BF16Products = std::conditional_t<kDots, DotLoader, BF16Loader>;
 
 // How many inputs stand in four bytes of what a loader's products take.
 template <class Loader>
-constexpr int kInputs = std::is_same_v<Loader, DotLoader> ? 2 : 1;
+constexpr int kInputs = kPaired<Loader> ? 2 : 1;  // queries and probabilities are rounded as keys and values are
 
 // Sums p[q][position] * values over blocks first … last for MR queries and NP panels of dimensions.
 template <class Loader, int MR, int NP>

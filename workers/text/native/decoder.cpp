@@ -106,7 +106,7 @@ void attention(Model& m, const Step& step, const Layer& layer, int index, const 
     }
     const int32_t* table = step.tables + size_t(s.table) * step.table_stride;
     if (m.cache.kind == Kind::BF16)
-      attend_rows<BF16Products>(m.cache, index, item.head, table, q, item.count, layer.window);
+      attend_rows<Product<BF16Loader>>(m.cache, index, item.head, table, q, item.count, layer.window);
     else
       attend_rows<F32Loader>(m.cache, index, item.head, table, q, item.count, layer.window);
   });

@@ -66,10 +66,6 @@ inline size_t panel_stride(Kind kind, int k) {
 }
 
 // A loader reads a panel in steps of kStep inputs; at(panel, k, j, v) gives vector v of input k + j, widened to float32.
-// DotLoader has no such: its products take two inputs at once, and `a` holds them as pairs of bfloat16.
-struct DotLoader {
-  static constexpr int kStep = 2;
-};
 struct F32Loader {
   static constexpr int kStep = 2;
   static vf at(const uint8_t* panel, int k, int j, int v) {
@@ -102,6 +98,31 @@ struct I4Loader {
   }
 };
 
+// Where dot products have an instruction, `a` holds pairs of bfloat16, and a loader gives pair(panel, k, j): inputs k + j
+// and k + j + 1, rounded to bfloat16, side by side (V is 1 there). Of int8 there is nothing to round.
+template <class Loader>
+struct Pairs {
+  static constexpr int kStep = Loader::kStep;
+  static constexpr uint32_t kHalf = std::is_same_v<Loader, I8Loader> ? 0 : 0x8000;  // to be added before the rest is cut
+  static vf pair(const uint8_t* panel, int k, int j) {
+    const vu low = (vu)Loader::at(panel, k, j, 0) + kHalf, high = (vu)Loader::at(panel, k, j + 1, 0) + kHalf;
+    return (vf)(low >> 16 | (high & 0xffff0000u));
+  }
+};
+template <>
+struct Pairs<BF16Loader> {
+  static constexpr int kStep = 2;
+  static vf pair(const uint8_t* panel, int k, int) {
+    return load(reinterpret_cast<const float*>(panel) + size_t(k) / 2 * kPanel);
+  }
+};
+template <class Loader>
+using Product = std::conditional_t<kDots, Pairs<Loader>, Loader>;
+template <class Loader>
+constexpr bool kPaired = false;
+template <class Loader>
+constexpr bool kPaired<Pairs<Loader>> = true;
+
 // What to call for on the way: a line from `memory`, and one `apart` bytes from there, for each line of a panel that is read.
 struct Ahead {
   const uint8_t* memory;
@@ -116,16 +137,19 @@ inline __attribute__((always_inline)) void accumulate(vf (&acc)[MR][NP][V], cons
   for (int i = 0; i < k; i += Loader::kStep) {
     __builtin_prefetch(ahead.memory + size_t(i / Loader::kStep) * 64, 0, 2);
     __builtin_prefetch(ahead.memory + ahead.apart + size_t(i / Loader::kStep) * 64, 0, 2);
-    if constexpr (std::is_same_v<Loader, DotLoader>) {
+    if constexpr (kPaired<Loader>) {
 #if defined(__AVX512BF16__)
-      __m512i w[NP];
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) w[p] = _mm512_loadu_si512(panel + p * stride + size_t(i) * 32);
+      for (int j = 0; j < Loader::kStep; j += 2) {
+        __m512bh w[NP];
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(reinterpret_cast<const int32_t*>(a)[r * lda + i / 2]);
+        for (int p = 0; p < NP; ++p) w[p] = (__m512bh)Loader::pair(panel + p * stride, i, j);
 #pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) acc[r][p][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][p][0], x, (__m512bh)w[p]);
+        for (int r = 0; r < MR; ++r) {
+          const __m512bh x = (__m512bh)_mm512_set1_epi32(reinterpret_cast<const int32_t*>(a)[r * lda + (i + j) / 2]);
+#pragma GCC unroll 8
+          for (int p = 0; p < NP; ++p) acc[r][p][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][p][0], x, w[p]);
+        }
       }
 #endif
     } else {
@@ -202,22 +226,17 @@ void rows_of(const uint8_t* panel, size_t stride, int panels, const float* a, si
   }
 }
 
-// Widens a quantized panel to what products take: pairs of bfloat16 where those have an instruction, else floats.
+// Widens a quantized panel to what products take.
 template <class Loader>
 void widen_panel(const uint8_t* panel, int k, float* out) {
   for (int i = 0; i < k; i += Loader::kStep)
 #pragma GCC unroll 8
-    for (int j = 0; j < Loader::kStep; j += 1 + kDots)
-      for (int v = 0; v < V; ++v) {
-        const vf x = Loader::at(panel, i, j, v);
-        float* to = out + size_t((i + j) / (1 + kDots)) * kPanel + v * W;
-        if constexpr (kDots) {
-          const vu low = (vu)x + 0x8000u, high = (vu)Loader::at(panel, i, j + 1, v) + 0x8000u;
-          store(to, (vf)(low >> 16 | (high & 0xffff0000u)));
-        } else {
-          store(to, x);
-        }
-      }
+    for (int j = 0; j < Loader::kStep; j += 1 + kDots) {
+      float* to = out + size_t((i + j) / (1 + kDots)) * kPanel;
+      if constexpr (kDots) store(to, Pairs<Loader>::pair(panel, i, j));
+      else
+        for (int v = 0; v < V; ++v) store(to + v * W, Loader::at(panel, i, j, v));
+    }
 }
 
 // What is added to a product: to its row r, row slot[r] of `values` (…, panels * 16), or nothing where that is -1.
@@ -246,7 +265,7 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
   const int tiles = (rows + kRows - 1) / kRows;
   const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
   const bool expand = quantized && rows >= kExpandRows;
-  const bool dots = kDots && (w.kind == Kind::BF16 || expand);
+  const bool dots = kDots && w.kind != Kind::F32;
   const size_t wide_stride = size_t(w.k) * kPanel * (dots ? 2 : 4), stride = expand ? wide_stride : w.stride;
   int step = wide(std::min(rows, kRows));
   // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
@@ -291,11 +310,14 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
         ahead.memory = w.panel(next);
         if (t + tiles < panels && next + tiles < w.panels) ahead.apart = tiles * w.stride;
       }
-      if (dots) rows_of<DotLoader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else if (w.kind == Kind::F32 || expand) rows_of<F32Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else if (w.kind == Kind::I8) rows_of<I8Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else if (w.kind == Kind::I4) rows_of<I4Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else rows_of<BF16Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      if (w.kind == Kind::F32 || (expand && !kDots))
+        rows_of<F32Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else if (w.kind == Kind::BF16 || expand)
+        rows_of<Product<BF16Loader>>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else if (w.kind == Kind::I8)
+        rows_of<Product<I8Loader>>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
+      else
+        rows_of<Product<I4Loader>>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
       for (int p = 0; p < panels; ++p)
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < V; ++v) {
