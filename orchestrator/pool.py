@@ -3,9 +3,10 @@
 Above it: `starting.py`, which takes them or orders one, and the scheduler (ticks, adoption). Below it: the effects.
 
 Some are started ahead, so that a load is only bytes: only while some model with files is not resident, for what is all
-loaded needs none; one at a time, and not while a load is under way, for their imports cost seconds of CPU. One that is
-still starting is never killed, because Ray holds the next start up for as long as a start may take: a load that is
-given up leaves it to the next one.
+loaded needs none; one at a time, and not while a load is under way, for their imports cost seconds of CPU. Streams feel
+them, too (on two cores gaps of 60 ms where a token takes 11), so a start waits a while for its machine to serve nobody.
+One that is still starting is never killed, because Ray holds the next start up for as long as a start may take: a load
+that is given up leaves it to the next one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from orchestrator.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+PATIENCE_S = 30.0
+"""How long a start waits for its machine's workers to be idle."""
 RETRY_S = 5.0
 """After a blank that could not be started, or died, for no reason that we know."""
 
@@ -47,6 +50,7 @@ class Pool:
         self._runtime = runtime
         self._blanks: dict[str, Blank] = {}
         self._not_before_s = 0.0
+        self._missing_since_s: dict[str, float] = {}
         self.on_ordered: Callable[[int, int, HostlerError | None], None] = lambda generation, pid, error: None
 
     def num_ready(self, node: str) -> int:
@@ -113,11 +117,16 @@ class Pool:
         resident = {worker.model for worker in cluster.workers.values()}
         num_missing = sum(1 for m in cluster.models.values() if m.spec.has_files and m.spec.name not in resident)
         wanted = min(self._runtime.config.warm_workers, num_missing)
+        serving = {worker.node for worker in cluster.workers.values() if worker.num_requests}
         for node in {device.node for device in cluster.devices.values()}:
             mine = [blank for blank in self._blanks.values() if blank.node == node and not blank.generation]
             if len(mine) > wanted and mine[-1].pid:
                 self._end(mine[-1])
-            elif len(mine) < wanted and all(blank.pid for blank in mine) and now_s >= self._not_before_s:
+            if len(mine) >= wanted or any(not blank.pid for blank in mine):
+                self._missing_since_s.pop(node, None)
+                continue
+            waited_s = now_s - self._missing_since_s.setdefault(node, now_s)
+            if now_s >= self._not_before_s and (node not in serving or waited_s >= PATIENCE_S):
                 self._start(node)
 
     def _start(self, node: str) -> Blank:

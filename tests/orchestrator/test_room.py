@@ -14,6 +14,7 @@ from hostler.placement.v1 import placement_pb2 as pb
 from orchestrator import events
 from orchestrator.devices import Device
 from orchestrator.models import Footprint
+from orchestrator.pool import PATIENCE_S
 from orchestrator.views import ClusterView, Demand, Plan, Refusal
 from tests.orchestrator.conftest import MB, FakeEffects, Rig
 
@@ -43,6 +44,25 @@ async def test_no_blank_is_kept_once_every_model_is_up(start: Start, effects: Fa
     await rig.advance_heard(2)
     assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 0
     assert all(w.generation or w.killed for w in effects.by_id.values())
+
+
+async def test_a_blank_is_started_when_nobody_is_served_or_has_been_for_long_enough(
+    start: Start, effects: FakeEffects
+) -> None:
+    rig = await start("a", "b", budget=400 * MB, warm_workers=1)
+    assert (await rig.ensure("a")).ready is not None
+
+    async def served_for(seconds: float) -> int:
+        for _ in range(round(seconds / 0.5)):
+            rig.worker("a").say(num_running=1)
+            await rig.settle()
+            await rig.advance(0.5)
+        return (await rig.scheduler.status()).nodes[0].num_blank_workers
+
+    rig.worker("a").say(num_running=1)
+    await rig.settle()
+    assert await served_for(PATIENCE_S - 1) == 0
+    assert await served_for(2) == 1
 
 
 async def test_a_blank_that_dies_is_replaced_after_a_while(start: Start, effects: FakeEffects) -> None:

@@ -274,6 +274,25 @@ def test_a_chunk_that_was_dear_by_chance_does_not_make_all_that_follow_small() -
     assert pace.chunk_tokens(8, 1) >= usual - 3
 
 
+def test_what_prompts_cost_alone_tells_what_they_cost_beside_streams() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.observe(1, 0, 0.008)
+        pace.observe(8, 0, 0.010)
+        pace.observe(0, 90, 0.008 + 90 * 0.0003)
+    assert pace.chunk_tokens(8, 1) == pytest.approx(ALONE * 10 / 0.3, abs=2)
+
+
+def test_one_step_that_lost_its_cores_changes_little() -> None:
+    pace = taught(0.025, 0.001, fixed_s=0.005, chunks=(8, 24))
+    usual = pace.chunk_tokens(8, 1)
+    pace.observe(8, 16, 1.0)
+    assert pace.chunk_tokens(8, 1) > usual / 2
+    pace.observe(8, 16, 0.001)
+    pace.observe(8, 16, 0.001)
+    assert pace.chunk_tokens(8, 1) < usual * 2
+
+
 def test_the_more_newcomers_the_longer_a_step() -> None:
     pace = taught(0.010, 0.001)
     chunks = [pace.chunk_tokens(8, waiting) for waiting in range(1, 10)]

@@ -24,6 +24,8 @@ _WEIGHT = 0.2
 # How far chunks must have differed, in parts of their mean, before what they tell of a step's fixed share is believed;
 # and the least that is believed of a token: chance alone may say that more of them cost nothing.
 _SPREAD, _LEAST_SHARE = 0.25, 0.5
+# By what factor one step may differ from what is known: the system takes a core away for longer than a chunk lasts.
+_SURPRISE = 2.0
 
 
 @dataclass(slots=True)
@@ -44,6 +46,8 @@ class ChunkCost:
         if not self.tokens:
             self.tokens, self.added_s = num_tokens, added_s
             return
+        likely_s = self.added_s + self.token_s * (num_tokens - self.tokens)
+        added_s = min(max(added_s, likely_s / _SURPRISE), likely_s * _SURPRISE)
         off, off_s = num_tokens - self.tokens, added_s - self.added_s
         self.tokens += _WEIGHT * off
         self.added_s += _WEIGHT * off_s
@@ -88,8 +92,11 @@ class Pace:
             self.cost.observe(num_prompt_tokens, max(0.0, spent_s - self.expected_s(num_decoding)))
 
     def expected_s(self, num_decoding: int) -> float:
-        """Return how long a step of so many decoding sequences takes: as seen, else between its neighbours."""
-        if num_decoding == 0 or not self.base_s:
+        """Return how long a step of so many decoding sequences takes: as seen, else between its neighbours.
+
+        Of none, as long as of the fewest: it reads all weights, too, and what its prompt tokens add is the rest.
+        """
+        if not self.base_s:
             return 0.0
         if num_decoding in self.base_s:
             return self.base_s[num_decoding]
