@@ -284,7 +284,7 @@ def test_what_prompts_cost_alone_tells_what_they_cost_beside_streams() -> None:
 
 
 def test_one_step_that_lost_its_cores_changes_little() -> None:
-    pace = taught(0.025, 0.001, fixed_s=0.005, chunks=(8, 24))
+    pace = taught(0.060, 0.001, fixed_s=0.005, chunks=(8, 24))
     usual = pace.chunk_tokens(8, 1)
     pace.observe(8, 16, 1.0)
     assert pace.chunk_tokens(8, 1) > usual / 2
