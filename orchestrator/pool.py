@@ -22,8 +22,8 @@ from orchestrator.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 30.0
-"""How long a start waits for its machine's workers to be idle."""
+CALM_S, PATIENCE_S = 2.0, 30.0
+"""How long a machine's workers must have been idle for a start, and how long it waits for that."""
 RETRY_S = 5.0
 """After a blank that could not be started, or died, for no reason that we know."""
 
@@ -117,7 +117,7 @@ class Pool:
         resident = {worker.model for worker in cluster.workers.values()}
         num_missing = sum(1 for m in cluster.models.values() if m.spec.has_files and m.spec.name not in resident)
         wanted = min(self._runtime.config.warm_workers, num_missing)
-        serving = {worker.node for worker in cluster.workers.values() if worker.num_requests}
+        serving = {w.node for w in cluster.workers.values() if w.num_requests or now_s - w.used_at_s < CALM_S}
         for node in {device.node for device in cluster.devices.values()}:
             mine = [blank for blank in self._blanks.values() if blank.node == node and not blank.generation]
             if len(mine) > wanted and mine[-1].pid:

@@ -14,7 +14,7 @@ from hostler.placement.v1 import placement_pb2 as pb
 from orchestrator import events
 from orchestrator.devices import Device
 from orchestrator.models import Footprint
-from orchestrator.pool import PATIENCE_S
+from orchestrator.pool import CALM_S, PATIENCE_S
 from orchestrator.views import ClusterView, Demand, Plan, Refusal
 from tests.orchestrator.conftest import MB, FakeEffects, Rig
 
@@ -26,13 +26,15 @@ GB = 1000 * MB
 async def test_a_blank_worker_stands_ready_and_the_next_load_claims_it(start: Start, effects: FakeEffects) -> None:
     rig = await start("a", "b", "c", budget=400 * MB, warm_workers=1)
     await rig.ensure("a")
-    await rig.advance_heard(0.5)
+    await rig.advance_heard(CALM_S + 0.5)
     assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 1
     blank = next(w for w in effects.by_id.values() if not w.generation)
     caller = await rig.ensure("b")
     assert caller.ready is not None
     assert caller.ready.id == blank.id
-    await rig.advance_heard(0.5)
+    await rig.advance_heard(CALM_S - 0.5)
+    assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 0
+    await rig.advance_heard(1.0)
     assert (await rig.scheduler.status()).nodes[0].num_blank_workers == 1
 
 
