@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,17 +26,17 @@ from hostler.errors import (
 )
 from hostler.lifecycle.v1 import lifecycle_pb2 as life
 
-from workers import memory, openers
+from workers import memory
 from workers.engine import Engine, EngineStats, LoadSpec, ModelFacts, Resizable, Sleeper
 from workers.environment import enter_environment
 from workers.gentle import gently
+from workers.openers import IMPORTS, Report
 from workers.refusals import refuse_beams
 from workers.scripted import ScriptedEngine
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Report = Callable[[str, int, int], None]
 
 # At most one watch message in this time, however often counts change.
 _WATCH_SPACING_S = 0.05
@@ -220,7 +220,7 @@ class WorkerHost:
         if kind == life.ENGINE_KIND_SCRIPTED:
             refuse_beams(spec, "scripted models")
             return ScriptedEngine(spec)
-        importing = openers.IMPORTS.get(kind)
+        importing = IMPORTS.get(kind)
         if importing is None:
             raise ModelLoadFailed(f"This version has no engine of kind {life.EngineKind.Name(kind)}.")
         report("import", 0, 0)

@@ -13,12 +13,13 @@ is what a GPU copies from at the speed of its bus; where that fails it copies al
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import logging
 import mmap
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,21 +215,17 @@ def _settle(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _populate(address: int, num_bytes: int) -> None:
-    """Have the kernel provide all pages now, in several threads: one clears two to four GB a second."""
+    """Have the kernel provide all pages now, in several threads: it clears each one in the thread that asks for it."""
     advise = ctypes.CDLL(None, use_errno=True).madvise
     advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
     def provide(offset: int) -> None:
         size = min(_POPULATE_AT_ONCE, num_bytes - offset)
-        if advise(address + offset, size, _POPULATE_WRITE) and (code := ctypes.get_errno()) != 22:
-            raise OSError(code, os.strerror(code))  # EINVAL: an older kernel, which provides them one by one.
+        if advise(address + offset, size, _POPULATE_WRITE) and (code := ctypes.get_errno()) != errno.EINVAL:
+            raise OSError(code, os.strerror(code))  # EINVAL: an older kernel; it provides them as they are written.
 
     with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(provide, _steps(num_bytes)))
-
-
-def _steps(num_bytes: int) -> Iterator[int]:
-    return iter(range(0, num_bytes, _POPULATE_AT_ONCE))
+        list(pool.map(provide, range(0, num_bytes, _POPULATE_AT_ONCE)))
 
 
 def _pin(address: int, num_bytes: int) -> bool:

@@ -2,8 +2,8 @@
 
 Above: the engine. Below: directory, runners. On a CPU the weights lie in their files, which the system caches; they
 are laid out anew from there. On a GPU they go to pinned host memory and come back as they were, or are taken over by a
-worker on another device. Tokenizer, template,
-formats and compiled grammars never leave the process: they are the engine's.
+worker on another device. Tokenizer, template, formats and compiled grammars never leave the process: they are the
+engine's.
 """
 
 from __future__ import annotations
