@@ -87,9 +87,10 @@ async def test_the_async_openai_sdk_gets_it_whole_and_at_another_speed(server: S
             )
             assert reply.response.headers["content-type"] == "audio/wav"
             lengths.append(seconds(reply.content, "wav"))
-    # Each phoneme lasts whole frames, so it is not exactly the double.
-    assert lengths[0] > 1.5 * lengths[1]
-    assert lengths[1] > 1.5 * lengths[2]
+    # Each phoneme lasts whole frames and is of a random length: of 150 utterances each, those at speed 1 were 1.44 to
+    # 1.76 times as long as those at 2, and at most 1.1 times as long as one another.
+    assert lengths[0] > 1.3 * lengths[1]
+    assert lengths[1] > 1.3 * lengths[2]
 
 
 def test_the_openai_sdk_streams_events_with_the_usage_last(client: OpenAI) -> None:
