@@ -13,6 +13,7 @@ from hostler.channel import open_channel, worker_key
 from hostler.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from hostler.placement.v1 import placement_pb2
 
+from gateway.line import Line
 from gateway.routing import ReplicaKey, Routes, key_of
 
 if TYPE_CHECKING:
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class _Line:
+class Connection:
+    """An open channel to one worker: its stub, and the line that generations take."""
+
     channel: grpc.aio.Channel
     stub: InferenceServiceAsyncStub
+    line: Line
     num_in_flight: int = 0
 
 
@@ -35,46 +39,47 @@ class WorkerChannels:
 
     def __init__(self, token: str = "") -> None:
         self._token = token
-        self._lines: dict[ReplicaKey, _Line] = {}
+        self._connections: dict[ReplicaKey, Connection] = {}
         self._listed: set[ReplicaKey] = set()
         self._closing: set[asyncio.Task[None]] = set()
 
     def num_in_flight(self, replica: placement_pb2.Replica) -> int:
         """Return how many requests of this process the replica holds."""
-        line = self._lines.get(key_of(replica))
-        return 0 if line is None else line.num_in_flight
+        connection = self._connections.get(key_of(replica))
+        return 0 if connection is None else connection.num_in_flight
 
     @contextmanager
-    def lease(self, replica: placement_pb2.Replica) -> Iterator[InferenceServiceAsyncStub]:
-        """Count one request on a replica for as long as the context lasts, and give its stub."""
+    def lease(self, replica: placement_pb2.Replica) -> Iterator[Connection]:
+        """Count one request on a replica for as long as the context lasts."""
         key = key_of(replica)
-        line = self._lines.get(key)
-        if line is None:
+        connection = self._connections.get(key)
+        if connection is None:
             channel = open_channel(replica.address, worker_key(self._token, replica.id))
-            line = self._lines[key] = _Line(channel, InferenceServiceStub(channel))
-        line.num_in_flight += 1
+            stub = InferenceServiceStub(channel)
+            connection = self._connections[key] = Connection(channel, stub, Line(stub))
+        connection.num_in_flight += 1
         try:
-            yield line.stub
+            yield connection
         finally:
-            line.num_in_flight -= 1
-            if not line.num_in_flight and key not in self._listed:
+            connection.num_in_flight -= 1
+            if not connection.num_in_flight and key not in self._listed:
                 self._drop(key)
 
     def keep_only(self, routes: Routes) -> None:
         """Close what the new table no longer lists and nobody uses."""
         self._listed = routes.replicas()
-        for key in [key for key, line in self._lines.items() if not line.num_in_flight and key not in self._listed]:
+        for key in [k for k, c in self._connections.items() if not c.num_in_flight and k not in self._listed]:
             self._drop(key)
 
     def _drop(self, key: ReplicaKey) -> None:
-        line = self._lines.pop(key, None)
-        if line is not None:
-            task = asyncio.create_task(line.channel.close(None))
+        connection = self._connections.pop(key, None)
+        if connection is not None:
+            task = asyncio.create_task(connection.channel.close(None))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Close everything; calls that still run are cancelled."""
-        for key in list(self._lines):
+        for key in list(self._connections):
             self._drop(key)
         await asyncio.gather(*self._closing, return_exceptions=True)

@@ -123,7 +123,7 @@ class Dispatcher:
         """
         request.cache_scope = cache_scope
         request.adapter = target.adapter
-        attempt = self._streamed(lambda stub: stub.Generate, request, request_id)
+        attempt = self._generated(request, request_id)
         carried = self._carry(target, attempt, request, request_id, request)
         async with aclosing(carried) as events:
             async for event in events:
@@ -206,8 +206,8 @@ class Dispatcher:
         async def once(replica: placement_pb2.Replica) -> AsyncGenerator[R, None]:
             metadata = call_metadata(request_id=request_id, generation=replica.generation)
             try:
-                with self._channels.lease(replica) as stub:
-                    answer = await method(stub)(message, metadata=metadata)
+                with self._channels.lease(replica) as worker:
+                    answer = await method(worker.stub)(message, metadata=metadata)
             except grpc.RpcError as error:
                 raise _worker_error(error) from None
             yield answer
@@ -271,11 +271,24 @@ class Dispatcher:
         # Plain `unavailable` is a worker that has just begun to drain.
         return type(error) in (WorkerLost, StaleGeneration, Unavailable)
 
+    def _generated(self, request: pb.GenerateRequest, request_id: str) -> Attempt[pb.GenerateResponse]:
+        async def attempt(replica: placement_pb2.Replica) -> AsyncGenerator[pb.GenerateResponse, None]:
+            metadata = call_metadata(request_id=request_id, generation=replica.generation)
+            with self._channels.lease(replica) as worker:
+                try:
+                    async with aclosing(worker.line.generate(request, metadata)) as events:
+                        async for event in events:
+                            yield event
+                except grpc.RpcError as error:
+                    raise _worker_error(error) from None
+
+        return attempt
+
     def _streamed(self, method: StreamMethod[Q, R], message: Q, request_id: str) -> Attempt[R]:
         async def attempt(replica: placement_pb2.Replica) -> AsyncGenerator[R, None]:
             metadata = call_metadata(request_id=request_id, generation=replica.generation)
-            with self._channels.lease(replica) as stub:
-                call = method(stub)(message, metadata=metadata)
+            with self._channels.lease(replica) as worker:
+                call = method(worker.stub)(message, metadata=metadata)
                 try:
                     async for event in call:
                         yield event

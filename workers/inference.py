@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,11 +14,12 @@ from hostler.channel import GENERATION_KEY, REQUEST_ID_KEY, metadata_value
 from hostler.errors import HostlerError, Internal, InvalidRequest, abort
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import inference_pb2_grpc as rpc
-from hostler.inference.v1 import speaking_pb2
+from hostler.inference.v1 import line_pb2, speaking_pb2
 
 from workers import translate, translate_hearing, translate_texts, translate_utterances
 from workers.engine import Engine, Finish
 from workers.host import WorkerHost
+from workers.lines import Lines
 from workers.transcription import Transcriber, TranscriptionFinish
 from workers.utterances import Speaker, SpeechFinish
 from workers.vectors import Embedder, Ranker
@@ -61,6 +62,11 @@ class InferenceServicer(rpc.InferenceServiceServicer):
 
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
+        self._lines = Lines()
+
+    def end_lines(self) -> None:
+        """Let those go who follow a line: nothing will come over it any more."""
+        self._lines.end()
 
     async def Generate(  # noqa: N802  (gRPC's name)
         self, request: pb.GenerateRequest, context: Context
@@ -68,18 +74,37 @@ class InferenceServicer(rpc.InferenceServiceServicer):
         """Stream one choice. A call that the client cancels ends at its next event and frees its slot."""
         request_id = metadata_value(context, REQUEST_ID_KEY) or ""
         try:
-            with _noted("generate", request_id) as note, self._serving(context) as engine:
-                self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
-                wanted = translate.generation_request(request, engine.facts, request_id)
-                async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        note.is_complete = isinstance(event, Finish)
-                        yield translate.event(event)
+            generated = self._generate(request, context, request_id)
+            async with contextlib.aclosing(self._lines.carry(request, generated)) as events:
+                async for event in events:
+                    yield event
         except HostlerError as error:
             await abort(context, error)
         except Exception:
             log.exception("generate failed", extra={"request_id": request_id})
             await abort(context, Internal("The worker failed on this request; its log has the details."))
+
+    async def _generate(
+        self, request: pb.GenerateRequest, context: Context, request_id: str
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        with _noted("generate", request_id) as note, self._serving(context) as engine:
+            self._host.keep_alive_ms = request.keep_alive_ms if request.HasField("keep_alive_ms") else None
+            wanted = translate.generation_request(request, engine.facts, request_id)
+            async with contextlib.aclosing(engine.generate(wanted)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    note.is_complete = isinstance(event, Finish)
+                    yield translate.event(event)
+
+    async def Follow(  # noqa: N802
+        self, request: line_pb2.FollowRequest, context: Context
+    ) -> AsyncIterator[pb.FollowResponse]:
+        """Stream the events of all calls that name a line. Serves nobody, so it keeps no worker from falling asleep."""
+        try:
+            async with contextlib.aclosing(self._lines.follow(request.line)) as messages:
+                async for message in messages:
+                    yield message
+        except HostlerError as error:
+            await abort(context, error)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
         """Return one vector for each input."""

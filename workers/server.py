@@ -43,7 +43,8 @@ async def serve(
     ask_for_short_slices(inherited=False)
     host = WorkerHost(worker_id, generation)
     server = new_server(key)
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(host), server)
+    inference = InferenceServicer(host)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
     lifecycle_pb2_grpc.add_LifecycleServiceServicer_to_server(LifecycleServicer(host), server)
     if path is not None:
         path.unlink(missing_ok=True)  # A leftover of a killed worker.
@@ -59,6 +60,7 @@ async def serve(
     try:
         await host.ended.wait()
     finally:
+        inference.end_lines()
         await server.stop(grace=0.5)
         if path is not None:
             path.unlink(missing_ok=True)

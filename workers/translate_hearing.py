@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hostler.errors import InvalidRequest
+from hostler.inference.v1 import hearing_pb2
 from hostler.inference.v1 import inference_pb2 as pb
 
 from workers.engine import TextDelta, TokenLogprob
@@ -24,7 +25,7 @@ def transcription_request(message: pb.TranscribeRequest, request_id: str) -> Tra
         raise InvalidRequest(f"Invalid 'temperature': {temperature} is not between 0 and 2.", param="temperature")
     return TranscriptionRequest(
         audio=message.audio.data,
-        translate=message.task == pb.TRANSCRIBE_TASK_TRANSLATE,
+        translate=message.task == hearing_pb2.TRANSCRIBE_TASK_TRANSLATE,
         language=message.language,
         prompt=message.prompt,
         temperature=temperature,
@@ -42,7 +43,7 @@ def transcribe_response(event: Heard) -> pb.TranscribeResponse:
         return pb.TranscribeResponse(text=pb.TextDelta(text=event.text, logprobs=logprobs))
     if isinstance(event, Segment):
         return pb.TranscribeResponse(
-            segment=pb.Segment(
+            segment=hearing_pb2.Segment(
                 id=event.id,
                 start_s=event.start_s,
                 end_s=event.end_s,
@@ -52,7 +53,9 @@ def transcribe_response(event: Heard) -> pb.TranscribeResponse:
                 avg_logprob=event.avg_logprob,
                 compression_ratio=event.compression_ratio,
                 no_speech_prob=event.no_speech_prob,
-                words=[pb.Word(text=word.text, start_s=word.start_s, end_s=word.end_s) for word in event.words],
+                words=[
+                    hearing_pb2.Word(text=word.text, start_s=word.start_s, end_s=word.end_s) for word in event.words
+                ],
             )
         )
     return pb.TranscribeResponse(

@@ -8,6 +8,7 @@ from typing import Any
 
 from hostler.channel import GENERATION_KEY, metadata_value
 from hostler.errors import HostlerError, abort
+from hostler.inference.v1 import hearing_pb2
 from hostler.inference.v1 import inference_pb2 as pb
 
 
@@ -20,9 +21,9 @@ async def two_segments(request: pb.TranscribeRequest) -> AsyncIterator[pb.Transc
         yield pb.TranscribeResponse(text=pb.TextDelta(text=part, logprobs=logprobs))
         if request.segment_timestamps or request.word_timestamps:
             start_s = 3661.5 * index
-            words = [pb.Word(text=f" {part.strip()}", start_s=start_s, end_s=start_s + 1)]
+            words = [hearing_pb2.Word(text=f" {part.strip()}", start_s=start_s, end_s=start_s + 1)]
             yield pb.TranscribeResponse(
-                segment=pb.Segment(
+                segment=hearing_pb2.Segment(
                     id=index,
                     start_s=start_s,
                     end_s=start_s + 1.25,

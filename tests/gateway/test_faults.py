@@ -229,6 +229,7 @@ async def test_a_reader_who_reads_nothing_is_dropped() -> None:
     async def flood(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         while True:
             yield text("x" * 50_000)
+            await asyncio.sleep(0.001)
 
     patience = Patience(ping_s=5, stalled_reader_s=0.3, first_table_s=QUICK.first_table_s)
     async with world(patience=patience) as here:
@@ -252,9 +253,9 @@ async def test_a_reader_who_reads_nothing_is_dropped() -> None:
 async def test_channels_close_when_their_replica_leaves_the_table(served: World) -> None:
     await served.chat("hi")
     channels = served.app.state.services.channels
-    assert len(channels._lines) == 1
+    assert len(channels._connections) == 1
     await served.publish(route())
-    assert channels._lines == {}
+    assert channels._connections == {}
 
 
 async def test_a_replica_that_leaves_the_table_finishes_what_it_has(served: World) -> None:
@@ -271,7 +272,7 @@ async def test_a_replica_that_leaves_the_table_finishes_what_it_has(served: Worl
     await served.publish(route())
     gate.set()
     assert (await asked).json()["choices"][0]["message"]["content"] == "drained"
-    assert served.app.state.services.channels._lines == {}
+    assert served.app.state.services.channels._connections == {}
 
 
 async def test_a_stopping_server_ends_streams_with_an_error_event(served: World) -> None:

@@ -22,7 +22,8 @@ from hostler.config import HostlerConfig, write_resolved
 from hostler.inference.v1 import inference_pb2 as pb
 
 from tests.gateway.event_frames import sse_data
-from tests.gateway.fakes import MODEL, FakePlacement, FakeWorker, finish, route, text
+from tests.gateway.fake_placement import FakePlacement
+from tests.gateway.fakes import MODEL, FakeWorker, finish, route, text
 
 
 async def test_the_gateway_loads_no_torch_no_ray_and_no_transformers() -> None:

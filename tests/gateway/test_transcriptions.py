@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from hostler.errors import InvalidRequest, WorkerLost
+from hostler.inference.v1 import hearing_pb2
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.lifecycle.v1 import lifecycle_pb2
 
@@ -49,7 +50,7 @@ async def test_json_is_the_default_and_tells_the_text_and_the_seconds(hearer: Wo
     reply = await send(hearer)
     assert reply.json() == {"text": SAID.decode(), "usage": {"type": "duration", "seconds": 9}}
     (asked,) = hearer.worker.asked
-    assert (asked.audio.data, asked.task) == (SAID, pb.TRANSCRIBE_TASK_TRANSCRIBE)
+    assert (asked.audio.data, asked.task) == (SAID, hearing_pb2.TRANSCRIBE_TASK_TRANSCRIBE)
     assert not asked.segment_timestamps
     assert not asked.HasField("temperature")
 
@@ -108,7 +109,7 @@ async def test_empty_fields_are_absent_ones(hearer: World) -> None:
 async def test_a_translation_is_english_whatever_was_spoken(hearer: World) -> None:
     body = (await send(hearer, "/v1/audio/translations", response_format="verbose_json")).json()
     assert (body["task"], body["language"]) == ("translate", "english")
-    assert hearer.worker.asked[0].task == pb.TRANSCRIBE_TASK_TRANSLATE
+    assert hearer.worker.asked[0].task == hearing_pb2.TRANSCRIBE_TASK_TRANSLATE
 
 
 def events_of(body: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from hostler.inference.v1 import hearing_pb2
 from hostler.inference.v1 import inference_pb2 as pb
 from starlette.responses import Response
 
@@ -22,7 +23,7 @@ class Transcript:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self.logprobs: list[dict[str, Any]] = []
-        self.segments: list[pb.Segment] = []
+        self.segments: list[hearing_pb2.Segment] = []
         self.finish = pb.TranscribeFinish()
 
     def add(self, event: pb.TranscribeResponse) -> str:
@@ -79,7 +80,7 @@ def verbose_object(transcript: Transcript, call: TranscriptionCall) -> dict[str,
     return {**body, "usage": duration_usage(finish)}
 
 
-def segment_object(segment: pb.Segment) -> dict[str, Any]:
+def segment_object(segment: hearing_pb2.Segment) -> dict[str, Any]:
     """Return one segment; `seek` is where it begins, in hundredths of a second."""
     return {
         "id": segment.id,
@@ -105,7 +106,7 @@ def duration_usage(finish: pb.TranscribeFinish) -> dict[str, Any]:
     return {"type": "duration", "seconds": math.ceil(finish.duration_s)}
 
 
-def subrip(segments: Iterable[pb.Segment]) -> str:
+def subrip(segments: Iterable[hearing_pb2.Segment]) -> str:
     """Return SubRip subtitles."""
     return "".join(
         f"{number}\n{_clock(segment.start_s, ',')}{_ARROW}{_clock(segment.end_s, ',')}\n{_line(segment.text)}\n\n"
@@ -113,7 +114,7 @@ def subrip(segments: Iterable[pb.Segment]) -> str:
     )
 
 
-def webvtt(segments: Iterable[pb.Segment]) -> str:
+def webvtt(segments: Iterable[hearing_pb2.Segment]) -> str:
     """Return WebVTT subtitles."""
     cues = (
         f"{_clock(segment.start_s, '.')}{_ARROW}{_clock(segment.end_s, '.')}\n{_line(segment.text)}\n\n"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 from hostler.errors import InvalidRequest, UnsupportedParameter
+from hostler.inference.v1 import hearing_pb2
 from hostler.inference.v1 import inference_pb2 as pb
 
 from gateway.fields import MAX_MODEL_CHARS, Fields, show
@@ -50,7 +51,7 @@ class TranscriptionCall:
     @property
     def translates(self) -> bool:
         """English is wanted, whatever is spoken."""
-        return self.message.task == pb.TRANSCRIBE_TASK_TRANSLATE
+        return self.message.task == hearing_pb2.TRANSCRIBE_TASK_TRANSLATE
 
 
 def parse_transcription_form(form: Form, *, translate: bool) -> TranscriptionCall:
@@ -89,7 +90,7 @@ def parse_transcription_form(form: Form, *, translate: bool) -> TranscriptionCal
     segments = not granularities or "segment" in granularities
     message = pb.TranscribeRequest(
         audio=pb.Media(data=form.file, mime_type=form.file_type, detail=form.file_name),
-        task=pb.TRANSCRIBE_TASK_TRANSLATE if translate else pb.TRANSCRIBE_TASK_TRANSCRIBE,
+        task=hearing_pb2.TRANSCRIBE_TASK_TRANSLATE if translate else hearing_pb2.TRANSCRIBE_TASK_TRANSCRIBE,
         language=reader.text("language", 64),
         prompt=reader.text("prompt", _MAX_PROMPT_CHARS),
         temperature=reader.number("temperature", 0.0, _MAX_TEMPERATURE),

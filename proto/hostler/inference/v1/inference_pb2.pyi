@@ -15,6 +15,8 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hostler.inference.v1 import hearing_pb2 as _hearing_pb2
+from hostler.inference.v1 import line_pb2 as _line_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -93,24 +95,6 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
 FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 4
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
-
-class _TranscribeTask:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _TranscribeTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TranscribeTask.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    TRANSCRIBE_TASK_UNSPECIFIED: _TranscribeTask.ValueType  # 0
-    TRANSCRIBE_TASK_TRANSCRIBE: _TranscribeTask.ValueType  # 1
-    TRANSCRIBE_TASK_TRANSLATE: _TranscribeTask.ValueType  # 2
-
-class TranscribeTask(_TranscribeTask, metaclass=_TranscribeTaskEnumTypeWrapper):
-    """---------------------------------------------------------------- transcribe"""
-
-TRANSCRIBE_TASK_UNSPECIFIED: TranscribeTask.ValueType  # 0
-TRANSCRIBE_TASK_TRANSCRIBE: TranscribeTask.ValueType  # 1
-TRANSCRIBE_TASK_TRANSLATE: TranscribeTask.ValueType  # 2
-Global___TranscribeTask: _TypeAlias = TranscribeTask  # noqa: Y015
 
 @_typing.final
 class Media(_message.Message):
@@ -555,6 +539,7 @@ class GenerateRequest(_message.Message):
     KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
     WANTS_PROGRESS_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     max_tokens: _builtins.int
     """Absent: as many as the context leaves."""
@@ -585,6 +570,10 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def constraint(self) -> Global___Constraint: ...
+    @_builtins.property
+    def line(self) -> _line_pb2.Line:
+        """Absent: events come over the call itself."""
+
     def __init__(
         self,
         *,
@@ -603,10 +592,11 @@ class GenerateRequest(_message.Message):
         keep_alive_ms: _builtins.int | None = ...,
         batch: _builtins.bool = ...,
         wants_progress: _builtins.bool = ...,
+        line: _line_pb2.Line | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "chat", b"chat", "constraint", b"constraint", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "chat", b"chat", "constraint", b"constraint", "keep_alive_ms", b"keep_alive_ms", "line", b"line", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "adapter", b"adapter", "batch", b"batch", "cache_scope", b"cache_scope", "chat", b"chat", "constraint", b"constraint", "echo_logprobs", b"echo_logprobs", "keep_alive_ms", b"keep_alive_ms", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "wants_progress", b"wants_progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms", "_max_tokens", b"_max_tokens", "_top_logprobs", b"_top_logprobs", "adapter", b"adapter", "batch", b"batch", "cache_scope", b"cache_scope", "chat", b"chat", "constraint", b"constraint", "echo_logprobs", b"echo_logprobs", "keep_alive_ms", b"keep_alive_ms", "line", b"line", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "wants_progress", b"wants_progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_alive_ms: _TypeAlias = _typing.Literal["keep_alive_ms"]  # noqa: Y015
     _WhichOneofArgType__keep_alive_ms: _TypeAlias = _typing.Literal["_keep_alive_ms", b"_keep_alive_ms"]  # noqa: Y015
@@ -958,6 +948,53 @@ class GenerateResponse(_message.Message):
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
+class LineEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___GenerateResponse:
+        """Absent: the call has no more. Without a finish before it, the call's status says why."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        event: Global___GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LineEvent: _TypeAlias = LineEvent  # noqa: Y015
+
+@_typing.final
+class FollowResponse(_message.Message):
+    """FollowResponse has the events in their order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___LineEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowResponse: _TypeAlias = FollowResponse  # noqa: Y015
+
+@_typing.final
 class EmbedInput(_message.Message):
     """---------------------------------------------------------------- embed"""
 
@@ -1109,6 +1146,8 @@ Global___RerankResponse: _TypeAlias = RerankResponse  # noqa: Y015
 
 @_typing.final
 class TranscribeRequest(_message.Message):
+    """---------------------------------------------------------------- transcribe"""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     AUDIO_FIELD_NUMBER: _builtins.int
@@ -1120,7 +1159,7 @@ class TranscribeRequest(_message.Message):
     SEGMENT_TIMESTAMPS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_MS_FIELD_NUMBER: _builtins.int
-    task: Global___TranscribeTask.ValueType
+    task: _hearing_pb2.TranscribeTask.ValueType
     language: _builtins.str
     """A code ("en", "pt-BR") or an English name; empty: detect."""
     prompt: _builtins.str
@@ -1141,7 +1180,7 @@ class TranscribeRequest(_message.Message):
         self,
         *,
         audio: Global___Media | None = ...,
-        task: Global___TranscribeTask.ValueType = ...,
+        task: _hearing_pb2.TranscribeTask.ValueType = ...,
         language: _builtins.str = ...,
         prompt: _builtins.str = ...,
         temperature: _builtins.float | None = ...,
@@ -1164,80 +1203,6 @@ class TranscribeRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
 
 Global___TranscribeRequest: _TypeAlias = TranscribeRequest  # noqa: Y015
-
-@_typing.final
-class Word(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    START_S_FIELD_NUMBER: _builtins.int
-    END_S_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """With the spaces before it; times are from the recording's beginning."""
-    start_s: _builtins.float
-    end_s: _builtins.float
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        start_s: _builtins.float = ...,
-        end_s: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_s", b"end_s", "start_s", b"start_s", "text", b"text"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Word: _TypeAlias = Word  # noqa: Y015
-
-@_typing.final
-class Segment(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    START_S_FIELD_NUMBER: _builtins.int
-    END_S_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    TEMPERATURE_FIELD_NUMBER: _builtins.int
-    AVG_LOGPROB_FIELD_NUMBER: _builtins.int
-    COMPRESSION_RATIO_FIELD_NUMBER: _builtins.int
-    NO_SPEECH_PROB_FIELD_NUMBER: _builtins.int
-    WORDS_FIELD_NUMBER: _builtins.int
-    id: _builtins.int
-    start_s: _builtins.float
-    end_s: _builtins.float
-    text: _builtins.str
-    temperature: _builtins.float
-    avg_logprob: _builtins.float
-    compression_ratio: _builtins.float
-    no_speech_prob: _builtins.float
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___Word]: ...
-    def __init__(
-        self,
-        *,
-        id: _builtins.int = ...,
-        start_s: _builtins.float = ...,
-        end_s: _builtins.float = ...,
-        text: _builtins.str = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        temperature: _builtins.float = ...,
-        avg_logprob: _builtins.float = ...,
-        compression_ratio: _builtins.float = ...,
-        no_speech_prob: _builtins.float = ...,
-        words: _abc.Iterable[Global___Word] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["avg_logprob", b"avg_logprob", "compression_ratio", b"compression_ratio", "end_s", b"end_s", "id", b"id", "no_speech_prob", b"no_speech_prob", "start_s", b"start_s", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Segment: _TypeAlias = Segment  # noqa: Y015
 
 @_typing.final
 class TranscribeFinish(_message.Message):
@@ -1281,14 +1246,14 @@ class TranscribeResponse(_message.Message):
     @_builtins.property
     def text(self) -> Global___TextDelta: ...
     @_builtins.property
-    def segment(self) -> Global___Segment: ...
+    def segment(self) -> _hearing_pb2.Segment: ...
     @_builtins.property
     def finish(self) -> Global___TranscribeFinish: ...
     def __init__(
         self,
         *,
         text: Global___TextDelta | None = ...,
-        segment: Global___Segment | None = ...,
+        segment: _hearing_pb2.Segment | None = ...,
         finish: Global___TranscribeFinish | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finish", b"finish", "segment", b"segment", "text", b"text"]  # noqa: Y015

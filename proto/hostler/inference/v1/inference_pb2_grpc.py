@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from hostler.inference.v1 import inference_pb2 as hostler_dot_inference_dot_v1_dot_inference__pb2
+from hostler.inference.v1 import line_pb2 as hostler_dot_inference_dot_v1_dot_line__pb2
 from hostler.inference.v1 import speaking_pb2 as hostler_dot_inference_dot_v1_dot_speaking__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -39,6 +40,11 @@ class InferenceServiceStub:
                 '/hostler.inference.v1.InferenceService/Generate',
                 request_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Follow = channel.unary_stream(
+                '/hostler.inference.v1.InferenceService/Follow',
+                request_serializer=hostler_dot_inference_dot_v1_dot_line__pb2.FollowRequest.SerializeToString,
+                response_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.FollowResponse.FromString,
                 _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/hostler.inference.v1.InferenceService/Embed',
@@ -77,6 +83,14 @@ class InferenceServiceServicer:
 
     def Generate(self, request, context):
         """Generate streams one choice for one prompt. The last event is always `finish`.
+        Where the request names a line, the events come over that, and only the call's end over the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Follow(self, request, context):
+        """Follow streams the events of all calls that name its line, those of one step in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +145,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=hostler_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=hostler_dot_inference_dot_v1_dot_line__pb2.FollowRequest.FromString,
+                    response_serializer=hostler_dot_inference_dot_v1_dot_inference__pb2.FollowResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -190,6 +209,33 @@ class InferenceService:
             '/hostler.inference.v1.InferenceService/Generate',
             hostler_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             hostler_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hostler.inference.v1.InferenceService/Follow',
+            hostler_dot_inference_dot_v1_dot_line__pb2.FollowRequest.SerializeToString,
+            hostler_dot_inference_dot_v1_dot_inference__pb2.FollowResponse.FromString,
             options,
             channel_credentials,
             insecure,

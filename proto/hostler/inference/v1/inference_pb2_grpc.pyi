@@ -13,6 +13,7 @@ Metadata on every call: `x-request-id`, `hostler-generation` (a worker of anothe
 from collections import abc as _abc
 from grpc import aio as _aio
 from hostler.inference.v1 import inference_pb2 as _inference_pb2
+from hostler.inference.v1 import line_pb2 as _line_pb2
 from hostler.inference.v1 import speaking_pb2 as _speaking_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -40,7 +41,11 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Generate streams one choice for one prompt. The last event is always `finish`."""
+    """Generate streams one choice for one prompt. The last event is always `finish`.
+    Where the request names a line, the events come over that, and only the call's end over the call.
+    """
+    Follow: _grpc.UnaryStreamMultiCallable[_line_pb2.FollowRequest, _inference_pb2.FollowResponse]
+    """Follow streams the events of all calls that name its line, those of one step in one message."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
     """Embed returns one vector for each input, in order."""
     Rerank: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]
@@ -58,7 +63,11 @@ class InferenceServiceStub:
 class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generate streams one choice for one prompt. The last event is always `finish`."""
+    """Generate streams one choice for one prompt. The last event is always `finish`.
+    Where the request names a line, the events come over that, and only the call's end over the call.
+    """
+    Follow: _aio.UnaryStreamMultiCallable[_line_pb2.FollowRequest, _inference_pb2.FollowResponse]  # type: ignore[assignment]
+    """Follow streams the events of all calls that name its line, those of one step in one message."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embed returns one vector for each input, in order."""
     Rerank: _aio.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]  # type: ignore[assignment]
@@ -79,7 +88,17 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Generate streams one choice for one prompt. The last event is always `finish`."""
+        """Generate streams one choice for one prompt. The last event is always `finish`.
+        Where the request names a line, the events come over that, and only the call's end over the call.
+        """
+
+    @_abc_1.abstractmethod
+    def Follow(
+        self,
+        request: _line_pb2.FollowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.FollowResponse], _abc.AsyncIterator[_inference_pb2.FollowResponse]]:
+        """Follow streams the events of all calls that name its line, those of one step in one message."""
 
     @_abc_1.abstractmethod
     def Embed(
