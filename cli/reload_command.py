@@ -49,6 +49,8 @@ def reload(port: int | None, dry_run: bool, as_json: bool) -> None:
         typer.echo("`hostler reload` does this; running requests finish as they began")
     else:
         typer.echo("reloaded")
+        for line in answer["warnings"]:
+            typer.echo(f"  ✗ {line}", err=True)
 
 
 def _ask(directory: Path, pid: int, dry_run: bool) -> dict[str, Any]:

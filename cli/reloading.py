@@ -139,15 +139,18 @@ class Reloader:
         try:
             config = self._resolve()
         except Exception as error:
-            return None, {"ok": False, "faults": explain(error)[1], "changes": []}
+            return None, {"ok": False, "faults": explain(error)[1], "changes": [], "warnings": []}
         found = changes.between(self.config, config)
-        answer = {"ok": not found.refused, "faults": [], "changes": list(found.lines)}
+        answer = {"ok": not found.refused, "faults": [], "changes": list(found.lines), "warnings": []}
         if found.refused:
             answer["faults"] = [f"{line}: needs a restart, so nothing was changed" for line in found.refused]
             return None, answer
         return config, answer
 
     async def _reload(self, report: Reporter) -> dict[str, Any]:
+        from cli import outlook  # what it needs takes long to import
+
+        before = self.config.models
         config, answer = self._look()
         if config is not None and answer["changes"] and (fault := await self._take_over(config)) is not None:
             answer |= {"ok": False, "faults": [fault]}
@@ -159,6 +162,11 @@ class Reloader:
             report.say("reloaded", "reloaded the configuration", "good", changes=answer["changes"])
             for line in answer["changes"]:
                 report.say("reload_change", f"  {line}", "dim", change=line)
+            changed = [model for model in self.config.models if model not in before]
+            found = await outlook.hopeless(self._run_dir, changed)
+            answer["warnings"] = [outlook.in_words(name, error) for name, error in found.items()]
+            for line in answer["warnings"]:
+                report.say("reload_warning", f"  ✗ {line}", "bad", warning=line)
         else:
             report.say("reload_unchanged", "reloaded: the configuration is as it was", "dim")
         return answer

@@ -23,7 +23,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 from hostler.rundir import RunDir
 from hostler.words import size
 
-from cli import log_files, notify, placement, report, restarts, servers
+from cli import log_files, notify, outlook, placement, report, restarts, servers
 from cli.placement import Progress, Ready
 from cli.reloading import Reloader
 from cli.supervisor import Event, Supervisor
@@ -131,7 +131,7 @@ class Screen:
         try:
             ready = await asyncio.gather(*(self._load(model) for model in wanted))
             await devices
-            await others
+            hopeless = await others
             if not await gateway:
                 log = self._run_dir.logs / "gateway-0.log"
                 self._report.say("gateway_silent", f"the gateway does not answer; see {log}", "bad")
@@ -141,7 +141,8 @@ class Screen:
             others.cancel()
         can_answer = [m for m, is_ready in zip(wanted, ready, strict=True) if is_ready]
         engines = await self._engines()
-        self._banner(can_answer, wanted, started_at, engines)
+        worth_trying = [m for m in (*can_answer, *self._config.models) if m.name not in hopeless]
+        self._banner(can_answer, wanted, worth_trying, started_at, engines)
         if self._config.public.enabled:
             from cli.outside import show_outside
 
@@ -174,18 +175,14 @@ class Screen:
             self._report.say("model_failed", text, "bad", model=model.name, reason=error.reason)
         return False
 
-    async def _look_over(self, models: Sequence[ModelConfig]) -> None:
-        """Say which models could not be loaded as they are configured, as far as the files that are here tell."""
+    async def _look_over(self, models: Sequence[ModelConfig]) -> set[str]:
+        """Say which models could not be loaded as they are configured; return their names."""
         await placement.wait_for_status(self._run_dir)
-        async with placement.connect(self._run_dir) as client:
-            for model in models:
-                try:
-                    await client.plan(model.name)
-                except errors.OrchestratorAway:
-                    return
-                except errors.HostlerError as error:
-                    text = f"  ✗ {model.name} will not load: {' '.join(error.message.split())}"
-                    self._report.say("model_failed", text, "bad", model=model.name, reason=error.reason)
+        found = await outlook.hopeless(self._run_dir, models)
+        for name, error in found.items():
+            text = f"  ✗ {outlook.in_words(name, error)}"
+            self._report.say("model_failed", text, "bad", model=name, reason=error.reason)
+        return set(found)
 
     async def _wait_for_gateway(self) -> bool:
         url = servers.base_url(self._config.host, self._config.port).removeprefix("http://")
@@ -219,6 +216,7 @@ class Screen:
         self,
         ready: list[ModelConfig],
         wanted: list[ModelConfig],
+        worth_trying: list[ModelConfig],
         started_at: float,
         engines: Mapping[str, lifecycle_pb2.EngineKind.ValueType],
     ) -> None:
@@ -226,7 +224,6 @@ class Screen:
         url = servers.base_url(self._config.host, self._config.port)
         elapsed_s = time.time() - started_at
         notify.serving(url, len(ready), len(wanted))
-        model = (ready or wanted or list(self._config.models))[0].name
         if wanted and not ready:
             say(
                 "serving",
@@ -237,9 +234,13 @@ class Screen:
         else:
             fields = {"url": url, "elapsed_s": round(elapsed_s, 2)}
             say("serving", f"\nServing on {url}/v1 (ready after {elapsed_s:.1f} s)", "head", **fields)
+        port = "" if self._config.port == DEFAULT_PORT else f" --port {self._config.port}"
+        if not worth_trying:
+            say("hint", f"\nNo model can be loaded. Mend the configuration, then: hostler reload{port}", "warn")
+            return
+        model = worth_trying[0].name
         line = curl_line(self._config, model, engines.get(model, lifecycle_pb2.ENGINE_KIND_UNSPECIFIED))
         say("try", f"\n{line}\n", command=line)
-        port = "" if self._config.port == DEFAULT_PORT else f" --port {self._config.port}"
         say("hint", f"hostler chat{port} talks to it, hostler ps{port} shows what runs. Ctrl-C stops.", "dim")
 
     async def _follow_logs(self) -> None:

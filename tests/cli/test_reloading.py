@@ -7,17 +7,21 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from hostler.config import ConfigError, HostlerConfig, ModelConfig, build, read_resolved, stamp_of, write_resolved
+from hostler.placement.v1.placement_pb2_grpc import add_PlacementServiceServicer_to_server
 from hostler.rundir import RunDir
 
 from cli import changes, reloading
 from cli.report import LineReporter
 from cli.supervisor import Child
 from orchestrator import models
+from tests.cli.fakes import FakePlacement
 
 
 def config(*entries: dict[str, Any], **values: Any) -> HostlerConfig:
@@ -157,7 +161,13 @@ async def test_a_reload_is_in_force_once_successors_serve(tmp_path: Path) -> Non
     new = config({"name": "a"}, gateways=2, max_body=10**6)
     rig = Rig(tmp_path, lambda: new)
     (dry,) = await rig.ask({"dry_run": True})
-    assert dry == {"ok": True, "faults": [], "changes": ["max_body: 8000000 → 1000000"], "applied": False}
+    assert dry == {
+        "ok": True,
+        "faults": [],
+        "changes": ["max_body: 8000000 → 1000000"],
+        "warnings": [],
+        "applied": False,
+    }
     assert (rig.told, rig.supervisor.tried) == ([], [])
     (answer,) = await rig.ask({"dry_run": False})
     assert answer == dry | {"applied": True}
@@ -167,8 +177,26 @@ async def test_a_reload_is_in_force_once_successors_serve(tmp_path: Path) -> Non
     assert read_resolved(rig.run_dir.config) == new == rig.reloader.config
     assert rig.run_dir.config.stat().st_mode & 0o777 == 0o600
     (again,) = await rig.ask({"dry_run": False})
-    assert again == {"ok": True, "faults": [], "changes": [], "applied": False}
+    assert again == {"ok": True, "faults": [], "changes": [], "warnings": [], "applied": False}
     assert len(rig.supervisor.tried) == 1
+
+
+@pytest.mark.usefixtures("handlers")
+async def test_models_that_a_reload_brings_are_looked_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rig = Rig(tmp_path, lambda: config({"name": "a"}, {"name": "tiny"}, {"name": "huge"}, gateways=2, max_body=10**6))
+    placement = FakePlacement()
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_PlacementServiceServicer_to_server(placement, server)
+    server.add_insecure_port(f"unix:{rig.run_dir.orchestrator_socket}")
+    server.start()
+    try:
+        (answer,) = await rig.ask({"dry_run": False})
+    finally:
+        server.stop(None)
+    assert answer["applied"]
+    assert answer["warnings"] == ["huge will not load: huge needs 900 GiB; the largest device has 8 GiB."]
+    assert placement.calls == [("PlanModel", "tiny"), ("PlanModel", "huge")], "what was there before is not looked at"
+    assert "✗ huge will not load" in "".join(capsys.readouterr())
 
 
 @pytest.mark.usefixtures("handlers")

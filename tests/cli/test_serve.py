@@ -124,11 +124,21 @@ def test_a_model_that_fails_is_explained_and_the_server_goes_on(start: Callable[
 def test_a_model_that_waits_for_its_first_request_is_looked_over_at_the_start(
     start: Callable[..., Served], place: Path
 ) -> None:
-    (place / "hostler.yaml").write_text("models: [{name: tiny}, {name: nope}, {name: huge}]")
+    (place / "hostler.yaml").write_text("models: [{name: nope}, {name: tiny}, {name: huge}]")
     text = start("--config", str(place / "hostler.yaml")).wait_for("Ctrl-C stops")
     assert "✗ nope will not load: No model is named 'nope'." in text
     assert "✗ huge will not load: huge needs 900 GiB; the largest device has 8 GiB." in text
     assert "tiny will not load" not in text
+    assert '"model": "tiny"' in text[text.index("curl") :], "what is proposed is what will load"
+
+
+def test_a_server_whose_models_all_will_not_load_proposes_to_mend_that(
+    start: Callable[..., Served], place: Path
+) -> None:
+    (place / "hostler.yaml").write_text("models: [{name: nope}, {name: huge}]")
+    served = start("--config", str(place / "hostler.yaml"))
+    text = served.wait_for(f"No model can be loaded. Mend the configuration, then: hostler reload --port {served.port}")
+    assert "curl" not in text
 
 
 def test_json_logs_are_json_alone(start: Callable[..., Served]) -> None:
