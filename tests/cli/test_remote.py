@@ -267,7 +267,9 @@ def test_however_it_ends_ssh_goes_along(far: Path, number: signal.Signals, statu
     (far / "listing").write_text(json.dumps(LISTING))
     root = str(Path(ssh.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": f"{root}:{root}/proto"}
-    process = subprocess.Popen([sys.executable, "-m", "cli.main", "remote", "ada@box"], env=environment)
+    # Tests that run in a shell's background inherit that Ctrl-C is ignored; a user's terminal does not do that.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "cli.main", "remote", "ada@box"]
+    process = subprocess.Popen(command, env=environment)
     arguments = far / "arguments"
     deadline = time.monotonic() + 30
     while not (arguments.exists() and "-N" in arguments.read_text().split()) and time.monotonic() < deadline:
