@@ -220,6 +220,7 @@ def test_what_is_wrong_or_needs_a_restart_changes_nothing_and_is_told(hostler_se
         "ok": True,
         "faults": [],
         "changes": ["max_body: 8000000 → 1000000"],
+        "warnings": [],
         "applied": False,
     }
     assert (server.run_dir / "config.json").read_text() == before
