@@ -7,7 +7,7 @@ Requests carry structure (messages, tools, sampling), never a rendered prompt: t
 tokenizer, the chat template, the stop strings and the parsers. Replies are dialect-free events;
 a worker never emits SSE. Failure is a gRPC status whose google.rpc.ErrorInfo names the reason.
 
-Metadata on every call: `x-request-id`, `hostler-generation` (a worker of another generation refuses).
+Metadata on every call but Follow: `x-request-id`, `hostler-generation` (a worker of another generation refuses).
 """
 
 from collections import abc as _abc
