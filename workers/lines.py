@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 
-from hostler.errors import InvalidRequest
+from hostler.errors import InvalidRequest, Unavailable
 from hostler.inference.v1 import inference_pb2 as pb
 
 _MAX_EVENTS = 1024  # in a message; when so many wait for a slow client, the calls do, too
@@ -33,7 +33,7 @@ class _Line:
             async with asyncio.timeout(_FOLLOWED_WITHIN_S):
                 await self.followed.wait()
         except TimeoutError:
-            raise InvalidRequest("Nobody follows this line.", param="line") from None
+            raise Unavailable("Whoever asked does not follow its line. Try again.") from None
 
     def put(self, event: pb.LineEvent) -> None:
         self.waiting.append(event)
@@ -67,7 +67,7 @@ class Lines:
         """Yield what goes over the call itself: all that is generated, or nothing where the request names a line.
 
         Raises:
-            InvalidRequest: nobody follows that line.
+            Unavailable: nobody follows that line.
         """
         async with aclosing(generated) as events:
             if not request.HasField("line"):

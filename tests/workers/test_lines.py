@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
-from hostler.errors import Internal, InvalidRequest
+from hostler.errors import Internal, InvalidRequest, Unavailable
 from hostler.inference.v1 import inference_pb2 as pb
 from hostler.inference.v1 import line_pb2
 
@@ -100,7 +100,7 @@ async def test_the_order_of_naming_and_following_does_not_matter() -> None:
 async def test_a_call_on_a_line_that_nobody_follows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FOLLOWED_WITHIN_S", 0.02)
     lines = Lines()
-    with pytest.raises(InvalidRequest, match="follows"):
+    with pytest.raises(Unavailable, match="follow"):
         await over_the_call(lines, on_line(1), "a")
     assert lines._lines == {}
 
