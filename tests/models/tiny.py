@@ -64,7 +64,7 @@ _TRAINING_MODULES = (
 )
 _TRAINING_TEXT = "Thé quick brown fox jumps over the lazy dog. 你好，世界 🙂 Привет, мир! " * 4
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -79,13 +79,13 @@ _SIZES = {
     "pad_token_id": 0,
 }
 # With random weights, a tied projection lets some architectures only repeat the last token.
-_UNTIED = {**_SIZES, "tie_word_embeddings": False}
+_UNTIED = {**SIZES, "tie_word_embeddings": False}
 
 
 def _qwen3() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(Qwen3Config(**_SIZES))
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
 
 
 def _llama() -> Any:
@@ -104,7 +104,7 @@ def _qwen2() -> Any:
 def _mistral() -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
-    return MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=32))
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=32))
 
 
 def _gemma3() -> Any:

@@ -64,10 +64,10 @@ def test_quantized_weights_count_as_the_kernels_pack_them_and_nothing_else_chang
     architecture: str, kind: str, tiny_model_of: Callable[[str], Path]
 ) -> None:
     from workers.engine import LoadSpec
+    from workers.text.describe import describe
     from workers.text.loader import load
     from workers.text.native import build
     from workers.text.native.decoder import NativeDecoder
-    from workers.text.native.describe import describe
 
     path = tiny_model_of(architecture)
     loaded = load(LoadSpec(model="tiny", path=str(path), dtype="bfloat16"), lambda *_: None)

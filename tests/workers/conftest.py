@@ -36,12 +36,12 @@ def open_engine(runner_name: str, engine_device: str) -> Callable[..., object]:
 
     @asynccontextmanager
     async def opened(path: Path, **options: object) -> AsyncIterator[TextEngine]:
+        from workers.text.describe import NotSupported
         from workers.text.directory import read_directory
         from workers.text.eager import open_eager
         from workers.text.engine import TextEngine
         from workers.text.loader import load
         from workers.text.native.build import build
-        from workers.text.native.describe import NotSupported
         from workers.text.opening import open_native, open_runner
 
         fields: dict[str, object] = {

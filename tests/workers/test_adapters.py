@@ -21,12 +21,12 @@ from tests.workers.test_text_engine import collect, random_prompts
 from workers import translate
 from workers.engine import AdapterSource, GenerationRequest, LoadSpec, ModelFacts, SamplingParams, TokenPrompt
 from workers.text.adapters import linear_layers, read_adapter
+from workers.text.describe import describe, described_layers
 from workers.text.directory import read_directory
 from workers.text.eager import open_eager
 from workers.text.engine import TextEngine
 from workers.text.loader import load
 from workers.text.native import build
-from workers.text.native.describe import describe, described_layers
 from workers.text.native.runner import probe
 from workers.text.opening import open_native, open_recipe, open_text_engine
 

@@ -17,13 +17,13 @@ import torch
 from workers.engine import Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
 from workers.text import proving
 from workers.text.attention import PagedCache
+from workers.text.describe import NotSupported, describe
 from workers.text.directory import LoadedModel, read_directory
 from workers.text.eager import ModelRunner
 from workers.text.kv_cache import KVShape, blocks_for
 from workers.text.loader import load
 from workers.text.native import build
 from workers.text.native.decoder import NativeDecoder
-from workers.text.native.describe import NotSupported, describe
 from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
 from workers.text.opening import open_native, open_recipe, open_runner, open_text_engine, recipe_of
 from workers.text.threads import Threads

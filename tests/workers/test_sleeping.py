@@ -20,12 +20,12 @@ from tests.workers.test_native import opened as tiny
 from workers import memory
 from workers.engine import AdapterSource, Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
 from workers.text.attention import PagedCache
+from workers.text.describe import describe
 from workers.text.eager import open_eager
 from workers.text.kv_cache import KVShape
 from workers.text.loader import load
 from workers.text.native import build
 from workers.text.native.decoder import NativeDecoder
-from workers.text.native.describe import describe
 from workers.text.native.runner import probe
 from workers.text.opening import open_text_engine
 

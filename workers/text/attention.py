@@ -1,16 +1,16 @@
 """Our attention function behind transformers' attention interface, over a paged cache.
 
 Every model definition of transformers calls one function with this step's queries, keys and values. Ours writes the new
-keys and values to their blocks, then attends: all works of one row at once, every longer one by itself. A step's tokens
-come packed in one row (`packing.py`), so that linear layers run once for everybody. What works of one row attend to is
-read where it lies on a GPU with Triton (`paged_attention.py`), and gathered first elsewhere.
+keys and values to their blocks, then attends: a step's tokens come packed in one row (`packing.py`), so that linear
+layers run once for everybody. How is the step's own business. `StepContext` gathers what its works attend to, for all
+works of one row at once, for every longer one by itself; `gpu/layout.py` reads it where it lies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ class PagedCache:
     Args:
         kept_heads: which of the heads that the model computes are kept: all, but for some split models.
         layer_devices: of each layer, when not all are on `device`.
-        in_place: works of one row are read where they lie, by Triton.
     """
 
     def __init__(
@@ -42,11 +41,8 @@ class PagedCache:
         device: torch.device,
         kept_heads: slice = slice(None),
         layer_devices: Sequence[torch.device] = (),
-        *,
-        in_place: bool = False,
     ) -> None:
         self.device = device
-        self.in_place = in_place
         self.num_kv_heads = shape.num_kv_heads
         self.dtype = dtype
         self.kept_heads = kept_heads
@@ -61,17 +57,6 @@ class PagedCache:
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of one layer, each (positions, kv_heads, head_dim)."""
         return self._keys[index], self._values[index]
-
-    def splits(self, num_singles: int) -> int:
-        """Return into how many parts single rows' sequences are cut where they are read in place."""
-        if not self.in_place or not num_singles:
-            return 1
-        from workers.text.paged_attention import splits_for
-
-        num_processors = 1
-        if self.device.type == "cuda":
-            num_processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return splits_for(num_singles, self.num_kv_heads, num_processors)
 
     def drop(self) -> None:
         """Let go of all keys and values; the cache is of no further use."""
@@ -119,19 +104,42 @@ class Chunk:
     places: torch.Tensor
 
 
+class Attending(Protocol):
+    """A step, as attention sees it."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Keep the rows' keys and values; return (rows, heads, head_dim): what each makes of its sequence up to itself.
+
+        Args:
+            layer: its index.
+            query: (heads, rows, head_dim); `key` and `value` (kv_heads, rows, head_dim), rotated.
+            window: how many positions a row sees, itself included; None: all.
+            softcap: logits are squashed to ± this; None: they are not.
+        """
+
+
 @dataclass(slots=True)
 class StepContext:
-    """What attention must know of a step.
+    """What attention must know of a step that gathers.
 
     Attributes:
         cache: where keys and values live.
         new_places: (rows,) int64: where each row's key and value go.
-        single_places: (singles, longest) int64: where each single row's sequence lies; padded. Empty where `tables` is.
+        single_places: (singles, longest) int64: where each single row's sequence lies; padded.
         single_positions: (singles,) int64.
         chunks: works of several rows, in row order.
         masks: filled by the first layer, read by the rest.
         elsewhere: copies for the devices of other layers.
-        tables: (singles, blocks) int32 where single rows are read in place, and into how many parts each is cut.
     """
 
     cache: PagedCache
@@ -141,8 +149,6 @@ class StepContext:
     chunks: tuple[Chunk, ...]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
     elsewhere: dict[torch.device, StepContext] = field(default_factory=dict)
-    tables: torch.Tensor | None = None
-    splits: int = 1
 
     @classmethod
     def of(cls, packed: PackedStep, cache: PagedCache) -> StepContext:
@@ -155,8 +161,7 @@ class StepContext:
             return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(cache.device)
 
         n = packed.num_singles
-        longest = int(packed.positions[:n].max()) + 1 if n and not cache.in_place else 0
-        tables = torch.from_numpy(packed.tables[:n]).to(cache.device) if cache.in_place else None
+        longest = int(packed.positions[:n].max()) + 1 if n else 0
         chunks = tuple(
             Chunk(int(row), int(rows), int(start), there(places[table, : start + rows]))
             for row, rows, start, table in packed.sequences[n:]
@@ -167,8 +172,6 @@ class StepContext:
             single_places=there(places[:n, :longest]),
             single_positions=there(packed.positions[:n]),
             chunks=chunks,
-            tables=tables,
-            splits=cache.splits(n),
         )
 
     def on(self, device: torch.device) -> StepContext:
@@ -182,8 +185,6 @@ class StepContext:
                 single_places=self.single_places.to(device),
                 single_positions=self.single_positions.to(device),
                 chunks=tuple(replace(chunk, places=chunk.places.to(device)) for chunk in self.chunks),
-                tables=None if self.tables is None else self.tables.to(device),
-                splits=self.splits,
             )
         return self.elsewhere[device]
 
@@ -214,6 +215,54 @@ class StepContext:
         assert mask is not None
         return mask
 
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """See `Attending.attend`."""
+        here = self.on(query.device)
+        keys, values = self.cache.layer(layer)
+        keys[here.new_places] = key[self.cache.kept_heads].transpose(0, 1)
+        values[here.new_places] = value[self.cache.kept_heads].transpose(0, 1)
+        heads, rows, head_dim = query.shape
+        kv_heads = keys.shape[1]
+        group = heads // kv_heads
+        output = query.new_empty((rows, heads, head_dim))
+
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            if softcap is not None:
+                return _softcapped(q, k, v, mask, scale, softcap)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+        if n := here.single_positions.shape[0]:
+            # A key head's group of query heads stands where query positions do: no key is ever repeated.
+            q = query[:, :n].transpose(0, 1).reshape(n, kv_heads, group, head_dim)
+            k, v = keys[here.single_places].transpose(1, 2), values[here.single_places].transpose(1, 2)
+            mask = here.single_mask(window)
+            if mask is not None:
+                # Padding may be anything an earlier owner left, even NaN, which a mask alone does not silence in a sum.
+                padding = ~mask.transpose(2, 3)
+                k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+            output[:n] = run(q, k, v, mask).reshape(n, heads, head_dim)
+        for chunk in here.chunks:
+            own = slice(chunk.row, chunk.row + chunk.length)
+            q = query[None, :, own]
+            k = keys[chunk.places].transpose(0, 1).repeat_interleave(group, dim=0)[None]
+            v = values[chunk.places].transpose(0, 1).repeat_interleave(group, dim=0)[None]
+            if chunk.start == 0 and window is None and softcap is None:
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            else:
+                attended = run(q, k, v, here.chunk_mask(chunk, window))
+            output[own] = attended[0].transpose(0, 1)
+        return output
+
 
 def _softcapped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
@@ -235,7 +284,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    step: StepContext | None = None,
+    step: Attending | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the cache; the signature is transformers' attention interface.
@@ -251,58 +300,11 @@ def attend(
     """
     if step is None:
         raise RuntimeError("the model definition did not pass our step through to its attention layers")
-    step = step.on(query.device)
-    keys, values = step.cache.layer(int(module.layer_idx))  # type: ignore[arg-type]
-    key, value = key[:, step.cache.kept_heads], value[:, step.cache.kept_heads]
-    heads, rows, head_dim = query.shape[1:]
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    scale = head_dim**-0.5 if scaling is None else scaling
-    keys[step.new_places] = key[0].transpose(0, 1)
-    values[step.new_places] = value[0].transpose(0, 1)
-    output = query.new_empty((rows, heads, head_dim))
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if softcap is not None:
-            return _softcapped(q, k, v, mask, scale, softcap)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-    n = step.single_positions.shape[0]
-    if n and step.tables is not None:
-        from workers.text.paged_attention import attend_singles
-
-        output[:n] = attend_singles(
-            query[0, :, :n].transpose(0, 1),
-            keys,
-            values,
-            step.tables,
-            step.single_positions,
-            splits=step.splits,
-            scale=scale,
-            window=sliding_window,
-            softcap=softcap,
-        )
-    elif n:
-        # A key head's group of query heads stands where query positions do: no key is ever repeated.
-        q = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, group, head_dim)
-        k, v = keys[step.single_places].transpose(1, 2), values[step.single_places].transpose(1, 2)
-        mask = step.single_mask(sliding_window)
-        if mask is not None:
-            # Padding may be anything an earlier owner left, even NaN, which a mask alone does not silence in a sum.
-            padding = ~mask.transpose(2, 3)
-            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
-        output[:n] = run(q, k, v, mask).reshape(n, heads, head_dim)
-    for chunk in step.chunks:
-        here = slice(chunk.row, chunk.row + chunk.length)
-        q = query[:, :, here]
-        k = keys[chunk.places].transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        v = values[chunk.places].transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        if chunk.start == 0 and sliding_window is None and softcap is None:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            attended = run(q, k, v, step.chunk_mask(chunk, sliding_window))
-        output[here] = attended[0].transpose(0, 1)
-    return output[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return step.attend(layer, query[0], key[0], value[0], scale=scale, window=sliding_window, softcap=softcap)[
+        None
+    ], None
 
 
 AttentionInterface.register(NAME, attend)

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from workers.engine import LoadSpec, ModelFacts
 from workers.text.adapters import Adapter
+from workers.text.describe import FAMILIES
 from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, KVShape, blocks_for
 from workers.text.native.build import built
-from workers.text.native.describe import FAMILIES
 
 if TYPE_CHECKING:
     from workers.text.vision import Vision

@@ -17,7 +17,7 @@ import torch
 from workers.engine import LoadSpec
 from workers.text import linear, threads
 from workers.text.adapters import EagerAdapters
-from workers.text.attention import PagedCache, StepContext
+from workers.text.attention import Attending, PagedCache, StepContext
 from workers.text.directory import LoadedModel, choose_dtype
 from workers.text.embeddings import overlaps, overlay
 from workers.text.kv_cache import KVShape, blocks_for
@@ -61,16 +61,19 @@ class ModelRunner:
             logits = self._forward(
                 self._inputs(here(packed.tokens)[None], packed.placed),
                 _positions(here(packed.positions)[None], packed.placed),
-                StepContext.of(packed, self._cache),
+                self._laid_out(packed),
                 here(packed.logit_rows),
             )
-        return on_host(logits.float())
+        return logits.float()
+
+    def _laid_out(self, packed: PackedStep) -> Attending:
+        return StepContext.of(packed, self._cache)
 
     def _forward(
         self,
         inputs: Mapping[str, torch.Tensor],
         positions: torch.Tensor,
-        context: StepContext,
+        context: Attending,
         logit_rows: torch.Tensor | int,
     ) -> torch.Tensor:
         """Return logits (rows, vocab) of the rows that are wanted, where the model is; 0: of all."""
@@ -107,7 +110,7 @@ class ModelRunner:
         self._shelf = None
         if self._adapters is not None:
             self._adapters.move_to(device)
-        self._cache = PagedCache(kv, self._cache.dtype, device, in_place=self._cache.in_place)
+        self._cache = PagedCache(kv, self._cache.dtype, device)
 
     def seconds(self) -> dict[str, float]:
         """Return nothing: torch's operators are not taken apart."""
@@ -118,16 +121,6 @@ class ModelRunner:
         if self._adapters is not None:
             self._adapters.close()
         del self._model, self._cache
-
-
-def on_host(logits: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, pinned where it comes from a GPU: any other takes a detour."""
-    if logits.device.type != "cuda":
-        return logits.cpu()
-    there = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
-    there.copy_(logits, non_blocking=True)
-    torch.cuda.current_stream(logits.device).synchronize()
-    return there
 
 
 def _positions(plain: torch.Tensor, placed: Placed) -> torch.Tensor:
@@ -152,10 +145,13 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
         chosen = threads.measure(loaded.model, loaded.device)
     log.info("threads chosen", extra={"model": spec.model, "decode": chosen.decode, "prefill": chosen.prefill})
     if loaded.device.type == "cuda" and not loaded.adapters:
-        from workers.text.graphs import open_graphed
-
-        if graphed := open_graphed(loaded.model, loaded.kv, loaded.dtype, loaded.device, chosen, spec.max_running):
-            return graphed
+        try:
+            from workers.text.gpu.graphs import open_graphed
+        except ImportError as reason:
+            log.warning("no Triton: decode steps are not recorded", extra={"reason": str(reason)})
+        else:
+            if graphed := open_graphed(loaded, chosen, spec.max_running):
+                return graphed
     adapters = EagerAdapters(loaded.adapters, loaded.decoder, loaded.device, loaded.dtype) if loaded.adapters else None
     return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen, adapters)
 

@@ -23,12 +23,12 @@ from workers.engine import LoadSpec
 from workers.gentle import gently, load_niceness
 from workers.refusals import refuse_beams
 from workers.text.adapters import read_adapters
+from workers.text.describe import Description, NotSupported, describe, described_layers
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
 from workers.text.kv_cache import KVShape
 from workers.text.native import build, recipe
 from workers.text.native.decoder import NativeDecoder
-from workers.text.native.describe import Description, NotSupported, describe, described_layers
 from workers.text.native.runner import NativeRunner
 from workers.text.proving import is_worth_it, prove_apart
 from workers.text.runner import Runner

@@ -55,10 +55,10 @@ def prove(spec: LoadSpec) -> bool:
     Raises:
         ModelLoadFailed: the model cannot be loaded.
     """
+    from workers.text.describe import NotSupported
     from workers.text.directory import read_directory
     from workers.text.loader import load
     from workers.text.native.build import built
-    from workers.text.native.describe import NotSupported
     from workers.text.opening import open_native, recipe_of
 
     directory = read_directory(spec)

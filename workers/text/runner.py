@@ -25,7 +25,7 @@ class Runner(Protocol):
         """Run one step: keys and values of all its tokens are in the cache afterwards.
 
         Returns:
-            (rows, vocab) float32 on the CPU: for each work in order, the rows that may yield a token.
+            (rows, vocab) float32, where the head is: for each work in order, the rows that may yield a token.
         """
 
     def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:

@@ -137,6 +137,10 @@ def sample(
     Returns:
         Token ids; None for a row whose logits hold NaN or no finite value (that request must fail, alone).
     """
+    if logits.device.type != "cpu":
+        from workers.text.gpu.sampling import sample_there
+
+        return sample_there(logits, rules, histories, masks or [None] * len(rules))
     peaks, likeliest = logits.max(dim=-1)
     tokens: list[int | None] = list(likeliest.tolist())
     for index, (rule, peak) in enumerate(zip(rules, peaks.tolist(), strict=True)):
@@ -152,7 +156,7 @@ def sample(
         if not math.isfinite(peak):
             tokens[index] = None
         elif not rule.greedy:
-            tokens[index] = _draw(row, peak, rule)
+            tokens[index] = draw_from(row, peak, rule, rule.draw())
     return tokens
 
 
@@ -173,14 +177,18 @@ def sample_each(
     return tokens
 
 
-def _draw(row: torch.Tensor, peak: float, rules: RowSampling) -> int:
-    """Draw one token from a row (vocab,) of edited logits on the CPU whose highest is `peak`."""
+def draw_from(row: torch.Tensor, peak: float, rules: RowSampling, uniform: float) -> int:
+    """Draw one token from a row (vocab,) of edited logits on the CPU whose highest is `peak`.
+
+    Args:
+        uniform: a number in [0, 1).
+    """
     weights = np.exp((row.numpy() - np.float32(peak)) / np.float32(max(rules.temperature, 1e-5)))
     size = weights.shape[0]
     if 0 < rules.top_k < size:
         ids = np.argpartition(weights, size - rules.top_k)[size - rules.top_k :]
     elif rules.top_p >= 1.0 and rules.min_p <= 0.0:
-        return _inverse_transform(weights, rules.draw())
+        return _inverse_transform(weights, uniform)
     else:
         # What lies below `least` cannot be kept: all of it together is less than what top_p may leave out, or each is
         # less than min_p allows. The likeliest token has weight 1.
@@ -196,7 +204,7 @@ def _draw(row: torch.Tensor, peak: float, rules: RowSampling) -> int:
         keep = min(keep, int((np.cumsum(kept, dtype=np.float64) < rules.top_p * total).sum()) + 1)
     if rules.min_p > 0.0:
         keep = min(keep, max(1, int((kept >= rules.min_p).sum())))
-    return int(ids[_inverse_transform(kept[:keep], rules.draw())])
+    return int(ids[_inverse_transform(kept[:keep], uniform)])
 
 
 def _inverse_transform(weights: npt.NDArray[np.float32], uniform: float) -> int:
@@ -225,7 +233,7 @@ def prompt_logprobs(
 ) -> list[tuple[float, list[tuple[int, float]]]]:
     """Return for each row (n, vocab) what `logprobs` returns for its token, all at once."""
     log_probabilities = torch.log_softmax(rows, dim=-1)
-    chosen = log_probabilities.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    chosen = log_probabilities.gather(1, torch.tensor(token_ids, device=rows.device)[:, None])[:, 0].tolist()
     if not num_top:
         return [(value, []) for value in chosen]
     values, ids = torch.topk(log_probabilities, min(num_top, rows.shape[1]), dim=-1)

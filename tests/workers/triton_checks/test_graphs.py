@@ -7,7 +7,10 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import asyncio
+import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="test_triton.py brings it")
 
+from tests.models import tiny
 from tests.workers.test_text_engine import generated_ids, random_prompts, reference
+from tests.workers.triton_checks.compiling import KERNELS
 from workers.engine import LoadSpec
 from workers.text.attention import PagedCache
 from workers.text.directory import LoadedModel
 from workers.text.eager import open_eager
 from workers.text.engine import TextEngine
-from workers.text.graphs import GraphedRunner, agrees, open_graphed, probe, reference_for, sizes_for
+from workers.text.gpu.fused import fuse
+from workers.text.gpu.graphs import GraphedRunner, agrees, open_graphed, probe, reference_for, sizes_for
 from workers.text.kv_cache import blocks_for
+from workers.text.linear import quantize
 from workers.text.loader import load
 from workers.text.threads import Threads
 
@@ -62,31 +69,125 @@ class NothingCrosses(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _granite() -> Any:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
+    sizes = {key: value for key, value in tiny.SIZES.items() if key != "head_dim"}
+    return GraniteForCausalLM(GraniteConfig(**sizes, **scales, attention_multiplier=0.3))
+
+
+def _smollm3() -> Any:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    return SmolLM3ForCausalLM(SmolLM3Config(**tiny.SIZES, no_rope_layers=[1, 0]))
+
+
+def _gemma() -> Any:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return GemmaForCausalLM(GemmaConfig(**tiny.SIZES))
+
+
+_FAMILIES = {"granite": _granite, "smollm3": _smollm3, "gemma": _gemma}
+
+
 def loaded_from(path: Path, **fields: Any) -> tuple[LoadedModel, LoadSpec]:
     spec = LoadSpec(model="tiny", path=str(path), dtype="float32", num_threads=1, **fields)
     return load(spec, lambda *_: None), spec
 
 
-def graphed(loaded: LoadedModel, recorder: Recorder, max_running: int = 6) -> GraphedRunner:
+def graphed(loaded: LoadedModel, recorder: Recorder, max_running: int = 6, *, fused: bool = True) -> GraphedRunner:
     return GraphedRunner(
         loaded.model,
-        PagedCache(loaded.kv, loaded.dtype, CPU, in_place=True),
+        PagedCache(loaded.kv, loaded.dtype, CPU),
         Threads(1, 1),
+        fuse=partial(fuse, loaded.decoder, loaded.head, loaded.text_config) if fused else None,
         max_blocks=blocks_for(loaded.kv.max_context_tokens),
         max_running=max_running,
         record=recorder,
     )
 
 
-def test_recorded_steps_agree_with_the_definition(tiny_model_of_each_architecture: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_recorded_steps_agree_with_the_definition(tiny_model_of_each_architecture: Path, fused: bool) -> None:
     loaded, _ = loaded_from(tiny_model_of_each_architecture)
     recorder = Recorder()
-    runner = graphed(loaded, recorder)
-    plain = reference_for(loaded.model, loaded.kv, loaded.dtype, CPU)
+    runner = graphed(loaded, recorder, fused=fused)
+    assert runner.name == ("fused" if fused else "graphs")
+    plain = reference_for(loaded)
     steps = probe(1024)
     for step in steps:
         torch.testing.assert_close(runner.run_packed(step), plain.run_packed(step), atol=1e-4, rtol=1e-4)
     assert (recorder.num_recorded, recorder.num_replayed) == (2, 4)  # of three and of two rows
+    assert agrees(runner, plain, 1024)
+
+
+@pytest.mark.parametrize("kind", ["granite", "smollm3", "gemma"])
+def test_families_with_ways_of_their_own(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Scaled embeddings, residuals and logits; layers without rotary positions; GELU and norms that add one."""
+    directory = Path(shutil.copytree(tiny_model, tmp_path / kind))
+    torch.manual_seed(0)
+    _FAMILIES[kind]().save_pretrained(directory)
+    loaded, _ = loaded_from(directory)
+    runner = graphed(loaded, Recorder())
+    assert runner.name == "fused"
+    plain = reference_for(loaded)
+    for step in probe(tiny.VOCABULARY):
+        torch.testing.assert_close(runner.run_packed(step), plain.run_packed(step), atol=1e-4, rtol=1e-4)
+
+
+def test_fused_weights_exist_once_and_serve_the_definition_as_before(tiny_model: Path) -> None:
+    loaded, _ = loaded_from(tiny_model)
+    plain, step = reference_for(loaded), probe(1024)[0]
+    before = plain.run_packed(step)
+    assert fuse(loaded.decoder, loaded.head, loaded.text_config) is not None
+    layer = loaded.decoder.layers[0]
+    for parts in (
+        (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+        (layer.mlp.gate_proj, layer.mlp.up_proj),
+    ):
+        storages = {part.weight.untyped_storage().data_ptr() for part in parts}
+        assert len(storages) == 1
+        assert parts[0].weight.untyped_storage().nbytes() == sum(part.weight.nbytes for part in parts)
+    torch.testing.assert_close(plain.run_packed(step), before, atol=0, rtol=0)
+
+
+def test_a_fused_layer_is_four_products_and_five_kernels(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, _ = loaded_from(tiny_model)
+    runner = graphed(loaded, Recorder())
+    launched: Counter[str] = Counter()
+
+    class StandIn:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **__: launched.update([self._name])
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+            launched.update([func.name().partition(".")[0]])
+            return func(*args, **(kwargs or {}))
+
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, StandIn(name))
+    for size in (3, 4):
+        with Counting():
+            runner.run_packed(probe(1024)[size])
+    layers = loaded.kv.num_layers
+    steps = 2 * 3  # each is run twice to be recorded, and once to be replayed
+    assert launched["aten::linear"] == (4 * layers + 1) * steps
+    kernels = sum(launched[name] for _, name in KERNELS)
+    assert kernels == (5 * layers + 1) * steps
+    assert launched["aten::mul"] + launched["aten::add"] <= 6 * steps, "angles of the rotary positions alone"
+
+
+def test_quantized_layers_are_recorded_as_they_are(tiny_model: Path) -> None:
+    loaded, _ = loaded_from(tiny_model)
+    quantize(loaded.decoder, "int8")
+    runner, plain = graphed(loaded, Recorder()), reference_for(loaded)
+    assert runner.name == "graphs"
     assert agrees(runner, plain, 1024)
 
 
@@ -117,18 +218,21 @@ def test_a_new_cache_takes_new_recordings(tiny_model: Path) -> None:
     loaded, _ = loaded_from(tiny_model)
     recorder = Recorder()
     runner = graphed(loaded, recorder)
-    *_, step = probe(1024)
-    for earlier in probe(1024):
-        before = runner.run_packed(earlier)
+    *steps, last = probe(1024)
+    for step in steps:
+        before = runner.run_packed(step)
+    beside = runner.run_packed(last)
     kept = {block: block for block in range(16)}
     runner.resize(32, kept)
-    torch.testing.assert_close(runner.run_packed(step), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(runner.run_packed(steps[-1]), before, atol=1e-4, rtol=1e-4)
     assert recorder.num_recorded == 3
     runner.move_to_host(loaded.facts)
     runner.move_to_device(loaded.kv, CPU)
-    for earlier in probe(1024):
-        after = runner.run_packed(earlier)
+    assert runner.name == "fused"
+    for step in steps:
+        after = runner.run_packed(step)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(runner.run_packed(last), beside, atol=1e-4, rtol=1e-4)
 
 
 def test_a_recording_that_goes_wrong_is_found_out(tiny_model: Path) -> None:
@@ -138,7 +242,7 @@ def test_a_recording_that_goes_wrong_is_found_out(tiny_model: Path) -> None:
         def __call__(self, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
             return (lambda: None), forward().clone()
 
-    plain = reference_for(loaded.model, loaded.kv, loaded.dtype, CPU)
+    plain = reference_for(loaded)
     assert not agrees(graphed(loaded, Stale()), plain, 1024)
 
 
@@ -146,8 +250,8 @@ async def test_without_a_device_to_record_on_the_definition_serves_as_it_was(
     tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded, spec = loaded_from(tiny_model)
-    assert open_graphed(loaded.model, loaded.kv, loaded.dtype, CPU, Threads(1, 1), 4) is None
-    assert "serving without graphs" in caplog.text
+    assert open_graphed(loaded, Threads(1, 1), 4) is None
+    assert caplog.text.count("not recorded") == 2
     (prompt,) = random_prompts(1, 900, 40)
     engine = TextEngine(loaded, spec, open_eager(loaded, spec))
     try:

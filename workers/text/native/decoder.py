@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from workers.text.adapters import Adapter
-from workers.text.native.describe import Description
+from workers.text.describe import Description
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 STAGES = ("linear", "attention", "head", "other")

@@ -19,8 +19,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from workers.text.describe import Description, Layer, Rope
 from workers.text.directory import Directory
-from workers.text.native.describe import Description, Layer, Rope
 
 _FORMAT = 1
 _NUMBERS = (

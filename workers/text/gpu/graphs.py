@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs: what a step launches is recorded once for each batch size, and then replayed.
 
-Above: `eager.py`, which opens it where there is a GPU. Below: transformers' definition with our attention in place.
+Above: `eager.py`, which opens it where there is a GPU. Below: the model in few launches (`fused.py`), or where that
+does not know it, transformers' definition with our attention in place.
 
 A decode step launches dozens of kernels for each layer, most of which take microseconds: less than launching them from
 Python does. A recorded step reads its inputs from fixed memory (`_Frame`), so a replay is a copy and a launch. Batches
@@ -8,8 +9,8 @@ are padded to the next recorded size with copies of their last row, which write 
 draft are rows like others: each sees its sequence up to itself. What does not fit (prompts, pictures, adapters) runs
 as before, beside it and over the same cache.
 
-A model that cannot be recorded, or whose recording does not agree with its definition, is served without it:
-`open_graphed` compares both before anybody is served.
+Fused or not, recorded steps are compared with the definition before anybody is served (`open_graphed`). Who does not
+agree is not used: the definition is recorded instead, and if that fails, too, it serves as it is.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from workers.text.attention import PagedCache, StepContext
-from workers.text.eager import ModelRunner, on_host
+from workers.text.attention import PagedCache
+from workers.text.directory import LoadedModel
+from workers.text.eager import ModelRunner
 from workers.text.embeddings import overlaps
+from workers.text.gpu.fused import FusedDecoder, fuse
+from workers.text.gpu.layout import Layout, places_of, splits_on
+from workers.text.gpu.paged_attention import MAX_HEAD_DIM
 from workers.text.kv_cache import BLOCK_TOKENS, KVShape, blocks_for
 from workers.text.native.runner import agree
 from workers.text.packing import PackedStep
@@ -36,6 +42,8 @@ Forward = Callable[[], torch.Tensor]
 Record = Callable[[Forward], tuple[Callable[[], None], torch.Tensor]]
 """Records a function that reads and writes fixed memory; returns what replays it, and where its result lies then."""
 
+Fuse = Callable[[], FusedDecoder | None]
+
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # A draft's rows read their sequence's cache each for itself, which a prompt's had better not.
 _MOST_ROWS_OF_ONE = 8
@@ -43,6 +51,7 @@ _MOST_DRAFTED_ROWS = 16
 _WARM_UPS = 2
 _PROBE_PROMPTS = (19, 12, 33)
 _PROBE_STEPS = 3
+_PROBE_CHUNK = 21
 
 
 def record_cuda(forward: Forward) -> tuple[Callable[[], None], torch.Tensor]:
@@ -67,27 +76,19 @@ class _Frame:
         self._rows = torch.zeros((3, size), dtype=torch.long, device=device)
         self._host = torch.zeros((3, size), dtype=torch.long, pin_memory=device.type == "cuda")
         self._tables = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
-        self.tokens, self.positions, places = self._rows.unbind()
-        self.context = StepContext(
-            cache=cache,
-            new_places=places,
-            single_places=torch.empty((size, 0), dtype=torch.long, device=device),
-            single_positions=self.positions,
-            chunks=(),
-            tables=self._tables,
-            splits=cache.splits(size),
-        )
+        self._host_tables = torch.zeros((size, max_blocks), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.tokens, positions, places = self._rows.unbind()
+        self.layout = Layout(cache, places, positions, self._tables, num_singles=size, splits=splits_on(cache, size))
 
     def fill(self, packed: PackedStep) -> None:
         """Take a step's rows in; the last one stands for those that are missing."""
         rows = np.minimum(np.arange(self._host.shape[1]), len(packed.tokens) - 1)
-        owners = np.repeat(np.arange(len(packed.sequences)), packed.sequences[:, 1])
-        blocks = packed.tables[owners, packed.positions // BLOCK_TOKENS].astype(np.int64)
-        places = blocks * BLOCK_TOKENS + packed.positions % BLOCK_TOKENS
-        self._host.numpy()[:] = np.stack([packed.tokens, packed.positions, places])[:, rows]
+        owners = np.repeat(packed.sequences[:, 3], packed.sequences[:, 1])
+        self._host.numpy()[:] = np.stack([packed.tokens, packed.positions, places_of(packed)])[:, rows]
         self._rows.copy_(self._host, non_blocking=True)
-        tables = torch.from_numpy(packed.tables[owners[rows]])
-        self._tables[:, : tables.shape[1]].copy_(tables, non_blocking=True)
+        width = packed.tables.shape[1]
+        self._host_tables.numpy()[:, :width] = packed.tables[owners[rows]]
+        self._tables[:, :width].copy_(self._host_tables[:, :width], non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +102,11 @@ class GraphedRunner(ModelRunner):
     """Transformers' definition, whose decode steps are recorded.
 
     Args:
+        fuse: makes the decoder that is recorded, over the weights where they are then; None for the definition itself.
         max_blocks: most blocks of one sequence.
         max_running: most rows of a decode step that are worth a recording.
         record: how.
     """
-
-    name = "graphs"
 
     def __init__(
         self,
@@ -114,30 +114,51 @@ class GraphedRunner(ModelRunner):
         cache: PagedCache,
         threads: Threads,
         *,
+        fuse: Fuse | None,
         max_blocks: int,
         max_running: int,
         record: Record = record_cuda,
     ) -> None:
         super().__init__(model, cache, threads)
+        self._fuse = fuse
+        self._fused = fuse() if fuse is not None else None
         self._max_blocks = max_blocks
         self._sizes = sizes_for(max(max_running, _MOST_DRAFTED_ROWS))
         self._record = record
         self._recorded: dict[int, _Recorded] = {}
 
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Which of the two is recorded."""
+        return "graphs" if self._fused is None else "fused"
+
     @torch.inference_mode()
     def run_packed(self, packed: PackedStep) -> torch.Tensor:
         """Run one step, recorded if it is a decode step; see `workers.text.runner.Runner.run`."""
-        size = next((size for size in self._sizes if size >= len(packed.tokens)), 0)
-        if not size or packed.tables.shape[1] > self._max_blocks or not is_plain(packed):
+        if not has_only_tokens(packed):
             return super().run_packed(packed)
+        size = next((size for size in self._sizes if size >= len(packed.tokens)), 0)
+        wanted = packed.logit_rows
+        if not size or packed.tables.shape[1] > self._max_blocks or packed.sequences[:, 1].max() > _MOST_ROWS_OF_ONE:
+            if self._fused is None:
+                return super().run_packed(packed)
+            return self._fused(self._there(packed.tokens), self._laid_out(packed), self._there(wanted))
         recorded = self._recorded.get(size)
         if recorded is None:
             recorded = self._new(size, packed)
         else:
             recorded.frame.fill(packed)
         recorded.replay()
-        wanted = torch.from_numpy(packed.logit_rows).to(self._cache.device, torch.long)
-        return on_host(recorded.logits[wanted])
+        # A copy: the next replay overwrites the original.
+        if np.array_equal(wanted, np.arange(len(wanted))):
+            return recorded.logits[: len(wanted)].clone()
+        return recorded.logits[self._there(wanted)]
+
+    def _there(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._cache.device, torch.long)
+
+    def _laid_out(self, packed: PackedStep) -> Layout:
+        return Layout.of(packed, self._cache)
 
     def _new(self, size: int, packed: PackedStep) -> _Recorded:
         """Record a size. Warming up runs the step itself, which may be run again: it writes the same again."""
@@ -145,7 +166,11 @@ class GraphedRunner(ModelRunner):
         frame.fill(packed)
 
         def forward() -> torch.Tensor:
-            return self._forward({"input_ids": frame.tokens[None]}, frame.positions[None], frame.context, 0).float()
+            if self._fused is not None:
+                return self._fused(frame.tokens, frame.layout)
+            return self._forward(
+                {"input_ids": frame.tokens[None]}, frame.layout.positions[None], frame.layout, 0
+            ).float()
 
         replay, logits = self._record(forward)
         self._recorded[size] = _Recorded(frame, replay, logits)
@@ -162,13 +187,20 @@ class GraphedRunner(ModelRunner):
         super().resize(num_blocks, kept)
 
     def move_to_host(self, facts: object) -> str:
-        """Bring the weights to host memory; recordings go."""
+        """Bring the weights to host memory; recordings go, and so does what shares weights with the module."""
         self._recorded.clear()
+        self._fused = None
         return super().move_to_host(facts)
+
+    def move_to_device(self, kv: KVShape, device: torch.device) -> None:
+        """Bring them back, and fuse them anew."""
+        super().move_to_device(kv, device)
+        self._fused = self._fuse() if self._fuse is not None else None
 
     def close(self) -> None:
         """Let go of everything."""
         self._recorded.clear()
+        self._fuse = self._fused = None
         super().close()
 
 
@@ -178,11 +210,9 @@ def sizes_for(max_running: int) -> tuple[int, ...]:
     return _SIZES[: last + 1]
 
 
-def is_plain(packed: PackedStep) -> bool:
-    """Whether every work of a step is one row, or a few, with nothing but tokens in them."""
-    if packed.sequences[:, 1].max() > _MOST_ROWS_OF_ONE or packed.adapters is not None:
-        return False
-    return not any(
+def has_only_tokens(packed: PackedStep) -> bool:
+    """Whether nothing but the model's own weights and tokens goes into a step: no pictures, no adapters."""
+    return packed.adapters is None and not any(
         work.sequence.rope is not None or overlaps(work.sequence.embeddings, work.start, work.end)
         for _, work in packed.placed
     )
@@ -200,7 +230,8 @@ def agrees(runner: ModelRunner, reference: ModelRunner, vocab_size: int) -> bool
 
 
 def probe(vocab_size: int) -> list[PackedStep]:
-    """Return a prompt for each of three sequences, steps that decode all, two, and all again, and one with a draft."""
+    """Return a prompt for each of three sequences, steps that decode all, two, and all again, one with a draft, and one
+    that goes on with a prompt beside a sequence that decodes."""
     draws = np.random.default_rng(0)
     tables, first = [], 0
     for length in _PROBE_PROMPTS:
@@ -214,11 +245,17 @@ def probe(vocab_size: int) -> list[PackedStep]:
         steps.append(_decode_step(tokens, lengths[:rows], tables[:rows]))
         lengths = [length + (row < rows) for row, length in enumerate(lengths)]
     steps.append(_prompt_step(draws.integers(0, vocab_size, 3), lengths[0], tables[0]))
+    steps.append(
+        _beside(
+            _decode_step(draws.integers(0, vocab_size, 1).tolist(), lengths[1:2], tables[1:2]),
+            _prompt_step(draws.integers(0, vocab_size, _PROBE_CHUNK), lengths[2], tables[2]),
+        )
+    )
     return steps
 
 
 def _probe_blocks(length: int) -> int:
-    return (length + 2 * _PROBE_STEPS) // BLOCK_TOKENS + 1
+    return (length + 2 * _PROBE_STEPS + _PROBE_CHUNK) // BLOCK_TOKENS + 1
 
 
 PROBE_BLOCKS = sum(map(_probe_blocks, _PROBE_PROMPTS))
@@ -249,35 +286,52 @@ def _decode_step(tokens: Sequence[int], positions: Sequence[int], tables: Sequen
     )
 
 
-def open_graphed(
-    model: Any, kv: KVShape, dtype: torch.dtype, device: torch.device, threads: Threads, max_running: int
-) -> ModelRunner | None:
+def _beside(one: PackedStep, other: PackedStep) -> PackedStep:
+    """Return the step of both: `one` has single rows only, `other` one work of several."""
+    num_rows, num_works = len(one.tokens), len(one.sequences)
+    widest = max(one.tables.shape[1], other.tables.shape[1])
+    return PackedStep(
+        tokens=np.concatenate([one.tokens, other.tokens]),
+        positions=np.concatenate([one.positions, other.positions]),
+        sequences=np.concatenate(
+            [one.sequences, other.sequences + np.asarray([[num_rows, 0, 0, num_works]], np.int32)]
+        ),
+        tables=np.concatenate([np.pad(t, ((0, 0), (0, widest - t.shape[1]))) for t in (one.tables, other.tables)]),
+        logit_rows=np.concatenate([one.logit_rows, other.logit_rows + np.int32(num_rows)]),
+        num_singles=one.num_singles,
+    )
+
+
+def open_graphed(loaded: LoadedModel, threads: Threads, max_running: int) -> ModelRunner | None:
     """Return a runner whose decode steps are recorded and proved against the definition; None where that cannot be."""
-    try:
-        from workers.text import paged_attention
-    except ImportError as reason:
-        log.warning("serving without graphs", extra={"reason": str(reason)})
+    if loaded.kv.head_dim > MAX_HEAD_DIM or loaded.kv.num_blocks < PROBE_BLOCKS:
         return None
-    if kv.head_dim > paged_attention.MAX_HEAD_DIM or kv.num_blocks < PROBE_BLOCKS:
-        return None
+    fused = partial(fuse, loaded.decoder, loaded.head, loaded.text_config)
+    return _opened(loaded, threads, max_running, fused) or _opened(loaded, threads, max_running, None)
+
+
+def _opened(loaded: LoadedModel, threads: Threads, max_running: int, fuse: Fuse | None) -> ModelRunner | None:
+    what = "definition" if fuse is None else "fused"
     try:
         runner = GraphedRunner(
-            model,
-            PagedCache(kv, dtype, device, in_place=True),
+            loaded.model,
+            PagedCache(loaded.kv, loaded.dtype, loaded.device),
             threads,
-            max_blocks=blocks_for(kv.max_context_tokens),
+            fuse=fuse,
+            max_blocks=blocks_for(loaded.kv.max_context_tokens),
             max_running=max_running,
         )
-        if agrees(runner, reference_for(model, kv, dtype, device), int(model.config.get_text_config().vocab_size)):
+        if agrees(runner, reference_for(loaded), loaded.facts.vocab_size):
             runner.record_all()
             return runner
-        log.warning("serving without graphs", extra={"reason": "recorded steps differ from the model's definition"})
+        log.warning("not recorded", extra={"what": what, "reason": "it differs from the model's definition"})
     except Exception as reason:  # Triton and recordings fail in many ways; the definition itself still serves.
-        log.warning("serving without graphs", extra={"reason": str(reason)[:500]})
+        log.warning("not recorded", extra={"what": what, "reason": str(reason)[:500]})
     return None
 
 
-def reference_for(model: Any, kv: KVShape, dtype: torch.dtype, device: torch.device) -> ModelRunner:
+def reference_for(loaded: LoadedModel) -> ModelRunner:
     """Return a plain runner with a cache that holds the probe."""
+    kv = loaded.kv
     shape = KVShape(kv.num_layers, kv.num_kv_heads, kv.head_dim, PROBE_BLOCKS, PROBE_BLOCKS * BLOCK_TOKENS)
-    return ModelRunner(model, PagedCache(shape, dtype, device), Threads(1, 1))
+    return ModelRunner(loaded.model, PagedCache(shape, loaded.dtype, loaded.device), Threads(1, 1))
