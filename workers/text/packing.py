@@ -6,6 +6,7 @@ Above: the runners. Below: numpy. Pure. Works of a single token come first, so t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,8 @@ def wanted_rows(work: Work) -> int:
 
 def _offsets(work: Work) -> list[int]:
     """Return which of a work's rows those are."""
+    if work.num_rows == 1 and not work.sequence.request.echo_logprobs:
+        return [0] if work.yields_token else []
     scored = [row - work.start for row in work.scored_rows]
     last = work.end - work.start - 1
     return scored + ([last + i for i in range(1 + len(work.draft))] if work.yields_token else [])
@@ -54,35 +57,44 @@ def _offsets(work: Work) -> list[int]:
 
 def pack(step: Step) -> PackedStep:
     """Return a step's arrays."""
-    order = sorted(range(len(step.works)), key=lambda i: step.works[i].num_rows > 1)
-    num_rows = sum(work.num_rows for work in step.works)
-    tokens, positions = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
-    sequences = np.empty((len(order), 4), np.int32)
-    tables = np.zeros((len(order), max(len(work.sequence.blocks) for work in step.works)), np.int32)
-    first_row: dict[int, int] = {}
-    row = 0
-    for index, at in enumerate(order):
-        work = step.works[at]
-        known = work.end - work.start
-        tokens[row : row + known] = work.sequence.token_ids[work.start : work.end]
-        if work.draft:
-            tokens[row + known : row + work.num_rows] = work.draft
-        positions[row : row + work.num_rows] = np.arange(work.start, work.start + work.num_rows)
-        sequences[index] = (row, work.num_rows, work.start, index)
-        tables[index, : len(work.sequence.blocks)] = work.sequence.blocks
-        first_row[at] = row
-        row += work.num_rows
-    rows = [first_row[at] + offset for at, work in enumerate(step.works) for offset in _offsets(work)]
-    singles = sum(work.num_rows == 1 for work in step.works)
-    placed = tuple((first_row[at], step.works[at]) for at in order)
-    adapters = np.asarray([work.sequence.adapter for _, work in placed], np.int32)
+    works = step.works
+    sizes = [work.num_rows for work in works]
+    order = sorted(range(len(works)), key=lambda i: sizes[i] > 1)
+    tokens: list[int] = []
+    starts, firsts, tables = [], [0] * len(works), []
+    for at in order:
+        work = works[at]
+        sequence = work.sequence
+        firsts[at] = len(tokens)
+        starts.append(work.start)
+        if sizes[at] == 1:
+            tokens.append(sequence.token_ids[work.start])
+        else:
+            tokens += sequence.token_ids[work.start : work.end]
+            tokens += work.draft
+        tables.append(sequence.blocks)
+    lengths = [sizes[at] for at in order]
+    rows = [firsts[at] + offset for at, work in enumerate(works) for offset in _offsets(work)]
+    adapters = [works[at].sequence.adapter for at in order]
+    first_rows = np.cumsum([0, *lengths[:-1]])
+    positions = np.arange(len(tokens)) + np.repeat(np.asarray(starts) - first_rows, lengths)
     return PackedStep(
-        tokens=tokens,
-        positions=positions,
-        sequences=sequences,
-        tables=tables,
+        tokens=np.asarray(tokens, np.int32),
+        positions=positions.astype(np.int32),
+        sequences=np.stack([first_rows, lengths, starts, np.arange(len(works))], axis=1).astype(np.int32),
+        tables=_padded(tables),
         logit_rows=np.asarray(rows, np.int32),
-        num_singles=singles,
-        placed=placed,
-        adapters=adapters if (adapters >= 0).any() else None,
+        num_singles=sizes.count(1),
+        placed=tuple((firsts[at], works[at]) for at in order),
+        adapters=np.asarray(adapters, np.int32) if max(adapters) >= 0 else None,
     )
+
+
+def _padded(rows: list[list[int]]) -> Ints:
+    """Return lists of blocks as rows of one array, with zeros behind them."""
+    lengths = [len(row) for row in rows]
+    table = np.zeros((len(rows), max(lengths)), np.int32)
+    table[np.arange(table.shape[1]) < np.asarray(lengths)[:, None]] = np.fromiter(
+        chain.from_iterable(rows), np.int32, sum(lengths)
+    )
+    return table

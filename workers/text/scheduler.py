@@ -34,7 +34,7 @@ class SchedulerLimits:
     max_context_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """One sequence's share of a step: its tokens `start … end` (exclusive) go through the model, then `draft`.
 
