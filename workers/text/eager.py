@@ -146,10 +146,12 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
     log.info("threads chosen", extra={"model": spec.model, "decode": chosen.decode, "prefill": chosen.prefill})
     if loaded.device.type == "cuda" and not loaded.adapters:
         try:
+            from workers.text.gpu import narrow
             from workers.text.gpu.graphs import open_graphed
         except ImportError as reason:
             log.warning("no Triton: decode steps are not recorded", extra={"reason": str(reason)})
         else:
+            narrow.use(loaded.model)
             if graphed := open_graphed(loaded, chosen, spec.max_running):
                 return graphed
     adapters = EagerAdapters(loaded.adapters, loaded.decoder, loaded.device, loaded.dtype) if loaded.adapters else None

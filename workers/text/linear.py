@@ -9,10 +9,16 @@ for a weight that an embedding shares: that one exists twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+GROUP = 32
+"""Inputs that share a scale, of weights of four bits."""
+
+FewRows = Callable[..., torch.Tensor]
 
 # The layout is chosen for this many rows; others run with it nearly as fast (measured 1 … 256).
 _ROWS_HINT = 16
@@ -58,32 +64,60 @@ def pack(model: Any) -> int:
 class QuantizedLinear(nn.Module):
     """A linear layer with symmetric integer weights; input (…, in), output (…, out) in the input's dtype.
 
-    "int8" has one scale for each output; "int4" one for each 32 inputs of an output, two weights in a byte. Weights are
-    widened for every product: this saves memory, not time. Models that our own kernels run gain both.
+    "int8" has one scale for each output; "int4" one for each `GROUP` inputs of an output, two weights in a byte. A GPU
+    multiplies few rows with them as they are (`gpu/narrow.py`); else they are widened for every product, which saves
+    memory, not time. Models that the CPU's kernels run gain both.
+
+    Attributes:
+        weight: (out, in) int8, of four bits (out, in / 2): even inputs in the lower halves.
+        scales: (out,), of four bits (out, in / GROUP); in the dtype that it was quantized from.
+        few_rows: multiplies up to `most_rows` rows; None to widen for all.
     """
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(
+        self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, four_bits: bool
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._bias = linear.bias
-        self._group = 32 if kind == "int4" and linear.in_features % 32 == 0 else linear.in_features
-        self._four_bits = self._group == 32 and kind == "int4"
-        highest = 7 if self._four_bits else 127
-        grouped = linear.weight.detach().float().reshape(self.out_features, -1, self._group)
+        self.in_features, self.out_features = weight.shape[1] * (2 if four_bits else 1), weight.shape[0]
+        self.four_bits = four_bits
+        self.weight = nn.Buffer(weight)
+        self.scales = nn.Buffer(scales)
+        self.bias = bias
+        self.few_rows: FewRows | None = None
+        self.most_rows = 0
+
+    @classmethod
+    def of(cls, linear: nn.Linear, kind: str) -> QuantizedLinear:
+        """Quantize a linear layer. "int4" is int8 where `GROUP` does not divide its inputs."""
+        four_bits = kind == "int4" and linear.in_features % GROUP == 0
+        highest = 7 if four_bits else 127
+        size = GROUP if four_bits else linear.in_features
+        grouped = linear.weight.detach().float().view(linear.out_features, -1, size)
         scales = grouped.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / highest
-        weight = (grouped / scales).round().clamp(-highest, highest).to(torch.int8).reshape(self.out_features, -1)
-        if self._four_bits:
+        weight = (grouped / scales).round().clamp(-highest, highest).to(torch.int8).flatten(1)
+        if four_bits:
             weight = (weight[:, ::2] & 15) | (weight[:, 1::2] << 4)
-        self._weight = nn.Buffer(weight.contiguous())
-        self._scales = nn.Buffer(scales.to(linear.weight.dtype))
+        scales = scales[:, :, 0] if four_bits else scales[:, 0, 0]
+        return cls(weight.contiguous(), scales.to(linear.weight.dtype).contiguous(), linear.bias, four_bits=four_bits)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden @ weight.T + bias`."""
-        weight: torch.Tensor = self._weight
-        if self._four_bits:
-            weight = torch.stack(((weight << 4) >> 4, weight >> 4), dim=-1).reshape(self.out_features, -1)
-        wide = weight.to(hidden.dtype).reshape(self.out_features, -1, self._group) * self._scales.to(hidden.dtype)
-        return nn.functional.linear(hidden, wide.reshape(self.out_features, -1), self._bias)
+        rows = hidden.numel() // self.in_features
+        if self.few_rows is None or rows > self.most_rows:
+            return self.widened(hidden)
+        flat = hidden.reshape(rows, self.in_features)
+        made = self.few_rows(flat, self.weight, self.scales, self.bias, four_bits=self.four_bits)
+        return made.view(*hidden.shape[:-1], self.out_features)
+
+    def widened(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the same by a product with the weights in the input's dtype."""
+        weight: torch.Tensor = self.weight
+        scales = self.scales.to(hidden.dtype)
+        if not self.four_bits:
+            return nn.functional.linear(hidden, weight.to(hidden.dtype) * scales[:, None], self.bias)
+        halves = torch.stack(((weight << 4) >> 4, weight >> 4), dim=-1).view(self.out_features, -1, GROUP)
+        wide = (halves.to(hidden.dtype) * scales[:, :, None]).view(self.out_features, self.in_features)
+        return nn.functional.linear(hidden, wide, self.bias)
 
 
 def quantize(model: Any, kind: str) -> int:
@@ -95,6 +129,6 @@ def quantize(model: Any, kind: str) -> int:
         if type(child) is nn.Linear
     ]
     for parent, name, child in targets:
-        setattr(parent, name, QuantizedLinear(child, kind))
+        setattr(parent, name, QuantizedLinear.of(child, kind))
     before = sum(int(linear.weight.nbytes) for _, _, linear in targets)
     return before - sum(int(b.nbytes) for parent, name, _ in targets for b in getattr(parent, name).buffers())

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory
 
 from workers.engine import Event, Finish, Progress, PromptLogprobs, TokenLogprob
 from workers.text.packing import wanted_rows
-from workers.text.sampler import logprobs, prompt_logprobs, sample, sample_each
+from workers.text.sampler import History, logprobs, prompt_logprobs, sample, sample_each
 from workers.text.scheduler import Scheduler, Step, Work
 from workers.text.sequence import Sequence
 from workers.text.vocabulary import TokenBytes
@@ -26,6 +27,7 @@ Outcome = Event | HostlerError
 Outcomes = list[tuple[Sequence, Event | HostlerError]]
 Masks = dict[Work, torch.Tensor | HostlerError | None]
 
+_NO_HISTORY = History((), Counter())
 # With more sequences than this the products are no longer bound by reading the weights, and guesses are not free.
 _MOST_GUESSING = 2
 
@@ -133,7 +135,9 @@ class Postprocessor:
     def _sample(self, works: list[Work], logits: torch.Tensor, masks: Masks) -> list[int | HostlerError | None]:
         sequences = [work.sequence for work in works]
         found = [masks[work] for work in works]
-        rules, histories = [s.sampling for s in sequences], [s.history for s in sequences]
+        rules = [s.sampling for s in sequences]
+        # A history is a copy of the prompt: only for those who look at it.
+        histories = [s.history if s.sampling.edits_logits else _NO_HISTORY for s in sequences]
         allowed = [None if isinstance(mask, HostlerError) else mask for mask in found]
         try:
             tokens = sample(logits, rules, histories, allowed)

@@ -21,19 +21,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from workers.text.attention import PagedCache
-from workers.text.gpu import kernels, paged_attention
+from workers.text.gpu import kernels, narrow, paged_attention
 from workers.text.gpu.fused import fuse
 from workers.text.gpu.layout import Layout
 from workers.text.kv_cache import KVShape
+from workers.text.linear import QuantizedLinear, quantize
 
 # A100, RTX 30, RTX 40, H100 and H200, RTX 50.
 ARCHITECTURES = (80, 86, 89, 90, 120)
-KERNELS = ((kernels, "_add_norm"), (kernels, "_rotate_and_keep"), (kernels, "_gate"))
+KERNELS = ((kernels, "_add_norm"), (kernels, "_rotate_and_keep"), (kernels, "_gate"), (narrow, "_product"))
 KERNELS += tuple((paged_attention, name) for name in ("_attend_singles", "_join", "_attend_tiles"))
 MOST_ON_STACK = 128
 """Bytes: a few registers of a kernel that takes nearly all there are."""
 _OPTIONS = ("num_warps", "num_stages")
-_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8"}
 
 
 class Compiled:
@@ -110,7 +111,16 @@ def models() -> list[Any]:
         LlamaForCausalLM(LlamaConfig(**sizes | {"num_key_value_heads": 1}, head_dim=128)),
         LlamaForCausalLM(LlamaConfig(**sizes | {"num_key_value_heads": 8}, head_dim=80)),
         Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=256, **windowed)),
+        *(quantized(LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True)), kind) for kind in ("int8", "int4")),
     ]
+
+
+def quantized(model: Any, kind: str) -> Any:
+    quantize(model.to(torch.bfloat16).model, kind)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.few_rows, layer.most_rows = narrow.product, narrow.MOST_ROWS
+    return model
 
 
 def step(model: Any, rows: int) -> torch.Tensor:
@@ -141,7 +151,7 @@ def main() -> None:
             setattr(module, name, stand_ins[name])
         with torch.inference_mode():
             for model in models():
-                for rows in (1, 256):
+                for rows in (1, 40, 256):
                     assert step(model.to(torch.bfloat16).eval(), rows).shape == (rows + 20, 64)
         for module, name in KERNELS:
             setattr(module, name, originals[name])

@@ -28,10 +28,11 @@ from workers.text.attention import PagedCache
 from workers.text.directory import LoadedModel
 from workers.text.eager import open_eager
 from workers.text.engine import TextEngine
+from workers.text.gpu import narrow
 from workers.text.gpu.fused import fuse
 from workers.text.gpu.graphs import GraphedRunner, agrees, open_graphed, probe, reference_for, sizes_for
 from workers.text.kv_cache import blocks_for
-from workers.text.linear import quantize
+from workers.text.linear import QuantizedLinear, quantize
 from workers.text.loader import load
 from workers.text.threads import Threads
 
@@ -183,12 +184,31 @@ def test_a_fused_layer_is_four_products_and_five_kernels(tiny_model: Path, monke
     assert launched["aten::mul"] + launched["aten::add"] <= 6 * steps, "angles of the rotary positions alone"
 
 
-def test_quantized_layers_are_recorded_as_they_are(tiny_model: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])  # with biases and without
+def test_quantized_layers_are_fused_too(
+    architecture: str, kind: str, tiny_model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _ = loaded_from(tiny_model_of(architecture))
+    quantize(loaded.decoder, kind)
+    plain = reference_for(loaded)
+    steps = probe(1024)
+    expected = [plain.run_packed(step) for step in steps]
+    assert narrow.use(loaded.model) == 7 * loaded.kv.num_layers
+    monkeypatch.setattr(QuantizedLinear, "widened", None)  # not once from here on
+    runner = graphed(loaded, Recorder())
+    assert runner.name == "fused"
+    for step, wanted in zip(steps, expected, strict=True):
+        torch.testing.assert_close(runner.run_packed(step), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_different_kinds_are_recorded_as_they_are(tiny_model: Path) -> None:
     loaded, _ = loaded_from(tiny_model)
-    quantize(loaded.decoder, "int8")
-    runner, plain = graphed(loaded, Recorder()), reference_for(loaded)
+    attention = loaded.decoder.layers[0].self_attn
+    attention.q_proj = QuantizedLinear.of(attention.q_proj, "int8")
+    runner = graphed(loaded, Recorder())
     assert runner.name == "graphs"
-    assert agrees(runner, plain, 1024)
+    assert agrees(runner, reference_for(loaded), 1024)
 
 
 async def test_greedy_equals_generate_in_a_shifting_batch(tiny_model: Path) -> None:

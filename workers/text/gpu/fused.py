@@ -3,14 +3,15 @@
 Above: `graphs.py`, which records decode steps of it. Below: `kernels.py`, `layout.py`, torch's matrix products.
 
 What the model is comes from `describe.py`, as for the CPU's kernels. Weights that are multiplied with the same rows lie
-one after the other (queries, keys and values; gate and up), so each is one product; the module's own parameters become
-views of them, and nothing exists twice.
+one after the other (queries, keys and values; gate and up), quantized or not, so each is one product; the module's own
+become views of them, and nothing exists twice.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from workers.text.describe import Description, Layer, NotSupported, describe
 from workers.text.gpu.kernels import add_norm, gate, rotate_and_keep
 from workers.text.gpu.layout import Layout
+from workers.text.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +33,20 @@ class FusedDecoder:
     """What a description describes.
 
     Args:
-        description: its weights are parameters of one device and one dtype, and become views of what is kept here.
+        description: what the decoder is.
+        decoder: the module, on one device; its layers' weights become views of what is kept here.
+
+    Raises:
+        NotSupported: a layer is of another kind.
     """
 
-    def __init__(self, description: Description) -> None:
+    def __init__(self, description: Description, decoder: Any) -> None:
         self._d = description
         device = description.head.device
         self._embedding = description.head if description.embedding is None else description.embedding
         self._final_norm = description.final_norm.to(device)
         self._frequencies = [(rope.frequencies.to(device), rope.scaling) for rope in description.ropes]
-        self._layers = [_Fused(layer) for layer in description.layers]
+        self._layers = [_Fused(layer, m) for layer, m in zip(description.layers, decoder.layers, strict=True)]
 
     def __call__(self, tokens: torch.Tensor, layout: Layout, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits (rows, vocab) float32. Writes to the cache.
@@ -57,12 +63,12 @@ class FusedDecoder:
         delta, after = None, None
         for index, layer in enumerate(self._layers):
             normed = add_norm(stream, delta, layer.norm, after=after, eps=d.eps, scale=d.residual_scale)
-            attended = self._attend(index, layer, F.linear(normed, layer.qkv, layer.qkv_bias), turns, layout)
-            delta = F.linear(attended, layer.out, layer.out_bias)
+            attended = self._attend(index, layer, layer.qkv(normed), turns, layout)
+            delta = layer.out(attended)
             normed = add_norm(
                 stream, delta, layer.mlp_norm, after=layer.after_attention, eps=d.eps, scale=d.residual_scale
             )
-            delta = F.linear(gate(F.linear(normed, layer.gate_up), gelu=d.gelu), layer.down)
+            delta = layer.down(gate(layer.gate_up(normed), gelu=d.gelu))
             after = layer.after_mlp
         normed = add_norm(stream, delta, self._final_norm, after=after, eps=d.eps, scale=d.residual_scale)
         logits = F.linear(normed if rows is None else normed[rows], d.head).float()
@@ -89,28 +95,21 @@ class FusedDecoder:
 def fuse(decoder: Any, head: Any, config: Any) -> FusedDecoder | None:
     """Return a model's decoder fused, if it can be; see `workers.text.describe.describe`."""
     try:
-        if odd := {type(m).__name__ for m in _linears(decoder) if type(m) is not nn.Linear}:
-            raise NotSupported(f"weights kept as {', '.join(sorted(odd))}")
-        return FusedDecoder(describe(decoder, head, config))
+        return FusedDecoder(describe(decoder, head, config), decoder)
     except NotSupported as reason:
-        log.info("decode steps are not fused", extra={"reason": str(reason)})
+        log.info("steps are not fused", extra={"reason": str(reason)})
         return None
 
 
-def _linears(decoder: Any) -> list[nn.Module]:
-    return [m for m in decoder.modules() if hasattr(m, "in_features")]
-
-
 class _Fused:
-    """A layer's weights, those of one product together."""
+    """A layer: its products, those of the same rows together, and its norms."""
 
-    def __init__(self, layer: Layer) -> None:
-        device = layer.out.device
-        self.qkv = _joined(layer.qkv)
-        self.qkv_bias = torch.cat(layer.qkv_bias) if layer.qkv_bias else None
-        self.out, self.down = layer.out, layer.down
-        self.out_bias = layer.out_bias[0] if layer.out_bias else None
-        self.gate_up = _joined(layer.gate_up)
+    def __init__(self, layer: Layer, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _joined(attention.o_proj)
+        self.gate_up, self.down = _joined(mlp.gate_proj, mlp.up_proj), _joined(mlp.down_proj)
+        device = attention.o_proj.weight.device
         norms = [None if norm is None else norm.to(device) for norm in layer.norms]
         first, self.after_attention, second, self.after_mlp, self.query_norm, self.key_norm = norms
         assert first is not None, "every layer norms what it reads"
@@ -120,9 +119,31 @@ class _Fused:
         self.rope = layer.rope
 
 
-def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the weights (outputs, inputs) as one; each becomes a view of its part."""
-    joined = torch.cat(list(weights))
-    for weight, part in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
-        weight.data = part
+def _joined(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return linear layers as one. Raises NotSupported where they are of different kinds, or of another."""
+    if len(linears) == 1 and type(linears[0]) in (nn.Linear, QuantizedLinear):
+        return linears[0]
+    bias = [getattr(linear, "bias", None) for linear in linears]
+    has_bias = all(one is not None for one in bias)
+    if has_bias or all(one is None for one in bias):
+        together = torch.cat([one for one in bias if one is not None]) if has_bias else None
+        if all(type(linear) is nn.Linear for linear in linears):
+            return partial(F.linear, weight=_one_after_the_other(linears, "weight"), bias=together)
+        if len({(type(linear), getattr(linear, "four_bits", None)) for linear in linears}) == 1:
+            first = linears[0]
+            if isinstance(first, QuantizedLinear):
+                weight, scales = (_one_after_the_other(linears, name) for name in ("weight", "scales"))
+                joined = QuantizedLinear(weight, scales, together, four_bits=first.four_bits)
+                joined.few_rows, joined.most_rows = first.few_rows, first.most_rows
+                return joined
+    kinds = sorted({type(linear).__name__ for linear in linears})
+    raise NotSupported(f"linear layers as {', '.join(kinds)}")
+
+
+def _one_after_the_other(linears: Sequence[nn.Module], name: str) -> torch.Tensor:
+    """Return tensors of the layers (outputs, …) as one; each becomes a view of its part."""
+    tensors = [getattr(linear, name) for linear in linears]
+    joined = torch.cat(tensors)
+    for tensor, part in zip(tensors, torch.split(joined, [len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = part
     return joined
