@@ -38,9 +38,9 @@ from workers.text.threads import Threads
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[], torch.Tensor]
-Record = Callable[[Forward], tuple[Callable[[], None], torch.Tensor]]
-"""Records a function that reads and writes fixed memory; returns what replays it, and where its result lies then."""
+Forward = Callable[[], None]
+Record = Callable[[Forward], Callable[[], None]]
+"""Records a function that reads and writes fixed memory; returns what replays it."""
 
 Fuse = Callable[[], FusedDecoder | None]
 
@@ -54,18 +54,29 @@ _PROBE_STEPS = 3
 _PROBE_CHUNK = 21
 
 
-def record_cuda(forward: Forward) -> tuple[Callable[[], None], torch.Tensor]:
-    """Record on the current device; see `Record`. Other threads may use the device meanwhile."""
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UPS):
+class CudaRecorder:
+    """Records on the current device; see `Record`. Other threads may use the device meanwhile.
+
+    One recording runs at a time and leaves nothing but what it wrote to fixed memory, so all share what they need for
+    themselves.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, forward: Forward) -> Callable[[], None]:
+        """Run it some times, so that everything is compiled and laid out, and record it."""
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UPS):
+                forward()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             forward()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = forward()
-    return graph.replay, result
+        replay: Callable[[], None] = graph.replay
+        return replay
 
 
 class _Frame:
@@ -95,7 +106,6 @@ class _Frame:
 class _Recorded:
     frame: _Frame
     replay: Callable[[], None]
-    logits: torch.Tensor
 
 
 class GraphedRunner(ModelRunner):
@@ -117,15 +127,27 @@ class GraphedRunner(ModelRunner):
         fuse: Fuse | None,
         max_blocks: int,
         max_running: int,
-        record: Record = record_cuda,
+        record: Record | None = None,
     ) -> None:
         super().__init__(model, cache, threads)
         self._fuse = fuse
-        self._fused = fuse() if fuse is not None else None
         self._max_blocks = max_blocks
         self._sizes = sizes_for(max(max_running, _MOST_DRAFTED_ROWS))
-        self._record = record
+        self._record = CudaRecorder() if record is None else record
         self._recorded: dict[int, _Recorded] = {}
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have what lies beside the weights, where they are now."""
+        self._fused = self._fuse() if self._fuse is not None else None
+        vocab_size = self._model.get_output_embeddings().weight.shape[0]
+        self._logits = torch.empty((self._sizes[-1], vocab_size), device=self._cache.device)
+
+    def _leave(self) -> None:
+        """Let go of it."""
+        self._recorded.clear()
+        self._fused = None
+        self._logits = torch.empty(0)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -151,8 +173,8 @@ class GraphedRunner(ModelRunner):
         recorded.replay()
         # A copy: the next replay overwrites the original.
         if np.array_equal(wanted, np.arange(len(wanted))):
-            return recorded.logits[: len(wanted)].clone()
-        return recorded.logits[self._there(wanted)]
+            return self._logits[: len(wanted)].clone()
+        return self._logits[self._there(wanted)]
 
     def _there(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._cache.device, torch.long)
@@ -165,15 +187,14 @@ class GraphedRunner(ModelRunner):
         frame = _Frame(size, self._max_blocks, self._cache)
         frame.fill(packed)
 
-        def forward() -> torch.Tensor:
+        def forward() -> None:
             if self._fused is not None:
-                return self._fused(frame.tokens, frame.layout)
-            return self._forward(
-                {"input_ids": frame.tokens[None]}, frame.layout.positions[None], frame.layout, 0
-            ).float()
+                logits = self._fused(frame.tokens, frame.layout)
+            else:
+                logits = self._forward({"input_ids": frame.tokens[None]}, frame.layout.positions[None], frame.layout, 0)
+            self._logits[:size].copy_(logits)
 
-        replay, logits = self._record(forward)
-        self._recorded[size] = _Recorded(frame, replay, logits)
+        self._recorded[size] = _Recorded(frame, self._record(forward))
         return self._recorded[size]
 
     def record_all(self) -> None:
@@ -188,19 +209,18 @@ class GraphedRunner(ModelRunner):
 
     def move_to_host(self, facts: object) -> str:
         """Bring the weights to host memory; recordings go, and so does what shares weights with the module."""
-        self._recorded.clear()
-        self._fused = None
+        self._leave()
         return super().move_to_host(facts)
 
     def move_to_device(self, kv: KVShape, device: torch.device) -> None:
         """Bring them back, and fuse them anew."""
         super().move_to_device(kv, device)
-        self._fused = self._fuse() if self._fuse is not None else None
+        self._settle()
 
     def close(self) -> None:
         """Let go of everything."""
-        self._recorded.clear()
-        self._fuse = self._fused = None
+        self._leave()
+        self._fuse = None
         super().close()
 
 
