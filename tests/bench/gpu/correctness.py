@@ -1,4 +1,5 @@
-"""Correctness on the device: the tests that need one, and the engine's own tests with their engines opened there.
+"""Correctness on the device: the tests that need one, each kernel's checks run there instead of by an interpreter, and
+the engine's own tests with their engines opened there.
 
 Above: the steps. Below: pytest, in processes of its own; `--device` is read in `tests/conftest.py`.
 """
@@ -20,6 +21,7 @@ from .running import ROOT, environment
 
 ENGINE_TESTS = ("test_text_engine.py", "test_sleeping.py", "test_adapters.py", "test_raw_prompts.py")
 """Of tests/workers: greedy replies against `generate`, batches, prefixes, chunks, preemption, sleep, adapters."""
+KERNEL_TESTS = "tests/workers/triton_checks"
 _SMALL_TESTS = ("-k", "preempted or second_turn")
 _NOTHING_SELECTED = 5
 _SHOWN = 12
@@ -46,8 +48,8 @@ def read_tally(report: str) -> Tally:
     return Tally(len(cases) - len(failed) - skipped, skipped, failed)
 
 
-def run_pytest(arguments: Sequence[str]) -> Tally:
-    """Run pytest and return its tally.
+def run_pytest(arguments: Sequence[str], **variables: str) -> Tally:
+    """Run pytest, with these environment variables, too, and return its tally.
 
     Raises:
         Failed: it told nothing: a file could not be read, or an argument not understood.
@@ -56,7 +58,7 @@ def run_pytest(arguments: Sequence[str]) -> Tally:
         report = Path(directory) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *options, *_side_by_side(), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=sys.stderr, check=False)
+        done = subprocess.run(command, cwd=ROOT, env={**environment(), **variables}, stdout=sys.stderr, check=False)
         if done.returncode == _NOTHING_SELECTED:
             return Tally(0, 0, ())
         if not report.is_file():
@@ -87,6 +89,13 @@ def check_marked(setting: Setting) -> Found:
     return _checked("tests marked gpu", ["-m", "gpu", *gpu_test_files()])
 
 
+def check_kernels(setting: Setting) -> Found:
+    """Run each kernel's checks on the device: whatever fails there, the engine would quietly serve without."""
+    if not setting.is_cuda:
+        raise NotRun("on a CPU Triton's interpreter runs them: tests/workers/test_triton.py")
+    return _checked(f"the kernels on {setting.device}", [KERNEL_TESTS], HOSTLER_KERNELS_ON=setting.device)
+
+
 def check_engine(setting: Setting) -> Found:
     """Run the text engine's own tests, engines on the device."""
     files = [f"tests/workers/{name}" for name in (ENGINE_TESTS[:1] if setting.small else ENGINE_TESTS)]
@@ -95,14 +104,14 @@ def check_engine(setting: Setting) -> Found:
     return _checked(f"the engine's tests on {setting.device}", arguments)
 
 
-def _checked(what: str, arguments: list[str]) -> Found:
-    tally = run_pytest(arguments)
+def _checked(what: str, arguments: list[str], **variables: str) -> Found:
+    tally = run_pytest(arguments, **variables)
     say(f"  {what}: {tally}")
     if tally.failed:
         more = f" and {len(tally.failed) - _SHOWN} more" if len(tally.failed) > _SHOWN else ""
         raise Failed(f"{tally}: {', '.join(tally.failed[:_SHOWN])}{more}")
     if not tally.passed:
         raise Failed(f"no test ran ({tally})")
-    found = Found(figures={f"tests_passed_{'marked' if arguments[1] == 'gpu' else 'engine'}": tally.passed})
+    found = Found(figures={f"tests_passed, {what}": tally.passed})
     found.add(what, str(tally))
     return found

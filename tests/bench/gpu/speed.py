@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.bench.engine import Measured, prefill, request
@@ -221,7 +221,24 @@ async def _measure(setting: Setting, shape: Shape, bandwidth_bytes_per_s: float)
         found.figures["streams_tokens_per_s"] = per_s
         what = f"{sizes.streams} streams, {sizes.stream_prompt} in, {sizes.stream_new} out"
         found.add(what, f"{per_s:,.0f} tokens/s ({per_step:.1f} a step)")
+    for kind in ("int8", "int4"):
+        say(f"  decode, {kind}")
+        await _measure_narrow(found, sizes, replace(spec, quantize=kind), shape, bandwidth_bytes_per_s)
     return found
+
+
+async def _measure_narrow(
+    found: Found, sizes: Sizes, spec: LoadSpec, shape: Shape, bandwidth_bytes_per_s: float
+) -> None:
+    """Measure one row's steps with quantized layers."""
+    async with opened(spec) as engine:
+        item_bytes = 4 if engine.facts.dtype == "float32" else 2
+        embedding_bytes = shape.vocab * shape.hidden * item_bytes
+        weight_bytes = weights_read(engine.facts.weight_bytes, embedding_bytes, tied=shape.tied)
+        context = sizes.contexts[0]
+        window = await decode_window(engine, 1, context, sizes.steps, sizes.settle, 2_000_000)
+        floor = DecodeFloor(weight_bytes, window.kv_bytes, bandwidth_bytes_per_s)
+        _tell_decode(found, window, context, floor, spec.quantize)
 
 
 async def _prefills(engine: Measured, num_tokens: int) -> Sequence[float]:
@@ -236,13 +253,14 @@ def _tell_prefill(found: Found, num_tokens: int, rates: Sequence[float]) -> None
     found.add(f"prefill, {num_tokens} tokens", f"{per_s:,.0f} tokens/s")
 
 
-def _tell_decode(found: Found, window: Window, context: int, floor: DecodeFloor) -> None:
-    key = f"decode_{window.rows}_{context}"
+def _tell_decode(found: Found, window: Window, context: int, floor: DecodeFloor, kind: str = "") -> None:
+    key = "_".join(filter(None, (f"decode_{window.rows}_{context}", kind)))
     share = floor.share(window.step_s)
     found.figures |= {f"{key}_step_s": window.step_s, f"{key}_floor_s": floor.step_s, f"{key}_share": share}
     value = f"{window.step_s * 1e3:.2f} ms a step, floor {floor.step_s * 1e3:.2f} ms"
     rows = f"{window.rows} row" + ("s" if window.rows > 1 else "")
-    found.add(f"decode, {rows}, context {context}", value, share, DECODE_GOAL)
+    what = ", ".join(filter(None, ("decode", kind, rows, f"context {context}")))
+    found.add(what, value, share, None if kind else DECODE_GOAL)
     parts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in window.parts_ms.items())
     per_row = window.tokens_per_step / window.rows
-    found.notices.append(f"decode, {rows}, context {context}: {parts}; {per_row:.2f} tokens a row and step")
+    found.notices.append(f"{what}: {parts}; {per_row:.2f} tokens a row and step")

@@ -21,6 +21,12 @@ def _marked(setting: Setting) -> Found:
     return check_marked(setting)
 
 
+def _kernels(setting: Setting) -> Found:
+    from .correctness import check_kernels
+
+    return check_kernels(setting)
+
+
 def _engine(setting: Setting) -> Found:
     from .correctness import check_engine
 
@@ -60,6 +66,7 @@ def _stranger(setting: Setting) -> Found:
 STEPS = (
     Step("machine", _machine, 90),
     Step("marked", _marked, 120, TESTS),
+    Step("kernels", _kernels, 120, TESTS),
     Step("engine", _engine, 240, TESTS),
     Step("speed", _speed, 240),
     Step("peer", _peer, 180),

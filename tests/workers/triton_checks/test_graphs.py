@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
-
 import asyncio
 import shutil
 from collections import Counter
@@ -18,11 +14,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("triton", reason="test_triton.py brings it")
-
 from tests.models import tiny
 from tests.workers.test_text_engine import generated_ids, random_prompts, reference
 from tests.workers.triton_checks.compiling import KERNELS
+from tests.workers.triton_checks.place import ON_CPU
 from workers.engine import LoadSpec
 from workers.text.attention import PagedCache
 from workers.text.directory import LoadedModel
@@ -35,6 +30,8 @@ from workers.text.kv_cache import blocks_for
 from workers.text.linear import QuantizedLinear, quantize
 from workers.text.loader import load
 from workers.text.threads import Threads
+
+pytestmark = pytest.mark.skipif(not ON_CPU, reason="recordings are stood in for on the CPU alone")
 
 CPU = torch.device("cpu")
 # They tell the host what the device found, which stops a recording.

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
-
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("triton", reason="test_triton.py brings it")
-
+from tests.workers.triton_checks.place import DEVICE, NARROW, NEAR
 from workers.text.gpu import narrow
 from workers.text.gpu.narrow import MOST_ROWS, product
 from workers.text.linear import QuantizedLinear
@@ -24,7 +19,8 @@ def quantized(
     inputs: int, outputs: int, kind: str, *, bias: bool = False, dtype: Any = torch.float32
 ) -> QuantizedLinear:
     torch.manual_seed(inputs + outputs)
-    return QuantizedLinear.of(nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False), kind)
+    linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=DEVICE).requires_grad_(False)
+    return QuantizedLinear.of(linear, kind)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -32,23 +28,22 @@ def quantized(
 @pytest.mark.parametrize("rows", [1, 5, 17, MOST_ROWS])
 def test_few_rows_give_what_widened_weights_give(kind: str, inputs: int, outputs: int, rows: int) -> None:
     layer = quantized(inputs, outputs, kind, bias=rows % 2 == 1)
-    hidden = torch.randn((rows, inputs))
+    hidden = torch.randn((rows, inputs), device=DEVICE)
     got = product(hidden, layer.weight, layer.scales, layer.bias, four_bits=layer.four_bits)
     torch.testing.assert_close(got, layer.widened(hidden), atol=2e-5, rtol=2e-5)
 
 
-# The interpreter has no bfloat16; the code is the same.
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_narrow_inputs_too(kind: str) -> None:
-    layer = quantized(576, 64, kind, dtype=torch.float16)
-    hidden = torch.randn((4, 576)).half()
+    layer = quantized(576, 64, kind, dtype=NARROW)
+    hidden = torch.randn((4, 576), device=DEVICE).to(NARROW)
     got = product(hidden, layer.weight, layer.scales, layer.bias, four_bits=layer.four_bits)
-    torch.testing.assert_close(got.float(), layer.widened(hidden).float(), atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(got.float(), layer.widened(hidden).float(), atol=NEAR[NARROW], rtol=NEAR[NARROW])
 
 
 def test_layers_use_it_for_few_rows_once_it_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(quantized(64, 96, "int4"), quantized(96, 32, "int8", bias=True))
-    expected = {rows: model(torch.ones((1, rows, 64))) for rows in (3, MOST_ROWS + 1)}
+    expected = {rows: model(torch.ones((1, rows, 64), device=DEVICE)) for rows in (3, MOST_ROWS + 1)}
     assert narrow.use(model) == 2
     asked: list[int] = []
 
@@ -59,7 +54,7 @@ def test_layers_use_it_for_few_rows_once_it_is_proved(monkeypatch: pytest.Monkey
     for layer in model:
         layer.few_rows = counted
     for rows, made in expected.items():
-        torch.testing.assert_close(model(torch.ones((1, rows, 64))), made, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(torch.ones((1, rows, 64), device=DEVICE)), made, atol=1e-5, rtol=1e-5)
     assert asked == [3, 3]
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
-
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="test_triton.py brings it")
-
+from tests.workers.triton_checks.place import DEVICE, NARROW, NEAR
 from workers.text.gpu.paged_attention import TILE_QUERIES, attend_singles, attend_tiles, splits_for
 from workers.text.kv_cache import BLOCK_TOKENS
 
@@ -45,7 +40,7 @@ def cached(
         places.append(torch.tensor([own[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)]))
     unwritten = torch.ones(PLACES, dtype=torch.bool).index_fill(0, torch.cat(places), False)
     keys[unwritten], values[unwritten] = float("nan"), float("nan")
-    return keys, values, tables, places
+    return keys.to(DEVICE), values.to(DEVICE), tables.to(DEVICE), [one.to(DEVICE) for one in places]
 
 
 @pytest.mark.parametrize(
@@ -58,27 +53,24 @@ def cached(
         (4, 2, 32, 4, 5, 30.0),
     ],
 )
-# The interpreter has no bfloat16; the code is the same.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 def test_it_attends_as_plain_softmax_does(
     heads: int, kv_heads: int, head_dim: int, splits: int, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
     draws = torch.Generator().manual_seed(heads + splits)
     lengths = [1, 16, 17, 130, 300]
     keys, values, tables, places = cached(lengths, kv_heads, head_dim, dtype, draws)
-    query = torch.randn((len(lengths), heads, head_dim), generator=draws).to(dtype)
+    query = torch.randn((len(lengths), heads, head_dim), generator=draws).to(DEVICE, dtype)
     scale = head_dim**-0.5
 
     got = torch.full_like(query, float("nan"))
     attend_singles(
-        query, keys, values, tables, torch.tensor(lengths) - 1, got,
+        query, keys, values, tables, torch.tensor(lengths, device=DEVICE) - 1, got,
         splits=splits, scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
     for row, own in enumerate(places):
         expected = reference(query[row], keys, values, own, window, softcap, scale)
-        torch.testing.assert_close(
-            got[row].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.004, rtol=1e-5
-        )
+        torch.testing.assert_close(got[row].double(), expected, atol=NEAR[dtype], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +83,14 @@ def test_it_attends_as_plain_softmax_does(
         (12, 1, 32, None, None),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 def test_every_row_of_a_prompt_sees_its_sequence_up_to_itself(
     heads: int, kv_heads: int, head_dim: int, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
     draws = torch.Generator().manual_seed(heads)
     lengths, news = [3, 40, 150, 200], [3, 17, 20, 1]  # the last one's work is not of several rows: nobody asks for it
     keys, values, tables, places = cached(lengths, kv_heads, head_dim, dtype, draws)
-    query = torch.randn((sum(news), heads, head_dim), generator=draws).to(dtype)
+    query = torch.randn((sum(news), heads, head_dim), generator=draws).to(DEVICE, dtype)
     tiles, rows, first = [], [], 0
     for owner, (length, new) in enumerate(zip(lengths, news, strict=True)):
         rows += [(owner, length - new + n) for n in range(new)]
@@ -108,14 +100,12 @@ def test_every_row_of_a_prompt_sees_its_sequence_up_to_itself(
     got = torch.full_like(query, 7.0)
     scale = head_dim**-0.5
     attend_tiles(
-        query, keys, values, tables, torch.tensor(tiles, dtype=torch.int32), got,
+        query, keys, values, tables, torch.tensor(tiles, dtype=torch.int32, device=DEVICE), got,
         scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
     for row, (owner, position) in enumerate(rows[:-1]):
         expected = reference(query[row], keys, values, places[owner][: position + 1], window, softcap, scale)
-        torch.testing.assert_close(
-            got[row].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.004, rtol=1e-5
-        )
+        torch.testing.assert_close(got[row].double(), expected, atol=NEAR[dtype], rtol=1e-5)
     assert bool((got[-1] == 7.0).all())
 
 
