@@ -61,6 +61,8 @@ def open_engine(runner_name: str, engine_device: str) -> Callable[..., object]:
                 loaded = load(spec, lambda *_: None, directory)
                 is_native = runner_name == "native"
                 runner = open_native(directory, loaded, spec, build()) if is_native else open_eager(loaded, spec)
+                if not is_native:
+                    runner.runs_ahead = True  # as it does on a GPU: the next step is begun before tokens are told
         except NotSupported as reason:
             # `test_native.py` says which families the kernels must take.
             pytest.skip(f"no kernels for it: {reason}")

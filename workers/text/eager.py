@@ -43,6 +43,7 @@ class ModelRunner:
         self._threads = threads
         self._adapters = adapters
         self._shelf: Shelf | None = None
+        self.runs_ahead = cache.device.type == "cuda"
 
     def run(self, step: Step) -> torch.Tensor:
         """Run one step; see `workers.text.runner.Runner.run`."""

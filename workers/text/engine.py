@@ -74,7 +74,9 @@ class TextEngine:
         self._replies = ReplyPlanner(loaded.tokenizer, loaded.facts.vocab_size, loaded.eos_ids)
         self._masks = MaskPool()
         num_threads = spec.num_threads or len(os.sched_getaffinity(0))
-        self._intake = Intake(loaded, num_threads, self._note_change, arguments_as_text=self._replies.arguments_as_text)
+        self._intake = Intake(
+            loaded, num_threads, lambda: self._changed(), arguments_as_text=self._replies.arguments_as_text
+        )
         self._fill_ends = self._intake.fill_ends
         self._facts = self._complete(loaded.facts)
         self._runner = runner
@@ -121,15 +123,12 @@ class TextEngine:
             max_running=self._scheduler.limits.max_running,
             kv_used_bytes=pool.num_in_use * block_bytes,
             # Torch's allocator on a GPU backs the whole cache, whatever is written.
-            kv_allocated_bytes=block_bytes * (pool.num_backed if self._is_on_cpu else pool.num_blocks),
+            kv_allocated_bytes=block_bytes
+            * (pool.num_backed if self._loaded.device.type == "cpu" else pool.num_blocks),
             kv_reserved_bytes=pool.num_blocks * block_bytes,
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_completion_tokens_total=self._postprocessor.num_completion_tokens,
         )
-
-    @property
-    def _is_on_cpu(self) -> bool:
-        return self._loaded.device.type == "cpu"
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` in the loop whenever running or queued counts change."""
@@ -186,7 +185,7 @@ class TextEngine:
             self._changed()
 
     def step_seconds(self) -> dict[str, float]:
-        """Return where the time of all steps since the last call went: the model's parts, then the engine's own."""
+        """Return where steps' time went since the last call; a device that runs ahead is waited for in the last."""
         spent, self._spent = self._spent, defaultdict(float)
         inside = self._runner.seconds() or {"model": spent["model"]}
         rest = spent["step"] - spent["schedule"] - spent["model"]
@@ -262,9 +261,6 @@ class TextEngine:
     def _check(self, num_prompt_tokens: int, num_preparing: int) -> None:
         self._scheduler.check(num_prompt_tokens, len(self._queues) + num_preparing)
 
-    def _note_change(self) -> None:
-        self._changed()
-
     def _complete(self, facts: ModelFacts) -> ModelFacts:
         return replace(
             facts,
@@ -284,6 +280,7 @@ class TextEngine:
             asked_s = time.monotonic()
             step = self._scheduler.schedule()
             if not step:
+                self._hand_out(self._postprocessor.tell())
                 self._wake.wait()
                 self._wake.clear()
                 continue
@@ -381,8 +378,10 @@ class TextEngine:
             else:
                 self._fail(step.works[0].sequence, named(error), out)
             return
+        finally:
+            self._hand_out(self._postprocessor.tell())  # of the step before, beside a device that runs this one
         masks = dict(zip(yielding, collect(pending), strict=True))
-        self._postprocessor.take(step, logits, masks, out)
+        self._postprocessor.take(step, logits, masks, out, late=self._runner.runs_ahead)
 
     def _fail(self, sequence: Sequence, error: HostlerError, out: Outcomes) -> None:
         self._scheduler.remove(sequence)

@@ -1,7 +1,8 @@
 """From a step's logits to what its requests hear: masks, sampling, drafts proved or dropped, ends.
 
 Above: the engine's loop. Below: sampler, grammar, sequences; the scheduler is told what was computed and who is done.
-Runs on the engine's thread.
+Runs on the engine's thread. Where a device works by itself meanwhile, the text of tokens that decide nothing is made
+while the next step runs: `take` keeps them, `tell` turns them into events.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Postprocessor:
         self._scheduler = scheduler
         self._eos_ids = eos_ids
         self._token_bytes = token_bytes
+        self._late: list[tuple[Sequence, int]] = []
         self.num_completion_tokens = 0
 
     @staticmethod
@@ -59,7 +61,20 @@ class Postprocessor:
             if sequence.request.wants_progress
         ]
 
-    def take(self, step: Step, logits: torch.Tensor, masks: Masks, out: Outcomes) -> None:
+    def tell(self) -> Outcomes:
+        """Return what came of the tokens that `take` kept; to be called before it is given the next step."""
+        out: Outcomes = []
+        for sequence, token in self._late:
+            try:
+                out.extend((sequence, event) for event in sequence.reply.accept(token, is_eos=False, logprob=None))
+            except Exception as error:  # as in `_accept`; the next step may be under way with it already
+                log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})
+                out.append((sequence, named(error)))
+                sequence.cancelled = True
+        self._late.clear()
+        return out
+
+    def take(self, step: Step, logits: torch.Tensor, masks: Masks, out: Outcomes, *, late: bool = False) -> None:
         """Note what a step computed, sample each work's next tokens and tell its request.
 
         Each work gives one token, and one more for each draft token that proves right.
@@ -68,6 +83,7 @@ class Postprocessor:
             logits: (rows, vocab) float32, each work's rows together and in order.
             masks: what each work's first row may bring; guided work has no draft, so no other row needs one.
             out: grows by the events and errors of the step.
+            late: whether `tell` is called once the next step runs.
         """
         rows: dict[Work, int] = {}
         num_rows = 0
@@ -91,7 +107,10 @@ class Postprocessor:
             tokens = self._sample(works, chosen, masks)
             now_s = time.monotonic()
             for work, token in zip(works, tokens, strict=True):
-                alive = self._accept(work.sequence, token, logits[rows[work] + checked], now_s, out)
+                if late and not work.draft and isinstance(token, int) and self._keeps(work.sequence, token, now_s):
+                    alive = True
+                else:
+                    alive = self._accept(work.sequence, token, logits[rows[work] + checked], now_s, out)
                 if alive and checked < len(work.draft) and work.draft[checked] == token:
                     continue
                 del rows[work]
@@ -160,8 +179,7 @@ class Postprocessor:
             return False
         try:
             chosen = self._logprob(row, token, sequence) if sequence.request.top_logprobs is not None else None
-            ends = (token in self._eos_ids or token in sequence.end_ids) and not sequence.request.sampling.ignore_eos
-            events = sequence.accept(token, is_eos=ends, logprob=chosen)
+            events = sequence.accept(token, is_eos=self._ends(sequence, token), logprob=chosen)
         except Exception as error:  # a fault in one reply's bookkeeping stays its own
             log.exception("postprocessing failed", extra={"request_id": sequence.request.request_id})
             out.append((sequence, named(error)))
@@ -172,6 +190,19 @@ class Postprocessor:
         if sequence.finish_reason is not None:
             out.append((sequence, self._finish(sequence, now_s)))
         return sequence.finish_reason is None
+
+    def _keeps(self, sequence: Sequence, token: int, now_s: float) -> bool:
+        """Give a sequence its next token and keep its text for `tell`, if nothing depends on it; return whether so."""
+        if not sequence.may_be_told_later or sequence.request.top_logprobs is not None or self._ends(sequence, token):
+            return False
+        sequence.note(token)
+        self._late.append((sequence, token))
+        self.num_completion_tokens += 1
+        sequence.first_token_s = sequence.first_token_s or now_s
+        return True
+
+    def _ends(self, sequence: Sequence, token: int) -> bool:
+        return (token in self._eos_ids or token in sequence.end_ids) and not sequence.request.sampling.ignore_eos
 
     def _logprob(self, row: torch.Tensor, token: int, sequence: Sequence) -> TokenLogprob:
         value, top = logprobs(row, token, sequence.request.top_logprobs or 0)

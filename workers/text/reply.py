@@ -100,6 +100,7 @@ class Reply:
         close_ids: tokens that end the thoughts.
 
     Attributes:
+        is_plain: it ends by its number of tokens or a token that ends replies, by nothing that it says.
         finish_reason: "stop", "length" or "tool_calls"; set once.
         num_reasoning_tokens: tokens spent on reasoning.
     """
@@ -130,6 +131,7 @@ class Reply:
         self._num_tokens = 0
         self._num_calls = 0
         self.guide = guide
+        self.is_plain = guide is None and budget_tokens is None and not stops and isinstance(self._parser, PlainParser)
         self.finish_reason: str | None = None
         self.num_reasoning_tokens = 0
         self._force_if_spent()

@@ -21,6 +21,10 @@ class Runner(Protocol):
     def name(self) -> str:
         """What logs and statistics call it."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `run` returns before the device is done, which whoever reads the logits waits for."""
+
     def run(self, step: Step) -> torch.Tensor:
         """Run one step: keys and values of all its tokens are in the cache afterwards.
 

@@ -111,10 +111,19 @@ class Sequence:
         """Why the reply ended; None while it goes on."""
         return self.reply.finish_reason
 
-    def accept(self, token_id: int, *, is_eos: bool, logprob: TokenLogprob | None) -> list[Event]:
-        """Append one generated token; decide whether the reply ends; return what it brought."""
+    @property
+    def may_be_told_later(self) -> bool:
+        """Whether nothing but text comes of the next token, and not the last, unless it is one that ends replies."""
+        return self.reply.is_plain and self.num_generated_tokens + 1 < self.max_tokens
+
+    def note(self, token_id: int) -> None:
+        """Append one generated token."""
         self.token_ids.append(token_id)
         self.generated[token_id] += 1
+
+    def accept(self, token_id: int, *, is_eos: bool, logprob: TokenLogprob | None) -> list[Event]:
+        """Append one generated token; decide whether the reply ends; return what it brought."""
+        self.note(token_id)
         return self.reply.accept(token_id, is_eos=is_eos, logprob=logprob)
 
     def guess(self, drafted: tuple[int, ...], num_right: int, *, allowed: bool) -> None:

@@ -28,6 +28,7 @@ class NativeRunner:
     """The kernels as the engine's runner."""
 
     name = "native"
+    runs_ahead = False
 
     def __init__(self, decoder: NativeDecoder, num_threads: int) -> None:
         self._decoder = decoder

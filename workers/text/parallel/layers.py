@@ -33,6 +33,7 @@ class LayersRunner:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self.runs_ahead = runner.runs_ahead
 
     def run(self, step: Step) -> torch.Tensor:
         """Run one step; see `workers.text.runner.Runner.run`."""

@@ -29,6 +29,8 @@ class SplitRunner:
         leave: leaves the group of ranks and frees what it took; called by `close`.
     """
 
+    runs_ahead = False
+
     def __init__(self, own: ModelRunner, followers: Followers, num_blocks: int, leave: Callable[[], None]) -> None:
         self._own = own
         self._followers = followers
@@ -56,7 +58,7 @@ class SplitRunner:
             raise RuntimeError("a part of this model is lost")
         try:
             self._followers.step(encode_step(packed))
-            return self._own.run_packed(packed)
+            return self._own.run_packed(packed).cpu()  # waits: what goes wrong on the device does so here
         except Exception as error:
             self._failed = True
             self._followers.lost(f"a step failed: {type(error).__name__}: {error}"[:300])
