@@ -58,6 +58,10 @@ class Split:
     def name(self) -> str:
         return str(self.runner.name)
 
+    @property
+    def runs_ahead(self) -> bool:
+        return bool(self.runner.runs_ahead)
+
     def run(self, step: Any) -> torch.Tensor:
         return self.runner.run(step)
 

@@ -13,6 +13,7 @@ import torch
 from hostler.errors import Internal
 
 from tests.workers.test_text_engine import random_prompts, reference
+from workers import ending
 from workers.engine import Finish, GenerationRequest, LoadSpec, SamplingParams, TextDelta, TokenPrompt
 from workers.text.eager import ModelRunner, open_eager
 from workers.text.engine import TextEngine
@@ -122,3 +123,17 @@ async def test_a_fault_in_one_replys_text_stays_its_own(tiny_model: Path) -> Non
         expected = await engine.detokenize(reference(tiny_model, prompts[1], 40))
         assert (await other)[0] == expected
         assert (await said_by(engine, prompts[1], 40))[0] == expected
+
+
+async def test_an_engine_whose_loop_breaks_takes_its_worker_with_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr(ending, "end_process", reasons.append)
+    async with opened(tiny_model, []) as engine:
+        monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+        asked = asyncio.create_task(said_by(engine, (1, 2, 3), 2))
+        while not reasons:
+            await asyncio.sleep(0.01)
+        asked.cancel()
+    assert reasons == ["engine failed: ZeroDivisionError"]

@@ -21,6 +21,7 @@ from functools import partial
 
 from hostler.errors import HostlerError, Unavailable
 
+from workers.ending import or_end
 from workers.engine import (
     EngineStats,
     Event,
@@ -102,7 +103,7 @@ class TextEngine:
         self._spent: dict[str, float] = defaultdict(float)  # seconds, by part of a step
         self._num_prompt_tokens = 0
         self._changed: Callable[[], None] = lambda: None
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread = threading.Thread(target=partial(or_end, self._loop, "engine"), name="engine", daemon=True)
         self._thread.start()
 
     # ------------------------------------------------------------ asyncio side

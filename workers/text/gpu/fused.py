@@ -46,7 +46,11 @@ class FusedDecoder:
         self._embedding = description.head if description.embedding is None else description.embedding
         self._final_norm = description.final_norm.to(device)
         self._frequencies = [(rope.frequencies.to(device), rope.scaling) for rope in description.ropes]
-        self._layers = [_Fused(layer, m) for layer, m in zip(description.layers, decoder.layers, strict=True)]
+        self._layers: list[_Fused] = []
+        for layer, module in zip(description.layers, decoder.layers, strict=True):
+            self._layers.append(_Fused(layer, module))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # weights lay apart, in pieces too small for the next layer's joined ones
 
     def __call__(self, tokens: torch.Tensor, layout: Layout, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits (rows, vocab) float32. Writes to the cache.

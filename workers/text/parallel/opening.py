@@ -17,6 +17,7 @@ import torch
 from hostler.errors import ModelLoadFailed
 
 from workers.child import fields_of
+from workers.ending import end_process
 from workers.engine import LoadSpec
 from workers.text.directory import Directory, LoadedModel
 from workers.text.loader import Report
@@ -31,16 +32,6 @@ from workers.text.runner import Runner
 log = logging.getLogger(__name__)
 
 OnLost = Callable[[str], None]
-
-
-def end_process(reason: str) -> None:
-    """End this worker at once: a rank is lost, and this one may be stuck in a collective.
-
-    Whoever placed the worker sees its death and replaces it.
-    """
-    log.critical("worker ends", extra={"reason": reason})
-    logging.shutdown()
-    os._exit(1)
 
 
 def check(spec: LoadSpec) -> None:

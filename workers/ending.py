@@ -1,0 +1,28 @@
+"""Ending a worker that can serve no more: whoever placed it sees its death and replaces it.
+
+Above: engines. Below: the operating system.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+def end_process(reason: str) -> None:
+    """End this worker at once, whatever its threads are doing."""
+    log.critical("worker ends", extra={"reason": reason})
+    logging.shutdown()
+    os._exit(1)
+
+
+def or_end(run: Callable[[], None], name: str) -> None:
+    """Run what a worker cannot be without. Should it fail, no worker is better than one that only listens."""
+    try:
+        run()
+    except BaseException as error:
+        log.exception("%s failed", name)
+        end_process(f"{name} failed: {type(error).__name__}")
