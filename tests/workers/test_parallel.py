@@ -53,14 +53,11 @@ class Split:
     loaded: Any
     runner: Any
     lost: list[str]
+    runs_ahead = False
 
     @property
     def name(self) -> str:
         return str(self.runner.name)
-
-    @property
-    def runs_ahead(self) -> bool:
-        return bool(self.runner.runs_ahead)
 
     def run(self, step: Any) -> torch.Tensor:
         return self.runner.run(step)
