@@ -396,6 +396,5 @@ async def test_facts_are_those_of_the_whole_model(split: Split) -> None:
     whole = reference_model(split.path)
     facts = split.loaded.facts
     assert facts.num_parameters == sum(p.numel() for p in whole.parameters())
-    # Norms are on both.
-    assert facts.num_parameters * 4 <= facts.weight_bytes < facts.num_parameters * 4 * 1.05
+    assert facts.num_parameters * 4 <= facts.weight_bytes < facts.num_parameters * 4 * 1.05, "norms are on both"
     assert facts.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, size, float32
