@@ -86,14 +86,14 @@ def check_marked(setting: Setting) -> Found:
     """Run the tests marked `gpu`."""
     if not setting.is_cuda:
         raise NotRun("these tests need a CUDA device")
-    return _checked("tests marked gpu", ["-m", "gpu", *gpu_test_files()])
+    return _checked("marked", "tests marked gpu", ["-m", "gpu", *gpu_test_files()])
 
 
 def check_kernels(setting: Setting) -> Found:
     """Run each kernel's checks on the device: whatever fails there, the engine would quietly serve without."""
     if not setting.is_cuda:
         raise NotRun("on a CPU Triton's interpreter runs them: tests/workers/test_triton.py")
-    return _checked(f"the kernels on {setting.device}", [KERNEL_TESTS], HOSTLER_KERNELS_ON=setting.device)
+    return _checked("kernels", f"the kernels on {setting.device}", [KERNEL_TESTS], HOSTLER_KERNELS_ON=setting.device)
 
 
 def check_engine(setting: Setting) -> Found:
@@ -101,10 +101,10 @@ def check_engine(setting: Setting) -> Found:
     files = [f"tests/workers/{name}" for name in (ENGINE_TESTS[:1] if setting.small else ENGINE_TESTS)]
     chosen = _SMALL_TESTS if setting.small else ()
     arguments = ["--device", setting.device, "-m", "not real_model and not gpu", *chosen, *files]
-    return _checked(f"the engine's tests on {setting.device}", arguments)
+    return _checked("engine", f"the engine's tests on {setting.device}", arguments)
 
 
-def _checked(what: str, arguments: list[str], **variables: str) -> Found:
+def _checked(name: str, what: str, arguments: list[str], **variables: str) -> Found:
     tally = run_pytest(arguments, **variables)
     say(f"  {what}: {tally}")
     if tally.failed:
@@ -112,6 +112,6 @@ def _checked(what: str, arguments: list[str], **variables: str) -> Found:
         raise Failed(f"{tally}: {', '.join(tally.failed[:_SHOWN])}{more}")
     if not tally.passed:
         raise Failed(f"no test ran ({tally})")
-    found = Found(figures={f"tests_passed, {what}": tally.passed})
+    found = Found(figures={f"tests_passed_{name}": tally.passed})
     found.add(what, str(tally))
     return found

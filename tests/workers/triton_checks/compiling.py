@@ -11,8 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -146,15 +148,12 @@ def step(model: Any, rows: int) -> torch.Tensor:
 def main() -> None:
     for architecture in ARCHITECTURES:
         stand_ins = {name: Compiled(getattr(module, name), architecture) for module, name in KERNELS}
-        originals = {name: getattr(module, name) for module, name in KERNELS}
-        for module, name in KERNELS:
-            setattr(module, name, stand_ins[name])
-        with torch.inference_mode():
+        with torch.inference_mode(), ExitStack() as replaced:
+            for module, name in KERNELS:
+                replaced.enter_context(mock.patch.object(module, name, stand_ins[name]))
             for model in models():
                 for rows in (1, 40, 256):
                     assert step(model.to(torch.bfloat16).eval(), rows).shape == (rows + 20, 64)
-        for module, name in KERNELS:
-            setattr(module, name, originals[name])
         for name, stand_in in stand_ins.items():
             assert stand_in.bytes_on_stack, f"{name} was never launched"
             most = max(stand_in.bytes_on_stack.values())

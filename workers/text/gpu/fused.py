@@ -125,23 +125,21 @@ class _Fused:
 
 def _joined(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return linear layers as one. Raises NotSupported where they are of different kinds, or of another."""
-    if len(linears) == 1 and type(linears[0]) in (nn.Linear, QuantizedLinear):
-        return linears[0]
-    bias = [getattr(linear, "bias", None) for linear in linears]
-    has_bias = all(one is not None for one in bias)
-    if has_bias or all(one is None for one in bias):
-        together = torch.cat([one for one in bias if one is not None]) if has_bias else None
-        if all(type(linear) is nn.Linear for linear in linears):
-            return partial(F.linear, weight=_one_after_the_other(linears, "weight"), bias=together)
-        if len({(type(linear), getattr(linear, "four_bits", None)) for linear in linears}) == 1:
-            first = linears[0]
-            if isinstance(first, QuantizedLinear):
-                weight, scales = (_one_after_the_other(linears, name) for name in ("weight", "scales"))
-                joined = QuantizedLinear(weight, scales, together, four_bits=first.four_bits)
-                joined.few_rows, joined.most_rows = first.few_rows, first.most_rows
-                return joined
-    kinds = sorted({type(linear).__name__ for linear in linears})
-    raise NotSupported(f"linear layers as {', '.join(kinds)}")
+    first, types = linears[0], {type(linear) for linear in linears}
+    biases: list[Any] = [getattr(linear, "bias", None) for linear in linears]
+    kinds = {(getattr(one, "four_bits", None), bias is None) for one, bias in zip(linears, biases, strict=True)}
+    if len(types) > 1 or len(kinds) > 1 or not types <= {nn.Linear, QuantizedLinear}:
+        raise NotSupported(f"linear layers as {', '.join(sorted(one.__name__ for one in types))}")
+    if len(linears) == 1:
+        return first
+    bias = None if biases[0] is None else torch.cat(biases)
+    weight = _one_after_the_other(linears, "weight")
+    if not isinstance(first, QuantizedLinear):
+        return partial(F.linear, weight=weight, bias=bias)
+    scales = _one_after_the_other(linears, "scales")
+    joined = QuantizedLinear(weight, scales, bias, four_bits=first.four_bits)
+    joined.few_rows, joined.most_rows = first.few_rows, first.most_rows
+    return joined
 
 
 def _one_after_the_other(linears: Sequence[nn.Module], name: str) -> torch.Tensor:

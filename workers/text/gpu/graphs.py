@@ -6,8 +6,8 @@ does not know it, transformers' definition with our attention in place.
 A decode step launches dozens of kernels for each layer, most of which take microseconds: less than launching them from
 Python does. A recorded step reads its inputs from fixed memory (`_Frame`), so a replay is a copy and a launch. Batches
 are padded to the next recorded size with copies of their last row, which write what is there already. The rows of a
-draft are rows like others: each sees its sequence up to itself. What does not fit (prompts, pictures, adapters) runs
-as before, beside it and over the same cache.
+draft are rows like others: each sees its sequence up to itself. What does not fit runs unrecorded beside it, over the
+same cache: prompts fused, pictures through the definition.
 
 Fused or not, recorded steps are compared with the definition before anybody is served (`open_graphed`). Who does not
 agree is not used: the definition is recorded instead, and if that fails, too, it serves as it is.
@@ -109,10 +109,10 @@ class _Recorded:
 
 
 class GraphedRunner(ModelRunner):
-    """Transformers' definition, whose decode steps are recorded.
+    """A model whose decode steps are recorded: fused, where that can be, else transformers' definition.
 
     Args:
-        fuse: makes the decoder that is recorded, over the weights where they are then; None for the definition itself.
+        fuse: makes the fused decoder over the weights, wherever they are then; None for the definition itself.
         max_blocks: most blocks of one sequence.
         max_running: most rows of a decode step that are worth a recording.
         record: how.

@@ -114,7 +114,7 @@ def use(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def _agrees(layer: QuantizedLinear) -> bool:
-    """Whether one layer's products of a few rows, and of many, are alike both ways."""
+    """Whether one layer's products come out alike both ways, for one row, some, and as many as there may be."""
     draws = torch.Generator().manual_seed(0)
     scales = layer.scales
     for rows in (1, 5, MOST_ROWS):
