@@ -1,9 +1,10 @@
-// Attention of one step over a paged cache. Above: decoder.cpp. Below: linear.h.
+// Attention of one step over a paged cache. Above: decoder.cpp. Below: linear.h, amx.h.
 //
-// A block holds 16 positions of one layer and key head, keys then values, each laid out as weight panels are: keys as one
+// A block holds 16 positions of all layers and key heads. Of each it has keys, then values, each laid out as weight panels are: keys as one
 // panel of 16 positions (inputs: the head's dimensions), values as head_dim / 16 panels of 16 dimensions (inputs: the
 // positions). So scores and sums are the products of linear.h, without a copy or a transposition.
 #pragma once
+#include "amx.h"
 #include "linear.h"
 
 namespace hostler {
@@ -12,13 +13,13 @@ constexpr int kBlock = 16;  // positions in a cache block
 
 struct Cache {
   Kind kind = Kind::F32;  // F32 or BF16
-  int kv_heads = 0, head_dim = 0;
-  size_t blocks = 0;
-  uint8_t* data = nullptr;  // [layer][block][kv_head][keys | values]
+  int layers = 0, kv_heads = 0, head_dim = 0;
+  uint8_t* data = nullptr;  // [block][layer][kv_head][keys | values]
   size_t element() const { return kind == Kind::BF16 ? 2 : 4; }
   size_t half() const { return size_t(head_dim) * kBlock * element(); }
+  size_t whole() const { return size_t(layers) * kv_heads * 2 * half(); }  // bytes of a block
   uint8_t* block(int layer, int index, int head) const {
-    return data + ((size_t(layer) * blocks + index) * kv_heads + head) * 2 * half();
+    return data + size_t(index) * whole() + (size_t(layer) * kv_heads + head) * 2 * half();
   }
 };
 
@@ -71,11 +72,36 @@ void weigh(const Cache& cache, int layer, int head, const int32_t* table, int fi
       for (int v = 0; v < V; ++v) store(out + r * ldo + (panel + q) * kPanel + v * W, acc[r][q][v]);
 }
 
+constexpr int kQueries = 16;  // most at once
+
 struct Queries {
-  const float* rows[kRows];  // head_dim floats each, already scaled
-  float* out[kRows];
-  int position[kRows];  // of the query's own token
+  const float* rows[kQueries];  // head_dim floats each, already scaled
+  float* out[kQueries];
+  int position[kQueries];  // of the query's own token
 };
+
+// The blocks that queries look at.
+struct Span {
+  int first, last, length;  // blocks first … last; positions up to the last query's
+  Span(const Queries& q, int rows, int window) {
+    int lowest = 1 << 30, highest = 0;
+    for (int r = 0; r < rows; ++r) {
+      lowest = std::min(lowest, window ? std::max(0, q.position[r] - window + 1) : 0);
+      highest = std::max(highest, q.position[r]);
+    }
+    length = highest + 1, first = lowest / kBlock, last = (length + kBlock - 1) / kBlock;
+  }
+  int begin() const { return first * kBlock; }
+  int padded() const { return (last - first) * kBlock; }
+};
+
+// Memory of the calling thread, `floats` floats at least.
+inline float* scratch(size_t floats) {
+  thread_local Buffer<float> memory;
+  thread_local size_t size = 0;
+  if (size < floats) memory = allocate<float>(size = floats * 2);
+  return memory.get();
+}
 
 // Turns scores of positions `begin …` (row r sees lo … its own) into probabilities, in place.
 inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
@@ -112,18 +138,10 @@ inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
 
 template <class Loader, int MR>
 void attend(const Cache& cache, int layer, int head, const int32_t* table, const Queries& q, int window) {
-  int lowest = 1 << 30, highest_position = 0;
-  for (int r = 0; r < MR; ++r) {
-    lowest = std::min(lowest, window ? std::max(0, q.position[r] - window + 1) : 0);
-    highest_position = std::max(highest_position, q.position[r]);
-  }
-  const int length = highest_position + 1, first = lowest / kBlock, last = (length + kBlock - 1) / kBlock;
-  const int padded = (last - first) * kBlock, begin = first * kBlock;
-  thread_local Buffer<float> scratch;
-  thread_local size_t scratch_size = 0;
-  const size_t needed = size_t(kRows) * padded + kRows * size_t(cache.head_dim);
-  if (scratch_size < needed) scratch = allocate<float>(scratch_size = needed * 2);
-  float *scores = scratch.get(), *queries = scores + size_t(kRows) * padded;
+  const Span span(q, MR, window);
+  const int first = span.first, last = span.last, length = span.length, padded = span.padded(), begin = span.begin();
+  float* scores = scratch(size_t(kRows) * padded + kRows * size_t(cache.head_dim));
+  float* queries = scores + size_t(kRows) * padded;
   constexpr bool rounds = kInputs<Loader> == 2;
   const size_t ldq = cache.head_dim / kInputs<Loader>;
   for (int r = 0; r < MR; ++r) {
@@ -171,6 +189,73 @@ void attend_rows(const Cache& cache, int layer, int head, const int32_t* table, 
     case 5: return attend<Loader, 5>(cache, layer, head, table, q, window);
     default: return attend<Loader, 6>(cache, layer, head, table, q, window);
   }
+}
+
+#if defined(HOSTLER_AMX)
+// The same in tiles: up to 16 queries, keys and values as they lie in the cache.
+inline void attend_tiles(const Cache& cache, int layer, int head, const int32_t* table, const Queries& q, int rows,
+                         int window) {
+  const Span span(q, rows, window);
+  const int dim = cache.head_dim, width = (dim + 31) / 32 * 32, padded = span.padded(), panels = dim / kPanel;
+  const size_t ldp = size_t(padded) + 32;  // not a multiple of 4 KB, where rows would drive each other out of the cache
+  const size_t part = kPanel * kBlock * sizeof(bf16);
+  float* scores = scratch(kQueries * (size_t(padded) + ldp / 2 + width / 2 + dim) + panels * part / sizeof(float));
+  auto* weights = reinterpret_cast<bf16*>(scores + size_t(kQueries) * padded);
+  auto* queries = reinterpret_cast<uint8_t*>(weights + kQueries * ldp);
+  float* sums = reinterpret_cast<float*>(queries + size_t(kQueries) * width * sizeof(bf16));
+  auto* end = reinterpret_cast<uint8_t*>(sums + size_t(kQueries) * dim);
+  for (int r = 0; r < rows; ++r) amx::lay_out(q.rows[r], dim, queries + r * amx::kLine);
+  amx::Tiles registers;
+  registers.shape(rows);
+  for (int b = span.first; b < span.last;) {
+    const uint8_t* keys[4];
+    const int together = span.last - b >= 4 ? 4 : 1;
+    for (int i = 0; i < together; ++i) keys[i] = cache.block(layer, table[b + i], head);
+    float* to = scores + (b - span.first) * kBlock;
+    if (together == 4) amx::multiply_pairs<4>(keys, cache.half(), queries, to, kBlock, padded, {});
+    else amx::multiply_pairs<1>(keys, cache.half(), queries, to, kBlock, padded, {});
+    b += together;
+  }
+  for (int r = 0; r < rows; ++r) {
+    const int lo = window ? std::max(0, q.position[r] - window + 1) : 0;
+    softmax(scores + size_t(r) * padded, span.begin(), padded, lo, q.position[r] + 1);
+    narrow_all(scores + size_t(r) * padded, padded, weights + r * ldp);
+  }
+  // Of the last block only what was written: what an earlier owner left behind may be NaN.
+  const uint8_t* last = cache.block(layer, table[span.last - 1], head) + cache.half();
+  if (const int lines = (span.length - (span.last - 1) * kBlock + 1) / 2; lines < kBlock / 2) {
+    std::memset(end, 0, panels * part);
+    for (int p = 0; p < panels; ++p) std::memcpy(end + p * part, last + p * part, lines * amx::kLine);
+    last = end;
+  }
+  registers.shape(rows, kBlock / 2);
+  for (int p = 0; p < panels;) {
+    auto memory = [&](int i) {
+      const int b = span.first + i;
+      return (b + 1 == span.last ? last : cache.block(layer, table[b], head) + cache.half()) + p * part;
+    };
+    const int blocks = span.last - span.first, together = panels - p >= 4 ? 4 : panels - p >= 2 ? 2 : 1;
+    float* to = sums + p * kPanel;
+    if (together == 4) amx::multiply_blocks<4>(blocks, memory, weights, ldp * sizeof(bf16), to, dim);
+    else if (together == 2) amx::multiply_blocks<2>(blocks, memory, weights, ldp * sizeof(bf16), to, dim);
+    else amx::multiply_blocks<1>(blocks, memory, weights, ldp * sizeof(bf16), to, dim);
+    p += together;
+  }
+  for (int r = 0; r < rows; ++r) std::memcpy(q.out[r], sums + size_t(r) * dim, dim * sizeof(float));
+}
+#endif
+
+// How many queries to attend at once.
+inline int queries_at_once(const Cache& cache) {
+  return cache.kind == Kind::BF16 && amx::usable() ? kQueries : kRows;
+}
+
+inline void attend(const Cache& cache, int layer, int head, const int32_t* table, const Queries& q, int rows, int window) {
+#if defined(HOSTLER_AMX)
+  if (queries_at_once(cache) == kQueries) return attend_tiles(cache, layer, head, table, q, rows, window);
+#endif
+  if (cache.kind == Kind::BF16) return attend_rows<Product<BF16Loader>>(cache, layer, head, table, q, rows, window);
+  return attend_rows<F32Loader>(cache, layer, head, table, q, rows, window);
 }
 
 }  // namespace hostler

@@ -1,7 +1,7 @@
 // One step of a decoder-only transformer over a paged cache: token ids in, logits out, one call.
 //
 // Above: runner.py calls these C functions through ctypes (which releases the interpreter lock for the whole step).
-// Below: model.h, linear.h, attention.h, lora.h. A model is what describe.py describes: RMS norms, rotary positions,
+// Below: model.h, product.h, attention.h, lora.h. A model is what describe.py describes: RMS norms, rotary positions,
 // grouped heads, a gated MLP. Anything else stays with transformers' own definition.
 #include <chrono>
 
@@ -105,10 +105,7 @@ void attention(Model& m, const Step& step, const Layer& layer, int index, const 
       q.position[j] = s.start + row;
     }
     const int32_t* table = step.tables + size_t(s.table) * step.table_stride;
-    if (m.cache.kind == Kind::BF16)
-      attend_rows<Product<BF16Loader>>(m.cache, index, item.head, table, q, item.count, layer.window);
-    else
-      attend_rows<F32Loader>(m.cache, index, item.head, table, q, item.count, layer.window);
+    attend(m.cache, index, item.head, table, q, item.count, layer.window);
   });
 }
 
@@ -163,11 +160,11 @@ void run(Model& m, const Step& step) {
   m.reserve(step.rows);
   std::vector<Item> items;
   std::vector<int32_t> owner(step.rows);
-  const int group = c.heads / c.kv_heads, width = m.qkv_width();
+  const int group = c.heads / c.kv_heads, width = m.qkv_width(), most = queries_at_once(m.cache);
   for (int s = 0; s < step.sequences; ++s) {
     const int queries = step.sequence[s].rows * group;
-    for (int first = 0; first < queries; first += kRows)
-      for (int h = 0; h < c.kv_heads; ++h) items.push_back({s, h, first, std::min(kRows, queries - first)});
+    for (int first = 0; first < queries; first += most)
+      for (int h = 0; h < c.kv_heads; ++h) items.push_back({s, h, first, std::min(most, queries - first)});
     for (int r = 0; r < step.sequence[s].rows; ++r) owner[step.sequence[s].first_row + r] = s;
   }
   if (step.adapter) m.adapters.begin(step.rows, [&](int row) { return step.adapter[owner[row]]; });

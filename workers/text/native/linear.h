@@ -1,4 +1,4 @@
-// Matrix products of a few rows with packed weights. Above: decoder.cpp, attention.h. Below: pool.h, vec.h.
+// Packed weights, and a tile of a few rows times a few of their panels. Above: product.h, attention.h, lora.h. Below: vec.h.
 //
 // A weight matrix (N outputs, K inputs) is cut into panels of 16 outputs; within a panel all outputs of one input stand
 // together, so a product streams the panel once, contiguously. Rows go in tiles of up to 6 whose sums stay in registers.
@@ -14,7 +14,6 @@
 #include <new>
 #include <type_traits>
 
-#include "pool.h"
 #include "vec.h"
 
 namespace hostler {
@@ -27,8 +26,6 @@ constexpr bool kDots = true;      // one instruction multiplies two pairs of bfl
 #else
 constexpr bool kDots = false;
 #endif
-constexpr int kExpandRows = kDots ? 8 : 16;  // from so many rows on, a quantized panel is widened once for all of them
-constexpr size_t kCacheBytes = 512 << 10;  // of a core's second cache, for panels
 
 struct Free {
   bool owned = true;  // else somebody else frees it
@@ -224,113 +221,6 @@ void rows_of(const uint8_t* panel, size_t stride, int panels, const float* a, si
     case 5: return panels_of<Loader, 5>(panel, stride, panels, a, lda, k, out, ahead);
     default: return panels_of<Loader, 6>(panel, stride, panels, a, lda, k, out, ahead);
   }
-}
-
-// Widens a quantized panel to what products take.
-template <class Loader>
-void widen_panel(const uint8_t* panel, int k, float* out) {
-  for (int i = 0; i < k; i += Loader::kStep)
-#pragma GCC unroll 8
-    for (int j = 0; j < Loader::kStep; j += 1 + kDots) {
-      float* to = out + size_t((i + j) / (1 + kDots)) * kPanel;
-      if constexpr (kDots) store(to, Pairs<Loader>::pair(panel, i, j));
-      else
-        for (int v = 0; v < V; ++v) store(to + v * W, Loader::at(panel, i, j, v));
-    }
-}
-
-// What is added to a product: to its row r, row slot[r] of `values` (…, panels * 16), or nothing where that is -1.
-struct Added {
-  const int32_t* slot = nullptr;
-  const float* values = nullptr;
-  size_t stride = 0;
-  void to(float* out, int row, int rows, int panel, int panels) const {
-    for (int r = 0; r < rows; ++r) {
-      if (slot[row + r] < 0) continue;
-      const float* from = values + size_t(slot[row + r]) * stride + size_t(panel) * kPanel;
-      for (int p = 0; p < panels; ++p)
-        for (int v = 0; v < kPanel; v += W) {
-          float* o = out + (p * rows + r) * kPanel + v;
-          store(o, load(o) + load(from + p * kPanel + v));
-        }
-    }
-  }
-};
-
-// Multiplies `rows` rows of `a` (row r at a + r * lda) with a weight. `done(row, rows, panel, panels, out)` takes each
-// finished piece, out[p][r][16], bias, scale and `added` applied; `unit` panels always come in one piece. Runs on the pool.
-template <class Done>
-void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done,
-             const Added& added = {}) {
-  const int tiles = (rows + kRows - 1) / kRows;
-  const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
-  const bool expand = quantized && rows >= kExpandRows;
-  const bool dots = kDots && w.kind != Kind::F32;
-  const size_t wide_stride = size_t(w.k) * kPanel * (dots ? 2 : 4), stride = expand ? wide_stride : w.stride;
-  int step = wide(std::min(rows, kRows));
-  // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
-  // them from tile to tile, or threads would run out of pieces at different times.
-  const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
-  if (tiles == 2 || (tiles > 2 && !fits)) step = std::min(step, 2);
-  step = std::max(unit, step);
-  thread_local Buffer<bf16> rounded;
-  thread_local size_t rounded_size = 0;
-  if (dots) {
-    if (rounded_size < size_t(rows) * w.k) rounded = allocate<bf16>(rounded_size = size_t(rows) * w.k);
-    pool.run((rows + 7) / 8, [&, target = rounded.get()](int block) {
-      for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r)
-        narrow_all(a + r * lda, w.k, target + size_t(r) * w.k);
-    });
-  }
-  const float* inputs = dots ? reinterpret_cast<const float*>(rounded.get()) : a;
-  const size_t ldi = dots ? w.k / 2 : lda;
-  pool.run((w.panels + step - 1) / step, [&](int item) {
-    const int first = item * step, panels = std::min(step, w.panels - first);
-    alignas(64) float out[kWide * kRows * kPanel];
-    thread_local Buffer<float> wide_panels;
-    thread_local size_t wide_size = 0;
-    const uint8_t* panel = w.panel(first);
-    if (expand) {
-      const size_t each = wide_stride / 4;
-      if (wide_size < panels * each) wide_panels = allocate<float>(wide_size = panels * each);
-      for (int p = 0; p < panels; ++p) {
-        if (w.kind == Kind::I8) widen_panel<I8Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
-        else widen_panel<I4Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
-      }
-      panel = reinterpret_cast<const uint8_t*>(wide_panels.get());
-    }
-    for (int t = 0; t < tiles; ++t) {
-      const int row = int(int64_t(rows) * t / tiles), count = int(int64_t(rows) * (t + 1) / tiles) - row;
-      const float* x = inputs + row * ldi;
-      // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
-      // others take those between.
-      Ahead ahead{panel};
-      const int next = first + panels * pool.size() + t;
-      if (tiles > 1 && t < panels && next < w.panels) {
-        ahead.memory = w.panel(next);
-        if (t + tiles < panels && next + tiles < w.panels) ahead.apart = tiles * w.stride;
-      }
-      if (w.kind == Kind::F32 || (expand && !kDots))
-        rows_of<F32Loader>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else if (w.kind == Kind::BF16 || expand)
-        rows_of<Product<BF16Loader>>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else if (w.kind == Kind::I8)
-        rows_of<Product<I8Loader>>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      else
-        rows_of<Product<I4Loader>>(panel, stride, panels, x, ldi, count, w.k, out, ahead);
-      for (int p = 0; p < panels; ++p)
-        for (int r = 0; r < count; ++r)
-          for (int v = 0; v < V; ++v) {
-            float* o = out + (p * count + r) * kPanel + v * W;
-            vf x_v = load(o);
-            if (w.scales) x_v *= load(w.scales.get() + (first + p) * kPanel + v * W);
-            if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
-            store(o, x_v);
-          }
-      if (added.values) added.to(out, row, count, first, panels);
-      done(row, count, first, panels, out);
-    }
-  });
 }
 
 }  // namespace hostler

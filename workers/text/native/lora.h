@@ -1,6 +1,6 @@
 // Low-rank additions to a layer's products, for the rows of a step whose sequences asked for an adapter.
 //
-// Above: model.h, decoder.cpp. Below: linear.h, pack.h. Before a product, `of` computes what it will add, for all adapters
+// Above: model.h, decoder.cpp. Below: product.h, pack.h. Before a product, `of` computes what it will add, for all adapters
 // of the step in two loops (inputs to ranks, ranks to outputs); `product` adds it before it hands a piece on, so biases,
 // activations and residuals see the sum. A step without adapters pays one comparison for each product.
 #pragma once
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "pack.h"
+#include "product.h"
 
 namespace hostler {
 

@@ -67,11 +67,12 @@ struct Model {
   double seconds[STAGES] = {};
 
   explicit Model(const ModelConfig& c) : config(c), pool(c.threads), layers(c.layers) {
-    cache.kind = Kind(c.cache_kind), cache.kv_heads = c.kv_heads, cache.head_dim = c.head_dim, cache.blocks = c.blocks;
-    cache_bytes = size_t(c.layers) * c.blocks * c.kv_heads * 2 * cache.half();
+    cache.kind = Kind(c.cache_kind), cache.layers = c.layers, cache.kv_heads = c.kv_heads, cache.head_dim = c.head_dim;
+    cache_bytes = c.blocks * cache.whole();
     // Address space only: the system commits a page when a position is first written to it.
     void* p = mmap(nullptr, cache_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
+    madvise(p, cache_bytes, MADV_HUGEPAGE);
     cache.data = static_cast<uint8_t*>(p);
   }
   ~Model() { munmap(cache.data, cache_bytes); }
@@ -86,14 +87,11 @@ struct Model {
 
   // Moves blocks `from[i]` to `to[i]`, then gives back the memory of all blocks from number `blocks` on.
   void resize(int64_t blocks, int count, const int64_t* from, const int64_t* to) {
-    const size_t block_bytes = size_t(config.kv_heads) * 2 * cache.half(), page = size_t(sysconf(_SC_PAGESIZE));
-    for (int l = 0; l < config.layers; ++l) {
-      for (int i = 0; i < count; ++i) std::memcpy(cache.block(l, int(to[i]), 0), cache.block(l, int(from[i]), 0), block_bytes);
-      // A layer's end is the next one's beginning: only pages that are wholly beyond the end go.
-      const size_t first = size_t(cache.block(l, int(blocks), 0) - cache.data), last = first + (config.blocks - blocks) * block_bytes;
-      const size_t begin = (first + page - 1) / page * page, end = last / page * page;
-      if (begin < end) madvise(cache.data + begin, end - begin, MADV_DONTNEED);
-    }
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), end = config.blocks * cache.whole();
+    for (int i = 0; i < count; ++i)
+      std::memcpy(cache.data + to[i] * cache.whole(), cache.data + from[i] * cache.whole(), cache.whole());
+    const size_t begin = (blocks * cache.whole() + page - 1) / page * page;
+    if (begin < end) madvise(cache.data + begin, end - begin, MADV_DONTNEED);
   }
 
   int qkv_width() const { return (config.heads + 2 * config.kv_heads) * config.head_dim; }

@@ -7,6 +7,7 @@
 
 #include "arena.h"
 #include "linear.h"
+#include "pool.h"
 
 namespace hostler {
 
@@ -19,34 +20,6 @@ struct Source {
 };
 
 inline float widen(float x) { return x; }
-
-// x in 0 … 2^22, to the nearest integer, ties to even; negative ones, too.
-inline int nearest(float x) {
-  constexpr float kShift = 12582912.0f;
-  return int((x + kShift) - kShift);
-}
-
-inline float magnitude(uint32_t bits) {
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-// The greatest absolute value of a row. Compared as integers, which order positive floats alike.
-inline float peak(const bf16* row, int k) {
-  uint16_t most = 0;
-  for (int i = 0; i < k; ++i) most = std::max<uint16_t>(most, row[i] & 0x7fff);
-  return widen(most);
-}
-inline float peak(const float* row, int k) {
-  uint32_t most = 0;
-  for (int i = 0; i < k; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, row + i, 4);
-    most = std::max(most, bits & 0x7fffffff);
-  }
-  return magnitude(most);
-}
 
 // Interleaves 16 rows of `words` 32-bit words: word w of row c goes to out[w * 16 + c].
 inline void interleave_words(const void* const* rows, int words, void* out) {

@@ -1,6 +1,7 @@
 // Vectors of the processor's own width in portable C++ (GCC and Clang vector extensions), and the few functions that
 // transformers need on them. Above: linear.h, attention.h, decoder.cpp.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -70,6 +71,34 @@ inline void narrow_all(const float* from, int n, bf16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 #endif
   for (; i < n; ++i) to[i] = narrow(from[i]);
+}
+
+// |x| up to 2^22, to the nearest integer, ties to even.
+inline int nearest(float x) {
+  constexpr float kShift = 12582912.0f;
+  return int((x + kShift) - kShift);
+}
+
+inline float magnitude(uint32_t bits) {
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// The greatest absolute value of a row. Compared as integers, which order positive floats alike.
+inline float peak(const bf16* row, int k) {
+  uint16_t most = 0;
+  for (int i = 0; i < k; ++i) most = std::max<uint16_t>(most, row[i] & 0x7fff);
+  return widen(most);
+}
+inline float peak(const float* row, int k) {
+  uint32_t most = 0;
+  for (int i = 0; i < k; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, row + i, 4);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  return magnitude(most);
 }
 
 inline float sum(vf v) {

@@ -1,0 +1,245 @@
+// Products by Intel's matrix instructions (AMX). Above: product.h, attention.h. Below: vec.h.
+//
+// A tile is a register of 16 rows of 64 bytes. One instruction adds to 16 x 16 sums the products of 16 rows of 32 bfloat16
+// inputs (or 64 bytes) with as many inputs of 16 outputs. A panel's memory is already a sequence of such second operands;
+// rows are cut into first operands by whoever calls. A row is computed alike whatever its neighbours are.
+#pragma once
+#include <cstddef>
+
+#include "vec.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HOSTLER_AMX 1
+#endif
+
+namespace hostler::amx {
+
+constexpr int kRows = 16;                     // of a tile
+constexpr int kLine = 64;                     // bytes of a tile's row
+constexpr size_t kTile = size_t(kRows) * kLine;
+
+// What to call for on the way: line by line, as lines of the first panel are read.
+struct Ahead {
+  const uint8_t* memory = nullptr;  // nothing
+  size_t apart = 0;                 // the second place, so far from the first
+};
+
+// Rounds one row of k inputs to bfloat16, 32 to a tile, in the tiles' line `to`; what is left of the last one is zero.
+inline void lay_out(const float* row, int k, uint8_t* to) {
+  int i = 0;
+  for (; i + 32 <= k; i += 32, to += kTile) narrow_all(row + i, 32, reinterpret_cast<bf16*>(to));
+  if (i == k) return;
+  std::memset(to, 0, kLine);
+  narrow_all(row + i, k - i, reinterpret_cast<bf16*>(to));
+}
+
+#if defined(HOSTLER_AMX)
+
+// Whether this process may use tiles. Linux wants to be asked once, since they make a thread's state 8 KB larger.
+inline bool usable() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+
+struct alignas(64) Configuration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// The calling thread's tiles while this lives: 0 to 3 hold sums, 4 and 5 inputs (`rows` rows each), 6 and 7 weights.
+class Tiles {
+ public:
+  ~Tiles() {
+    if (rows_) _tile_release();
+  }
+  // Sets how many rows products have, and how many inputs of an output a line of a weight's tile covers (in lines).
+  void shape(int rows, int depth = kRows) {
+    if (rows == rows_ && depth == depth_) return;
+    Configuration c;
+    for (int t = 0; t < 8; ++t) c.bytes[t] = kLine, c.rows[t] = uint8_t(t < 6 ? rows : depth);
+    c.bytes[4] = c.bytes[5] = uint16_t(depth * 4);
+    asm volatile("ldtilecfg %0" ::"m"(c));
+    rows_ = rows, depth_ = depth;
+  }
+
+ private:
+  int rows_ = 0, depth_ = 0;
+};
+
+// Compilers do not know that tile loads read memory.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// A panel's tiles one after another; the last, where inputs run out, filled up with zeros.
+class Panel {
+ public:
+  // `bytes` of a panel: all of its lines.
+  Panel(const uint8_t* panel, size_t bytes) : panel_(panel), whole_(bytes / kTile * kTile) {
+    if (whole_ == bytes) return;
+    std::memset(rest_, 0, kTile);
+    std::memcpy(rest_, panel + whole_, bytes - whole_);
+  }
+  const uint8_t* at(size_t offset) const { return offset < whole_ ? panel_ + offset : rest_; }
+
+ private:
+  const uint8_t* panel_;
+  size_t whole_;
+  alignas(64) uint8_t rest_[kTile];
+};
+
+inline void call_for(const Ahead& ahead, size_t offset) {
+  if (!ahead.memory) return;
+  for (size_t line = offset; line < offset + kTile; line += kLine) {
+    __builtin_prefetch(ahead.memory + line, 0, 2);
+    if (ahead.apart) __builtin_prefetch(ahead.memory + ahead.apart + line, 0, 2);
+  }
+}
+
+template <int NP>
+void store_sums(float* out, size_t apart, size_t ldo) {
+  _tile_stored(0, out, ldo * sizeof(float));
+  if constexpr (NP > 1) _tile_stored(1, out + apart, ldo * sizeof(float));
+  if constexpr (NP > 2) _tile_stored(2, out + 2 * apart, ldo * sizeof(float));
+  if constexpr (NP > 3) _tile_stored(3, out + 3 * apart, ldo * sizeof(float));
+}
+
+// Adds up: `rows` rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4, of `bytes` bytes each.
+// Row r of panel p goes to out + p * apart + r * ldo.
+template <int NP>
+void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, float* out, size_t apart, size_t ldo,
+                    const Ahead& ahead) {
+  const Panel p0(panels[0], bytes), p1(panels[NP > 1 ? 1 : 0], bytes), p2(panels[NP > 2 ? 2 : 0], bytes),
+      p3(panels[NP > 3 ? 3 : 0], bytes);
+  settle();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t at = 0; at < bytes; at += kTile) {
+    call_for(ahead, at);
+    _tile_loadd(4, inputs + at, kLine);
+    _tile_loadd(6, p0.at(at), kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (NP > 1) {
+      _tile_loadd(7, p1.at(at), kLine);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (NP > 2) {
+      _tile_loadd(6, p2.at(at), kLine);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (NP > 3) {
+      _tile_loadd(7, p3.at(at), kLine);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  store_sums<NP>(out, apart, ldo);
+}
+
+// The same with a panel's inputs spread over `count` blocks of 16, each block NP panels of 8 lines, beginning at memory(i).
+// Rows are (inputs, `lda` bytes apart).
+template <int NP, class Memory>
+void multiply_blocks(int count, const Memory& memory, const bf16* inputs, size_t lda, float* out, size_t ldo) {
+  constexpr size_t kPart = kTile / 2;
+  settle();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int i = 0; i < count; ++i) {
+    const uint8_t* block = memory(i);
+    _tile_loadd(4, inputs + i * kRows, lda);
+    _tile_loadd(6, block, kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (NP > 1) {
+      _tile_loadd(7, block + kPart, kLine);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (NP > 2) {
+      _tile_loadd(6, block + 2 * kPart, kLine);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (NP > 3) {
+      _tile_loadd(7, block + 3 * kPart, kLine);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  store_sums<NP>(out, kPanel, ldo);
+}
+
+// The same for weights of 8 bits and inputs of 16, whose tiles alternate: high halves (signed), low halves (not). Sums of
+// integers are exact; `unit` is what one of a row's inputs is worth.
+template <int NP>
+void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, const float* unit, int rows, float* out,
+                    const Ahead& ahead) {
+  const Panel p0(panel, stride), p1(panel + (NP > 1) * stride, stride);
+  settle();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t at = 0; at < stride; at += kTile) {
+    call_for(ahead, at);
+    _tile_loadd(4, inputs + 2 * at, kLine);
+    _tile_loadd(5, inputs + 2 * at + kTile, kLine);
+    _tile_loadd(6, p0.at(at), kLine);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbusd(1, 5, 6);
+    if constexpr (NP > 1) {
+      _tile_loadd(7, p1.at(at), kLine);
+      _tile_dpbssd(2, 4, 7);
+      _tile_dpbusd(3, 5, 7);
+    }
+  }
+  alignas(64) int32_t sums[2 * NP][kRows * kPanel];
+  _tile_stored(0, sums[0], kLine);
+  _tile_stored(1, sums[1], kLine);
+  if constexpr (NP > 1) {
+    _tile_stored(2, sums[2], kLine);
+    _tile_stored(3, sums[3], kLine);
+  }
+  for (int p = 0; p < NP; ++p)
+    for (int r = 0; r < rows; ++r) {
+      const vi high = *reinterpret_cast<const vi*>(sums[2 * p] + r * kPanel);
+      const vi low = *reinterpret_cast<const vi*>(sums[2 * p + 1] + r * kPanel);
+      const vf sum = __builtin_convertvector(high, vf) * 256.0f + __builtin_convertvector(low, vf);
+      store(out + (p * rows + r) * kPanel, sum * unit[r]);
+    }
+}
+
+// However many panels, `stride` bytes apart: out[p][row][16].
+inline void pairs(const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs, int rows, float* out,
+                  const Ahead& ahead) {
+  const size_t apart = size_t(rows) * kPanel;
+  while (panels > 0) {
+    const uint8_t* each[4] = {panel, panel + stride, panel + 2 * stride, panel + 3 * stride};
+    const int together = panels >= 4 ? 4 : panels >= 2 ? 2 : 1;
+    if (together == 4) multiply_pairs<4>(each, stride, inputs, out, apart, kPanel, ahead);
+    else if (together == 2) multiply_pairs<2>(each, stride, inputs, out, apart, kPanel, ahead);
+    else multiply_pairs<1>(each, stride, inputs, out, apart, kPanel, ahead);
+    panels -= together, panel += together * stride, out += together * apart;
+  }
+}
+inline void bytes(const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs, const float* unit, int rows,
+                  float* out, const Ahead& ahead) {
+  const size_t apart = size_t(rows) * kPanel;
+  for (; panels >= 2; panels -= 2, panel += 2 * stride, out += 2 * apart)
+    multiply_bytes<2>(panel, stride, inputs, unit, rows, out, ahead);
+  if (panels > 0) multiply_bytes<1>(panel, stride, inputs, unit, rows, out, ahead);
+}
+
+#else
+
+constexpr bool usable() { return false; }
+struct Tiles {
+  void shape(int, int = kRows) {}
+};
+inline void pairs(const uint8_t*, size_t, int, const uint8_t*, int, float*, const Ahead&) {}
+inline void bytes(const uint8_t*, size_t, int, const uint8_t*, const float*, int, float*, const Ahead&) {}
+
+#endif
+
+}  // namespace hostler::amx
