@@ -14,46 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.workers.decoders import VOCABULARY, decoder_of, last_row, logits, opened, reference_logits
 from workers.engine import Finish, GenerationRequest, LoadSpec, SamplingParams, TokenPrompt
 from workers.text import proving
-from workers.text.attention import PagedCache
 from workers.text.describe import NotSupported, describe
-from workers.text.directory import LoadedModel, read_directory
-from workers.text.eager import ModelRunner
-from workers.text.kv_cache import KVShape, blocks_for
+from workers.text.directory import read_directory
 from workers.text.loader import load
 from workers.text.native import build
-from workers.text.native.decoder import NativeDecoder
-from workers.text.native.runner import PROBE_TOKENS, NativeRunner, agree, probe
+from workers.text.native.runner import agree, probe
 from workers.text.opening import open_native, open_recipe, open_runner, open_text_engine, recipe_of
-from workers.text.threads import Threads
-
-VOCABULARY = 1024
-
-
-def opened(path: Path, **fields: Any) -> tuple[LoadedModel, LoadSpec]:
-    spec = LoadSpec(model="tiny", path=str(path), **{"dtype": "float32", "num_threads": 1, **fields})
-    return load(spec, lambda *_: None), spec
-
-
-def decoder_of(loaded: LoadedModel, weights: str, *, cache: str = "float32", num_threads: int = 2) -> NativeRunner:
-    description = describe(loaded.decoder, loaded.head, loaded.text_config)
-    decoder = NativeDecoder(
-        build.build(), description, weights=weights, cache=cache, num_blocks=16, num_threads=num_threads
-    )
-    return NativeRunner(decoder, num_threads)
-
-
-def reference_logits(loaded: LoadedModel) -> torch.Tensor:
-    shape = KVShape(
-        loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
-    )
-    runner = ModelRunner(loaded.model, PagedCache(shape, torch.float32, torch.device("cpu")), Threads(1, 1))
-    return torch.cat([runner.run_packed(step) for step in probe(VOCABULARY)])
-
-
-def logits(runner: NativeRunner) -> torch.Tensor:
-    return torch.cat([runner.run_packed(step) for step in probe(VOCABULARY)])
 
 
 @pytest.fixture
@@ -86,23 +55,14 @@ def test_narrow_weights_stay_near_the_wide_ones(tiny_model: Path, weights: str, 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 def test_a_row_is_computed_alike_in_any_company_and_by_any_number_of_threads(tiny_model: Path, weights: str) -> None:
     loaded, _ = opened(tiny_model)
-    first, *_ = probe(VOCABULARY)
 
-    def last_row(num_threads: int, *, alone: bool) -> np.ndarray[Any, Any]:
-        decoder = decoder_of(loaded, weights, cache="bfloat16", num_threads=num_threads).decoder
-        rows = 7 if alone else 21
-        return decoder.step(
-            tokens=np.tile(first.tokens, rows // 7),
-            positions=np.tile(first.positions, rows // 7),
-            sequences=np.asarray([[7 * i, 7, 0, i] for i in range(rows // 7)], np.int32),
-            tables=np.arange(rows // 7, dtype=np.int32)[:, None],
-            logit_rows=np.asarray([rows - 1], np.int32),
-            num_threads=num_threads,
-        )
+    def row(num_threads: int, num_sequences: int) -> np.ndarray[Any, Any]:
+        runner = decoder_of(loaded, weights, cache="bfloat16", num_threads=num_threads)
+        return last_row(runner, num_sequences, num_threads)
 
-    expected = last_row(1, alone=True)
-    for threads, alone in ((1, False), (2, True), (2, False), (3, False)):
-        np.testing.assert_array_equal(last_row(threads, alone=alone), expected)
+    expected = row(1, 1)
+    for num_threads, num_sequences in ((1, 3), (2, 1), (2, 3), (3, 3), (2, 9)):
+        np.testing.assert_array_equal(row(num_threads, num_sequences), expected)
 
 
 def test_what_an_earlier_owner_left_in_a_block_reaches_nobody(tiny_model: Path) -> None:

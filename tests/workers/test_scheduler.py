@@ -283,6 +283,26 @@ def test_what_prompts_cost_alone_tells_what_they_cost_beside_streams() -> None:
     assert pace.chunk_tokens(8, 1) == pytest.approx(ALONE * 10 / 0.3, abs=2)
 
 
+def test_a_step_of_more_sequences_than_were_ever_seen_is_not_taken_for_a_short_one() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.observe(1, 0, 0.012)
+        pace.observe(4, 0, 0.015)
+        pace.observe(0, 90, 0.012 + 90 * 0.0002)
+    assert pace.expected_s(12) == pytest.approx(0.023)
+    pace.observe(12, 60, 0.023 + 60 * 0.0002)
+    assert pace.chunk_tokens(12, 1) == pytest.approx(ALONE * 23 / 0.2, abs=5)
+
+
+def test_the_smallest_chunks_lead_out_of_a_wrong_belief() -> None:
+    pace = taught(0.010, 0.001)
+    pace.base_s[12] = 0.001
+    assert pace.chunk_tokens(12, 1) == MIN_CHUNK
+    for _ in range(30):
+        pace.observe(12, MIN_CHUNK, 0.030 + MIN_CHUNK * 0.001)
+    assert pace.chunk_tokens(12, 1) == pytest.approx(ALONE * 30, abs=2)
+
+
 def test_one_step_that_lost_its_cores_changes_little() -> None:
     pace = taught(0.060, 0.001, fixed_s=0.005, chunks=(8, 24))
     usual = pace.chunk_tokens(8, 1)

@@ -56,7 +56,9 @@ class ChunkCost:
 
     @property
     def token_s(self) -> float:
-        """Each token's time: all of what they add, less what seems to be fixed."""
+        """Each token's time: all of what they add, less what seems to be fixed. 0 before any was seen."""
+        if not self.tokens:
+            return 0.0
         mean_s = self.added_s / self.tokens
         doubt = (_SPREAD * self.tokens) ** 2
         seen_s = (self._covariance + doubt * mean_s) / (self._variance + doubt)
@@ -84,17 +86,23 @@ class Pace:
     cost: ChunkCost = field(default_factory=ChunkCost)
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, spent_s: float) -> None:
-        """Learn from one step."""
-        if num_prompt_tokens == 0:
+        """Learn from one step.
+
+        The smallest chunks tell how long a step takes without them, nothing else: they are taken where prompt tokens
+        look dear, perhaps because a step of so many sequences has never been seen alone.
+        """
+        if num_decoding and num_prompt_tokens <= MIN_CHUNK:
+            alone_s = max(spent_s / 2, spent_s - num_prompt_tokens * self.cost.token_s)
             known = self.base_s.get(num_decoding)
-            self.base_s[num_decoding] = spent_s if known is None else known + _WEIGHT * (spent_s - known)
+            self.base_s[num_decoding] = alone_s if known is None else known + _WEIGHT * (alone_s - known)
         elif num_prompt_tokens >= MIN_CHUNK:
             self.cost.observe(num_prompt_tokens, max(0.0, spent_s - self.expected_s(num_decoding)))
 
     def expected_s(self, num_decoding: int) -> float:
-        """Return how long a step of so many decoding sequences takes: as seen, else between its neighbours.
+        """Return how long a step of so many decoding sequences takes: as seen, else on the line through its neighbours.
 
-        Of none, as long as of the fewest: it reads all weights, too, and what its prompt tokens add is the rest.
+        Of more than were ever seen, on the line through the fewest and the most. Of none, as long as of the fewest: it
+        reads all weights, too, and what its prompt tokens add is the rest.
         """
         if not self.base_s:
             return 0.0
@@ -102,10 +110,14 @@ class Pace:
             return self.base_s[num_decoding]
         below = max((n for n in self.base_s if n < num_decoding), default=None)
         above = min((n for n in self.base_s if n > num_decoding), default=None)
-        if below is None or above is None:
-            return self.base_s[below if above is None else above]  # type: ignore[index]
+        if below is None:
+            return self.base_s[above]  # type: ignore[index]
+        if above is None:
+            below, above = min(self.base_s), below
+            if below == above:
+                return self.base_s[above]
         share = (num_decoding - below) / (above - below)
-        return self.base_s[below] + share * (self.base_s[above] - self.base_s[below])
+        return self.base_s[below] + share * max(0.0, self.base_s[above] - self.base_s[below])
 
     def chunk_tokens(self, num_decoding: int, num_waiting: int) -> int:
         """Return the most prompt tokens of the next step.

@@ -44,34 +44,43 @@ inline bool usable() {
   return granted;
 }
 
+// Compilers do not know what the instructions for tiles read: before one of them, everything has to be written.
+inline void settle(const void* what = nullptr) { asm volatile("" ::"r"(what) : "memory"); }
+
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
 };
 
-// The calling thread's tiles while this lives: 0 to 3 hold sums, 4 and 5 inputs (`rows` rows each), 6 and 7 weights.
+// The calling thread's tiles while this lives: 0 to 3 hold sums, 4 and 5 inputs, 6 and 7 weights.
 class Tiles {
  public:
   ~Tiles() {
     if (rows_) _tile_release();
   }
-  // Sets how many rows products have, and how many inputs of an output a line of a weight's tile covers (in lines).
+  // For products of so many rows, 16 at most, with `depth` lines of a weight at once.
   void shape(int rows, int depth = kRows) {
-    if (rows == rows_ && depth == depth_) return;
-    Configuration c;
-    for (int t = 0; t < 8; ++t) c.bytes[t] = kLine, c.rows[t] = uint8_t(t < 6 ? rows : depth);
-    c.bytes[4] = c.bytes[5] = uint16_t(depth * 4);
-    asm volatile("ldtilecfg %0" ::"m"(c));
-    rows_ = rows, depth_ = depth;
+    if (rows != rows_ || depth != depth_) load(rows, rows, depth);
+  }
+  // For products of 17 to 32 rows: tiles 2, 3 and 5 belong to those beyond 16.
+  void shape_two(int rows) {
+    if (rows != rows_) load(kRows, rows - kRows, kRows);
+    rows_ = rows;
   }
 
  private:
+  void load(int rows, int more, int depth) {
+    Configuration c;
+    const int rows_of[8] = {rows, rows, more, more, rows, more, depth, depth};
+    for (int t = 0; t < 8; ++t) c.bytes[t] = kLine, c.rows[t] = uint8_t(rows_of[t]);
+    c.bytes[4] = c.bytes[5] = uint16_t(depth * 4);
+    settle(&c);
+    _tile_loadconfig(&c);
+    rows_ = rows, depth_ = depth;
+  }
   int rows_ = 0, depth_ = 0;
 };
-
-// Compilers do not know that tile loads read memory.
-inline void settle() { asm volatile("" ::: "memory"); }
 
 // A panel's tiles one after another; the last, where inputs run out, filled up with zeros.
 class Panel {
@@ -139,6 +148,38 @@ void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* i
   store_sums<NP>(out, apart, ldo);
 }
 
+// 17 to 32 rows times one or two panels: every tile that is loaded serves twice. The rows beyond 16 begin at `more`.
+template <int NP>
+void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, const uint8_t* more, float* out,
+                  size_t apart, const Ahead& ahead) {
+  const Panel p0(panels[0], bytes), p1(panels[NP - 1], bytes);
+  settle();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t at = 0; at < bytes; at += kTile) {
+    call_for(ahead, at);
+    _tile_loadd(4, inputs + at, kLine);
+    _tile_loadd(6, p0.at(at), kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, more + at, kLine);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (NP > 1) {
+      _tile_loadd(7, p1.at(at), kLine);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr size_t kLater = size_t(kRows) * kPanel;
+  _tile_stored(0, out, kLine);
+  _tile_stored(2, out + kLater, kLine);
+  if constexpr (NP > 1) {
+    _tile_stored(1, out + apart, kLine);
+    _tile_stored(3, out + apart + kLater, kLine);
+  }
+}
+
 // The same with a panel's inputs spread over `count` blocks of 16, each block NP panels of 8 lines, beginning at memory(i).
 // Rows are (inputs, `lda` bytes apart).
 template <int NP, class Memory>
@@ -174,7 +215,7 @@ void multiply_blocks(int count, const Memory& memory, const bf16* inputs, size_t
 // integers are exact; `unit` is what one of a row's inputs is worth.
 template <int NP>
 void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, const float* unit, int rows, float* out,
-                    const Ahead& ahead) {
+                    size_t apart, const Ahead& ahead) {
   const Panel p0(panel, stride), p1(panel + (NP > 1) * stride, stride);
   settle();
   _tile_zero(0);
@@ -206,39 +247,49 @@ void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, 
       const vi high = *reinterpret_cast<const vi*>(sums[2 * p] + r * kPanel);
       const vi low = *reinterpret_cast<const vi*>(sums[2 * p + 1] + r * kPanel);
       const vf sum = __builtin_convertvector(high, vf) * 256.0f + __builtin_convertvector(low, vf);
-      store(out + (p * rows + r) * kPanel, sum * unit[r]);
+      store(out + p * apart + r * kPanel, sum * unit[r]);
     }
 }
 
-// However many panels, `stride` bytes apart: out[p][row][16].
-inline void pairs(const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs, int rows, float* out,
-                  const Ahead& ahead) {
+// However many panels, `stride` bytes apart, and up to 32 rows, those beyond 16 at `more`: out[p][r][16].
+inline void pairs(Tiles& tiles, const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs,
+                  const uint8_t* more, int rows, float* out, const Ahead& ahead) {
   const size_t apart = size_t(rows) * kPanel;
+  const int most = rows > kRows ? 2 : 4;
+  if (rows > kRows) tiles.shape_two(rows);
+  else tiles.shape(rows);
   while (panels > 0) {
     const uint8_t* each[4] = {panel, panel + stride, panel + 2 * stride, panel + 3 * stride};
-    const int together = panels >= 4 ? 4 : panels >= 2 ? 2 : 1;
-    if (together == 4) multiply_pairs<4>(each, stride, inputs, out, apart, kPanel, ahead);
+    const int together = panels >= most ? most : panels >= 2 ? 2 : 1;
+    if (rows > kRows && together == 2) multiply_two<2>(each, stride, inputs, more, out, apart, ahead);
+    else if (rows > kRows) multiply_two<1>(each, stride, inputs, more, out, apart, ahead);
+    else if (together == 4) multiply_pairs<4>(each, stride, inputs, out, apart, kPanel, ahead);
     else if (together == 2) multiply_pairs<2>(each, stride, inputs, out, apart, kPanel, ahead);
     else multiply_pairs<1>(each, stride, inputs, out, apart, kPanel, ahead);
     panels -= together, panel += together * stride, out += together * apart;
   }
 }
-inline void bytes(const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs, const float* unit, int rows,
-                  float* out, const Ahead& ahead) {
-  const size_t apart = size_t(rows) * kPanel;
-  for (; panels >= 2; panels -= 2, panel += 2 * stride, out += 2 * apart)
-    multiply_bytes<2>(panel, stride, inputs, unit, rows, out, ahead);
-  if (panels > 0) multiply_bytes<1>(panel, stride, inputs, unit, rows, out, ahead);
+inline void bytes(Tiles& tiles, const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs,
+                  const uint8_t* more, const float* unit, int rows, float* out, const Ahead& ahead) {
+  for (int row = 0; row < rows; row += kRows) {
+    const int count = rows - row < kRows ? rows - row : kRows;
+    tiles.shape(count);
+    for (int p = 0; p < panels; p += 2) {
+      float* to = out + (size_t(p) * rows + row) * kPanel;
+      const uint8_t *first = panel + p * stride, *rows_of = row ? more : inputs;
+      if (p + 1 < panels) multiply_bytes<2>(first, stride, rows_of, unit + row, count, to, size_t(rows) * kPanel, ahead);
+      else multiply_bytes<1>(first, stride, rows_of, unit + row, count, to, size_t(rows) * kPanel, ahead);
+    }
+  }
 }
 
 #else
 
 constexpr bool usable() { return false; }
-struct Tiles {
-  void shape(int, int = kRows) {}
-};
-inline void pairs(const uint8_t*, size_t, int, const uint8_t*, int, float*, const Ahead&) {}
-inline void bytes(const uint8_t*, size_t, int, const uint8_t*, const float*, int, float*, const Ahead&) {}
+struct Tiles {};
+inline void pairs(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, int, float*, const Ahead&) {}
+inline void bytes(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, const float*, int, float*,
+                  const Ahead&) {}
 
 #endif
 

@@ -44,10 +44,16 @@ inline void write_position(const Cache& cache, uint8_t* block, int slot, const f
   narrow_all(key, dim, rounded);
   for (int d = 0; d < dim; d += 2) std::memcpy(block + d * kBlock * 2 + slot * 4, rounded + d, 4);
   narrow_all(value, dim, rounded);
-  auto* sums = reinterpret_cast<bf16*>(values) + slot / 2 * kPanel * 2 + slot % 2;
+  auto* sums = reinterpret_cast<bf16*>(values) + slot / 2 * kPanel * 2;
   for (int p = 0; p < dim; p += kPanel, sums += kBlock * kPanel) {
-    for (int d = 0; d < kPanel; ++d) sums[d * 2] = rounded[p + d];
+#if defined(__AVX512BF16__)
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded + p)));
+    if (slot % 2) _mm512_mask_storeu_epi16(sums, 0xaaaaaaaau, _mm512_slli_epi32(wide, 16));
+    else _mm512_mask_storeu_epi16(sums, clears ? 0xffffffffu : 0x55555555u, wide);
+#else
+    for (int d = 0; d < kPanel; ++d) sums[d * 2 + slot % 2] = rounded[p + d];
     for (int d = 0; clears && d < kPanel; ++d) sums[d * 2 + 1] = 0;
+#endif
   }
 }
 
@@ -103,11 +109,8 @@ inline float* scratch(size_t floats) {
   return memory.get();
 }
 
-// Turns scores of positions `begin …` (row r sees lo … its own) into probabilities, in place.
-inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
-  for (int i = begin; i < lo; ++i) scores[i - begin] = 0.0f;
-  float* s = scores + (lo - begin);
-  const int n = hi - lo;
+// Turns scores of positions lo … hi - 1, the first of them at `s`, into e^(score - greatest), in place; returns their sum.
+inline float exponentiate(float* s, int n) {
   const float lowest = -INFINITY;
   vf peaks = splat(lowest);
   int i = 0;
@@ -130,8 +133,17 @@ inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
     for (int j = 0; i + j < n; ++j) s[i + j] = rest[j];
     totals += e;
   }
-  const float inverse = 1.0f / sum(totals);
-  for (i = 0; i + W <= n; i += W) store(s + i, load(s + i) * inverse);
+  return sum(totals);
+}
+
+// Turns scores of positions `begin …` (row r sees lo … its own) into probabilities, in place.
+inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
+  for (int i = begin; i < lo; ++i) scores[i - begin] = 0.0f;
+  float* s = scores + (lo - begin);
+  const int n = hi - lo;
+  const float inverse = 1.0f / exponentiate(s, n);
+  int i = 0;
+  for (; i + W <= n; i += W) store(s + i, load(s + i) * inverse);
   for (; i < n; ++i) s[i] *= inverse;
   for (int j = n; lo + j < begin + padded; ++j) s[j] = 0.0f;
 }
@@ -216,10 +228,16 @@ inline void attend_tiles(const Cache& cache, int layer, int head, const int32_t*
     else amx::multiply_pairs<1>(keys, cache.half(), queries, to, kBlock, padded, {});
     b += together;
   }
+  float inverse[kQueries];
   for (int r = 0; r < rows; ++r) {
-    const int lo = window ? std::max(0, q.position[r] - window + 1) : 0;
-    softmax(scores + size_t(r) * padded, span.begin(), padded, lo, q.position[r] + 1);
-    narrow_all(scores + size_t(r) * padded, padded, weights + r * ldp);
+    const int lo = (window ? std::max(0, q.position[r] - window + 1) : 0) - span.begin();
+    const int n = q.position[r] + 1 - span.begin() - lo;
+    float* of_row = scores + size_t(r) * padded;
+    bf16* to = weights + r * ldp;
+    inverse[r] = 1.0f / exponentiate(of_row + lo, n);
+    std::memset(to, 0, lo * sizeof(bf16));
+    narrow_all(of_row + lo, n, to + lo);
+    std::memset(to + lo + n, 0, (padded - lo - n) * sizeof(bf16));
   }
   // Of the last block only what was written: what an earlier owner left behind may be NaN.
   const uint8_t* last = cache.block(layer, table[span.last - 1], head) + cache.half();
@@ -241,7 +259,8 @@ inline void attend_tiles(const Cache& cache, int layer, int head, const int32_t*
     else amx::multiply_blocks<1>(blocks, memory, weights, ldp * sizeof(bf16), to, dim);
     p += together;
   }
-  for (int r = 0; r < rows; ++r) std::memcpy(q.out[r], sums + size_t(r) * dim, dim * sizeof(float));
+  for (int r = 0; r < rows; ++r)
+    for (int d = 0; d < dim; d += W) store(q.out[r] + d, load(sums + size_t(r) * dim + d) * inverse[r]);
 }
 #endif
 

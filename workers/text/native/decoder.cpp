@@ -20,10 +20,11 @@ void rms_norm(const float* x, const float* weight, float eps, int n, float* out)
   for (int i = 0; i < n; i += W) store(out + i, load(x + i) * scale * load(weight + i));
 }
 
+constexpr int kRowsPerChunk = 4;
+
 // Runs body(row) for each row: here when they are few, else on the pool in blocks.
 template <class Body>
 void each_row(Pool& pool, int rows, const Body& body) {
-  constexpr int kRowsPerChunk = 4;
   if (rows <= kRowsPerChunk) {
     for (int r = 0; r < rows; ++r) body(r);
     return;
@@ -110,10 +111,11 @@ void attention(Model& m, const Step& step, const Layer& layer, int index, const 
 }
 
 // Norms and rotates queries and keys of each row, scales queries, and writes keys and values to the cache.
-void place(Model& m, const Step& step, const Layer& layer, int index, const std::vector<int32_t>& owner) {
+void place(Model& m, const Step& step, const Layer& layer, int index, const std::vector<int32_t>& owner,
+           const std::vector<int32_t>& places) {
   const auto& c = m.config;
   const int half = c.rotary_dim / 2;
-  each_row(m.pool, step.rows, [&](int r) {
+  auto body = [&](int r) {
     float* row = m.qkv.get() + size_t(r) * m.qkv_width();
     const SequenceRows& s = step.sequence[owner[r]];
     for (int h = 0; h < c.heads + c.kv_heads; ++h) {
@@ -132,7 +134,23 @@ void place(Model& m, const Step& step, const Layer& layer, int index, const std:
       const float* key = row + size_t(c.heads + h) * c.head_dim;
       write_position(m.cache, m.cache.block(index, block, h), position % kBlock, key, key + c.kv_heads * c.head_dim, last);
     }
+  };
+  m.pool.run(int(places.size()) - 1, [&](int i) {
+    for (int r = places[i]; r < places[i + 1]; ++r) body(r);
   });
+}
+
+// Where to cut a step's rows for `place`: a few at a time, but never between two of one block, whose lines two threads would
+// take from each other.
+std::vector<int32_t> cut(const Step& step, const std::vector<int32_t>& owner) {
+  std::vector<int32_t> places = {0};
+  for (int r = 1; r < step.rows; ++r) {
+    const SequenceRows& s = step.sequence[owner[r]];
+    const bool same_block = owner[r] == owner[r - 1] && (s.start + r - s.first_row) % kBlock != 0;
+    if (r - places.back() >= kRowsPerChunk && !same_block) places.push_back(r);
+  }
+  places.push_back(step.rows);
+  return places;
 }
 
 void embed(Model& m, const Step& step) {
@@ -167,6 +185,7 @@ void run(Model& m, const Step& step) {
       for (int h = 0; h < c.kv_heads; ++h) items.push_back({s, h, first, std::min(most, queries - first)});
     for (int r = 0; r < step.sequence[s].rows; ++r) owner[step.sequence[s].first_row + r] = s;
   }
+  const std::vector<int32_t> places = cut(step, owner);
   if (step.adapter) m.adapters.begin(step.rows, [&](int row) { return step.adapter[owner[row]]; });
   else m.adapters.begin();
   embed(m, step);
@@ -190,7 +209,7 @@ void run(Model& m, const Step& step) {
                               out + (p * count + r) * kPanel, 64);
             }, to_qkv);
     took(LINEAR);
-    place(m, step, layer, l, owner);
+    place(m, step, layer, l, owner, places);
     attention(m, step, layer, l, items);
     took(ATTENTION);
     add_product(m, l, OUT, m.attended.get(), size_t(c.heads) * c.head_dim, step.rows);

@@ -129,8 +129,9 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
   const bool expand = way == Way::PAIRS ? w.kind == Kind::I4
                                         : way != Way::BYTES && (w.kind == Kind::I8 || w.kind == Kind::I4) && rows >= kExpandRows;
   const size_t wide_stride = size_t(w.k) * kPanel * (way == Way::FLOATS ? 4 : 2), stride = expand ? wide_stride : w.stride;
-  const int tiles = (rows + (matrix ? amx::kRows : kRows) - 1) / (matrix ? amx::kRows : kRows);
-  int step = matrix ? 4 : wide(std::min(rows, kRows));
+  constexpr int kMatrixRows = 2 * amx::kRows;
+  const int most = matrix ? kMatrixRows : kRows, tiles = (rows + most - 1) / most;
+  int step = !matrix ? wide(std::min(rows, kRows)) : rows <= amx::kRows ? 4 : 2;
   // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
   // them from tile to tile, or threads would run out of pieces at different times.
   const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
@@ -141,7 +142,7 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
   inputs.prepare(pool, way, a, lda, rows, w.k);
   pool.run((w.panels + step - 1) / step, [&](int item) {
     const int first = item * step, panels = std::min(step, w.panels - first);
-    alignas(64) float out[std::max(kWide * kRows, 4 * amx::kRows) * kPanel];
+    alignas(64) float out[std::max(kWide * kRows, 4 * amx::kRows) * kPanel];  // or 2 * kMatrixRows
     thread_local Buffer<float> wide_panels;
     thread_local size_t wide_size = 0;
     const uint8_t* panel = w.panel(first);
@@ -156,8 +157,8 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
     }
     amx::Tiles registers;
     for (int t = 0; t < tiles; ++t) {
-      const int row = matrix ? t * amx::kRows : int(int64_t(rows) * t / tiles);
-      const int count = (matrix ? std::min(rows, row + amx::kRows) : int(int64_t(rows) * (t + 1) / tiles)) - row;
+      const int row = matrix ? t * most : int(int64_t(rows) * t / tiles);
+      const int count = (matrix ? std::min(rows, row + most) : int(int64_t(rows) * (t + 1) / tiles)) - row;
       // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
       // others take those between.
       amx::Ahead ahead;
@@ -167,9 +168,9 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
         if (t + tiles < panels && next + tiles < w.panels) ahead.apart = tiles * w.stride;
       }
       if (matrix) {
-        registers.shape(count);
-        if (way == Way::PAIRS) amx::pairs(panel, stride, panels, inputs.tiles(row), count, out, ahead);
-        else amx::bytes(panel, stride, panels, inputs.tiles(row), inputs.units(row), count, out, ahead);
+        const uint8_t *these = inputs.tiles(row), *more = inputs.tiles(row + amx::kRows);
+        if (way == Way::PAIRS) amx::pairs(registers, panel, stride, panels, these, more, count, out, ahead);
+        else amx::bytes(registers, panel, stride, panels, these, more, inputs.units(row), count, out, ahead);
       } else {
         const Ahead lines{ahead.memory ? ahead.memory : panel, ahead.apart};
         const float* x = inputs.at(row);
