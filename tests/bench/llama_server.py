@@ -33,6 +33,10 @@ _CMAKE = (
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )
 
+# GCC 12 does not know that this reads all of `tc`, and leaves out what was written to it: with quantized weights the
+# server died at its first product on processors with AMX.
+_MENDED = ("ggml/src/ggml-cpu/amx/mmq.cpp", "_tile_loadconfig(&tc);", 'asm volatile("" ::"r"(&tc) : "memory");')
+
 Weights = Literal["bf16", "q8_0"]
 
 
@@ -80,7 +84,7 @@ class LlamaServer:
         Raises:
             Skip: no compiler, or a step failed.
         """
-        recipe = f"{SOURCE}=={BUILD} {' '.join(_CMAKE)}"
+        recipe = f"{SOURCE}=={BUILD} {' '.join((*_CMAKE, *_MENDED))}"
         self._environment.ensure(recipe, self._build, say, "building llama.cpp (once, about ten minutes)")
         self._convert("bf16", self._from_safetensors, say)
         if self._weights == "q8_0":
@@ -95,6 +99,9 @@ class LlamaServer:
             (archive,) = Path(scratch).glob("*.tar.gz")
             with tarfile.open(archive) as source:
                 source.extractall(directory / "source", filter="data")
+        name, line, before = _MENDED
+        file = self._source() / name
+        file.write_text(file.read_text(encoding="utf-8").replace(line, f"{before} {line}"), encoding="utf-8")
         # Its converter wants this package to be there, though it uses it for other models only.
         run_step([*pip, "install", "--quiet", "--no-deps", "--target", str(directory / "python"), "sentencepiece"])
         run_step(["cmake", "-S", str(self._source()), "-B", str(directory / "build"), *_CMAKE])

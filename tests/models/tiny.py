@@ -115,6 +115,20 @@ def _gemma3() -> Any:
     return Gemma3ForCausalLM(config)
 
 
+def _qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36, "norm_topk_prob": False}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SIZES, "num_hidden_layers": 3}, **experts, mlp_only_layers=[1]))
+
+
+def _mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**_UNTIED, **experts, sliding_window=32))
+
+
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "qwen3": _qwen3,
     "llama": _llama,
@@ -125,6 +139,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 """qwen3: query and key norms; qwen2: biases; mistral: a sliding window of 32 tokens in every layer;
 gemma3: one sliding and one full layer. All have 4 heads and 2 key-value heads; qwen3 and mistral tie their output
 projection to the embedding."""
+
+WITH_EXPERTS: dict[str, Callable[[], Any]] = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral}
+"""qwen3_moe: two of six experts for a token, shares as they are, one layer without; mixtral: two of four, shares that
+add up to one, a sliding window of 32 tokens."""
 
 
 def cache_dir() -> Path:
@@ -137,9 +155,10 @@ def tiny_model(architecture: str = "qwen3") -> Path:
     """Return the directory of a tiny fp32 model, building it if it is not there yet.
 
     Raises:
-        KeyError: no such architecture; `ARCHITECTURES` has them all.
+        KeyError: no such architecture; `ARCHITECTURES` and `WITH_EXPERTS` have them all.
     """
-    return kept(cache_dir() / f"tiny-{architecture}", partial(_save, ARCHITECTURES[architecture]))
+    build = (ARCHITECTURES | WITH_EXPERTS)[architecture]
+    return kept(cache_dir() / f"tiny-{architecture}", partial(_save, build))
 
 
 def _save(build: Callable[[], Any], directory: Path) -> None:
@@ -204,5 +223,5 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    for each in ARCHITECTURES:
+    for each in ARCHITECTURES | WITH_EXPERTS:
         sys.stdout.write(f"{tiny_model(each)}\n")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models import tiny
 from tests.workers.decoders import VOCABULARY, decoder_of, last_row, logits, opened, reference_logits
 from workers.text.native import build
 from workers.text.native.runner import agree, probe
@@ -69,6 +70,14 @@ def test_each_architecture_agrees(library: Path, tiny_model_of_each_architecture
     loaded, _ = opened(tiny_model_of_each_architecture)
     expected = reference_logits(loaded)
     assert agree(logits(decoder_of(loaded, "bfloat16", cache="bfloat16", library=library)), expected, "bfloat16")
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("architecture", sorted(tiny.WITH_EXPERTS))
+def test_experts_agree(library: Path, architecture: str, weights: str) -> None:
+    loaded, _ = opened(tiny.tiny_model(architecture))
+    got = logits(decoder_of(loaded, weights, cache="bfloat16", library=library))
+    assert agree(got, reference_logits(loaded), weights, routed=True)
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])

@@ -1,9 +1,9 @@
 """Reads from a transformers module what `decoder.cpp` must know of it, or says why the kernels cannot run it.
 
 Above: `runner.py`. Below: transformers' modules, read only. The kernels know one shape of decoder: RMS norms, rotary
-positions in halves, grouped heads, a gated MLP. The families below have it; a description is proved against the
-module's own output before it serves (see `runner.py`), so a family that changes its arithmetic is noticed, not
-served wrongly.
+positions in halves, grouped heads, a gated MLP or several that a router chooses from. The families below have it; a
+description is proved against the module's own output before it serves (see `runner.py`), so a family that changes its
+arithmetic is noticed, not served wrongly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import torch
 
 from workers.text.adapters import AdaptedLayer
 
-FAMILIES = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"})
+FAMILIES = frozenset(
+    {
+        "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "gemma", "gemma3_text",
+        "granite",
+    }
+)  # fmt: skip
 _ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 _ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 
@@ -25,12 +30,37 @@ class NotSupported(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Mlp:
+    """A gated MLP's weights: gate and up (intermediate, hidden) each, and down (hidden, intermediate)."""
+
+    gate_up: tuple[torch.Tensor, torch.Tensor]
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """What chooses MLPs for a token, its experts.
+
+    Attributes:
+        weight: (experts, hidden); softmax of its outputs gives their shares.
+        chosen: how many see a token, those of the greatest shares.
+        normalized: whether the shares of the chosen are made to add up to one.
+    """
+
+    weight: torch.Tensor
+    chosen: int
+    normalized: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer's tensors, each as the module holds it.
 
     Attributes:
-        qkv, out, gate_up, down: (outputs, inputs) weights, those of one product together.
-        qkv_bias, out_bias: in the same order; empty for none.
+        qkv, out: (outputs, inputs) weights, those of one product together.
+        mlps: one, or as many as a router chooses from.
+        router: None for one.
+        qkv_bias, out_bias: in the same order as the weights; empty for none.
         norms: attention, after attention, MLP, after MLP, query, key; None where there is none.
         window: positions that a query sees, 0 for all.
         rope: which of the description's frequencies; -1 for no rotary positions.
@@ -38,8 +68,8 @@ class Layer:
 
     qkv: tuple[torch.Tensor, ...]
     out: torch.Tensor
-    gate_up: tuple[torch.Tensor, torch.Tensor]
-    down: torch.Tensor
+    mlps: tuple[Mlp, ...]
+    router: Router | None
     qkv_bias: tuple[torch.Tensor, ...]
     out_bias: tuple[torch.Tensor, ...]
     norms: tuple[torch.Tensor | None, ...]
@@ -102,12 +132,13 @@ def describe(decoder: Any, head: Any, config: Any) -> Description:
     embedding = decoder.embed_tokens
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     scale = getattr(embedding, "embed_scale", None)
+    layers = tuple(_layer(layer, rope_of(i), config) for i, layer in enumerate(decoder.layers))
     described = Description(
         hidden=int(config.hidden_size),
         heads=int(config.num_attention_heads),
         kv_heads=int(config.num_key_value_heads),
         head_dim=int(attention.head_dim),
-        intermediate=int(config.intermediate_size),
+        intermediate=max(int(mlp.down.shape[1]) for layer in layers for mlp in layer.mlps),
         vocab=int(head.weight.shape[0]),
         gelu=_ACTIVATIONS[activation],
         eps=float(config.rms_norm_eps),
@@ -117,7 +148,7 @@ def describe(decoder: Any, head: Any, config: Any) -> Description:
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
         logit_scale=1.0 / float(getattr(config, "logits_scaling", 1.0)),
         ropes=ropes,
-        layers=tuple(_layer(layer, rope_of(i), config) for i, layer in enumerate(decoder.layers)),
+        layers=layers,
         final_norm=_norm(decoder.norm),
         head=head.weight,
         embedding=None if tied else embedding.weight,
@@ -127,7 +158,10 @@ def describe(decoder: Any, head: Any, config: Any) -> Description:
 
 
 def described_layers(d: Description) -> dict[str, AdaptedLayer]:
-    """Return what adapters may add to, by its path in the module that was described: a plain text model of a family."""
+    """Return what adapters may add to, by its path in the module that was described: a plain text model of a family.
+
+    Not to experts: transformers keeps those of a layer as one tensor.
+    """
     query, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     shapes = {
         "self_attn.q_proj": (query, d.hidden),
@@ -140,14 +174,22 @@ def described_layers(d: Description) -> dict[str, AdaptedLayer]:
     }
     return {
         f"model.layers.{layer}.{name}": AdaptedLayer(layer, name, *shape)
-        for layer in range(len(d.layers))
+        for layer, described in enumerate(d.layers)
         for name, shape in shapes.items()
+        if described.router is None or not name.startswith("mlp.")
     }
 
 
 def _check(d: Description) -> None:
-    if d.hidden % 16 or d.head_dim % 16 or d.intermediate % 4 or d.head_dim > 512 or d.heads % d.kv_heads:
-        raise NotSupported(f"sizes {d.hidden}, {d.head_dim}, {d.intermediate}")
+    widths = {int(mlp.down.shape[1]) for layer in d.layers for mlp in layer.mlps}
+    if (
+        d.hidden % 16
+        or d.head_dim % 16
+        or any(width % 4 for width in widths)
+        or d.head_dim > 512
+        or d.heads % d.kv_heads
+    ):
+        raise NotSupported(f"sizes {d.hidden}, {d.head_dim}, {sorted(widths)}")
     if any(n is not None and n.numel() not in (d.hidden, d.head_dim) for layer in d.layers for n in layer.norms):
         raise NotSupported("norms over all heads together")
     if any(2 * rope.frequencies.numel() != 2 * d.ropes[0].frequencies.numel() for rope in d.ropes):
@@ -177,9 +219,8 @@ def _norm(module: Any) -> torch.Tensor:
 
 
 def _layer(layer: Any, rope: int, config: Any) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    if any(getattr(m, "bias", None) is not None for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        raise NotSupported("biases in the MLP")
+    attention = layer.self_attn
+    mlps, router = _mlps(layer.mlp, config)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     if hasattr(layer, "pre_feedforward_layernorm"):
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
@@ -188,16 +229,28 @@ def _layer(layer: Any, rope: int, config: Any) -> Layer:
         norms = [layer.input_layernorm, None, layer.post_attention_layernorm, None]
     norms += [getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
     window = attention.sliding_window if hasattr(attention, "sliding_window") else None
-    if config.model_type in ("mistral", "ministral") and window is None:
+    if config.model_type in ("mistral", "ministral", "mixtral") and window is None:
         window = getattr(config, "sliding_window", None)
     return Layer(
         qkv=tuple(p.weight for p in projections),
         out=attention.o_proj.weight,
-        gate_up=(mlp.gate_proj.weight, mlp.up_proj.weight),
-        down=mlp.down_proj.weight,
+        mlps=mlps,
+        router=router,
         qkv_bias=tuple(p.bias for p in projections if p.bias is not None),
         out_bias=(attention.o_proj.bias,) if attention.o_proj.bias is not None else (),
         norms=tuple(None if n is None else _norm(n) for n in norms),
         window=int(window or 0),
         rope=rope if getattr(attention, "use_rope", True) else -1,
     )
+
+
+def _mlps(mlp: Any, config: Any) -> tuple[tuple[Mlp, ...], Router | None]:
+    if not hasattr(mlp, "experts"):
+        if any(getattr(m, "bias", None) is not None for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+            raise NotSupported("biases in the MLP")
+        return (Mlp((mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight),), None
+    both, down = mlp.experts.gate_up_proj.detach(), mlp.experts.down_proj.detach()
+    width = down.shape[2]
+    mlps = tuple(Mlp((each[:width], each[width:]), back) for each, back in zip(both, down, strict=True))
+    normalized = bool(getattr(config, "norm_topk_prob", True))  # Mixtral's always are
+    return mlps, Router(mlp.gate.weight, int(config.num_experts_per_tok), normalized)

@@ -159,11 +159,12 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
     return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen, adapters)
 
 
-def proved(runner: NativeRunner, loaded: LoadedModel, weights: str) -> bool:
+def proved(runner: NativeRunner, loaded: LoadedModel, weights: str, *, routed: bool = False) -> bool:
     """Return whether the kernels' logits agree with the module's. May convert the module to another dtype, in place.
 
     Args:
         weights: how the kernels keep them.
+        routed: whether layers choose among experts.
     """
     shape = KVShape(
         loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
@@ -176,4 +177,4 @@ def proved(runner: NativeRunner, loaded: LoadedModel, weights: str) -> bool:
     steps = probe(int(loaded.head.weight.shape[0]))
     got = torch.cat([runner.run_packed(step) for step in steps])
     expected = torch.cat([reference.run_packed(step) for step in steps])
-    return agree(got, expected, weights)
+    return agree(got, expected, weights, routed=routed)

@@ -185,7 +185,8 @@ def open_native(directory: Directory, loaded: LoadedModel, spec: LoadSpec, libra
     runner = NativeRunner(decoder, _num_threads(spec))
     # Drafted before the proof, which may convert the module; towers are not in recipes.
     draft = recipe.draft(directory, description, loaded.model) if directory.config is directory.text else None
-    if not proved(runner, loaded, weights):
+    routed = any(layer.router is not None for layer in description.layers)
+    if not proved(runner, loaded, weights, routed=routed):
         runner.close()
         raise NotSupported("the kernels' logits differ from transformers'")
     for index, adapter in enumerate(loaded.adapters):

@@ -141,7 +141,9 @@ def sample(
         from workers.text.gpu.sampling import sample_there
 
         return sample_there(logits, rules, histories, masks or [None] * len(rules))
-    peaks, likeliest = logits.max(dim=-1)
+    values = logits.numpy()  # whose argmax takes a fourth of torch's time; it stops at a NaN
+    likeliest = values.argmax(axis=-1)
+    peaks = values[np.arange(len(values)), likeliest]
     tokens: list[int | None] = list(likeliest.tolist())
     for index, (rule, peak) in enumerate(zip(rules, peaks.tolist(), strict=True)):
         row = logits[index]

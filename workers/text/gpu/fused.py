@@ -109,6 +109,8 @@ class _Fused:
     """A layer: its products, those of the same rows together, and its norms."""
 
     def __init__(self, layer: Layer, module: Any) -> None:
+        if layer.router is not None:
+            raise NotSupported("layers with experts")
         attention, mlp = module.self_attn, module.mlp
         self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = _joined(attention.o_proj)

@@ -1,38 +1,18 @@
 // One step of a decoder-only transformer over a paged cache: token ids in, logits out, one call.
 //
 // Above: runner.py calls these C functions through ctypes (which releases the interpreter lock for the whole step).
-// Below: model.h, product.h, attention.h, lora.h. A model is what describe.py describes: RMS norms, rotary positions,
-// grouped heads, a gated MLP. Anything else stays with transformers' own definition.
+// Below: model.h, rows.h, product.h, attention.h, lora.h. A model is what describe.py describes: RMS norms, rotary positions,
+// grouped heads, a gated MLP or several to choose from. Anything else stays with transformers' own definition.
 #include <chrono>
 
 #include "model.h"
+#include "rows.h"
 
 using namespace hostler;
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
-  vf squares = {};
-  for (int i = 0; i < n; i += W) squares += load(x + i) * load(x + i);
-  const float scale = 1.0f / std::sqrt(sum(squares) / float(n) + eps);
-  for (int i = 0; i < n; i += W) store(out + i, load(x + i) * scale * load(weight + i));
-}
-
-constexpr int kRowsPerChunk = 4;
-
-// Runs body(row) for each row: here when they are few, else on the pool in blocks.
-template <class Body>
-void each_row(Pool& pool, int rows, const Body& body) {
-  if (rows <= kRowsPerChunk) {
-    for (int r = 0; r < rows; ++r) body(r);
-    return;
-  }
-  pool.run((rows + kRowsPerChunk - 1) / kRowsPerChunk, [&](int chunk) {
-    for (int r = chunk * kRowsPerChunk; r < std::min(rows, (chunk + 1) * kRowsPerChunk); ++r) body(r);
-  });
-}
 
 float widened(const Weight& w, int row, int input) {
   const uint8_t* panel = w.panel(row / kPanel);
@@ -42,20 +22,6 @@ float widened(const Weight& w, int row, int input) {
   }
   return w.kind == Kind::BF16 ? widen(reinterpret_cast<const bf16*>(panel)[input / 2 * kPanel * 2 + c * 2 + input % 2])
                               : reinterpret_cast<const float*>(panel)[input * kPanel + c];
-}
-
-// Half-split rotation (NeoX): the first rotary_dim / 2 dimensions pair with the next ones.
-void rotate(float* head, const float* cosines, const float* sines, int half) {
-  int i = 0;
-  for (; i + W <= half; i += W) {
-    const vf a = load(head + i), b = load(head + half + i), c = load(cosines + i), s = load(sines + i);
-    store(head + i, a * c - b * s);
-    store(head + half + i, b * c + a * s);
-  }
-  for (; i < half; ++i) {
-    const float a = head[i], b = head[half + i];
-    head[i] = a * cosines[i] - b * sines[i], head[half + i] = b * cosines[i] + a * sines[i];
-  }
 }
 
 // `a` (rows, …) times a layer's weight, perhaps normalized, scaled, added to x.
@@ -77,9 +43,7 @@ void add_product(Model& m, int layer, Which which, const float* a, size_t lda, i
   }
   float* target = m.normed.get();
   product(m.pool, w, a, lda, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
-    for (int p = 0; p < panels; ++p)
-      for (int r = 0; r < count; ++r)
-        std::memcpy(target + size_t(row + r) * c.hidden + (panel + p) * kPanel, out + (p * count + r) * kPanel, 64);
+    put(row, count, panel, panels, out, target, c.hidden);
   }, added);
   each_row(m.pool, rows, [&](int r) {
     float *t = target + size_t(r) * c.hidden, *x = m.x.get() + size_t(r) * c.hidden;
@@ -153,6 +117,47 @@ std::vector<int32_t> cut(const Step& step, const std::vector<int32_t>& owner) {
   return places;
 }
 
+// Adds to x what each row's experts make of its normed one.
+void mix(Model& m, const Experts& experts, int rows) {
+  const auto& c = m.config;
+  const int chosen = experts.chosen, count = int(experts.each.size());
+  const size_t wide = size_t(experts.router.panels) * kPanel, gated = size_t(experts.each[0].gate_up.panels) / 2 * kPanel;
+  product(m.pool, experts.router, m.normed.get(), c.hidden, rows, 1,
+          [&](int row, int n, int panel, int panels, const float* out) {
+            put(row, n, panel, panels, out, m.scores.get(), wide);
+          });
+  each_row(m.pool, rows, [&](int r) {
+    choose(m.scores.get() + r * wide, count, chosen, experts.normalized, &m.expert[r * chosen], &m.share[r * chosen]);
+  });
+  m.routing.line_up(m.expert.data(), rows, chosen, count);
+  const int lined_up = m.routing.rows();
+  each_row(m.pool, lined_up, [&](int place) {
+    std::memcpy(m.lined_up.get() + size_t(place) * c.hidden, m.normed.get() + size_t(m.routing.source(place)) * c.hidden,
+                size_t(c.hidden) * sizeof(float));
+  });
+  auto through = [&](Weight Expert::*which, int unit, const float* a, size_t lda, const auto& take) {
+    const std::vector<Job> jobs = m.routing.jobs(m.pool, experts, which, unit);
+    products(m.pool, jobs, a, lda, lined_up, m.routing.slots(),
+             [&](int j, int row, int n, int panel, int panels, const float* out) {
+               take(jobs[j].row + row, n, panel, panels, out);
+             });
+  };
+  through(&Expert::gate_up, 2, m.lined_up.get(), c.hidden, [&](int row, int n, int panel, int panels, const float* out) {
+    gate(c.gelu, row, n, panel, panels, out, m.gated.get(), gated);
+  });
+  through(&Expert::down, 1, m.gated.get(), gated, [&](int row, int n, int panel, int panels, const float* out) {
+    put(row, n, panel, panels, out, m.spread.get(), c.hidden);
+  });
+  each_row(m.pool, rows, [&](int r) {
+    float* x = m.x.get() + size_t(r) * c.hidden;
+    for (int i = 0; i < chosen; ++i) {
+      const float* from = m.spread.get() + size_t(m.routing.place(r, i, chosen)) * c.hidden;
+      const float share = m.share[r * chosen + i] * c.residual_scale;
+      for (int d = 0; d < c.hidden; d += W) store(x + d, load(x + d) + load(from + d) * share);
+    }
+  });
+}
+
 void embed(Model& m, const Step& step) {
   const auto& c = m.config;
   const Weight& table = m.embedding.data ? m.embedding : m.head;
@@ -195,7 +200,6 @@ void run(Model& m, const Step& step) {
       rms_norm(x + size_t(r) * c.hidden, weight.data(), c.eps, c.hidden, normed + size_t(r) * c.hidden);
     });
   };
-  const size_t gated_width = size_t(m.layers[0].weight[GATE_UP].panels) / 2 * kPanel;
   for (int l = 0; l < c.layers; ++l) {
     const Layer& layer = m.layers[l];
     norm_rows(layer.vector[ATTENTION_NORM]);
@@ -203,10 +207,7 @@ void run(Model& m, const Step& step) {
     const Added to_qkv = m.adapters.of(m.pool, l * WEIGHTS + QKV, layer.weight[QKV], normed, c.hidden);
     product(m.pool, layer.weight[QKV], normed, c.hidden, step.rows, 1,
             [&](int row, int count, int panel, int panels, const float* out) {
-              for (int p = 0; p < panels; ++p)
-                for (int r = 0; r < count; ++r)
-                  std::memcpy(m.qkv.get() + size_t(row + r) * width + (panel + p) * kPanel,
-                              out + (p * count + r) * kPanel, 64);
+              put(row, count, panel, panels, out, m.qkv.get(), width);
             }, to_qkv);
     took(LINEAR);
     place(m, step, layer, l, owner, places);
@@ -216,16 +217,16 @@ void run(Model& m, const Step& step) {
     took(LINEAR);
     norm_rows(layer.vector[MLP_NORM]);
     took(OTHER);
+    if (layer.experts.chosen) {
+      mix(m, layer.experts, step.rows);
+      took(LINEAR);
+      continue;
+    }
+    const size_t gated_width = size_t(layer.weight[GATE_UP].panels) / 2 * kPanel;
     const Added to_gate_up = m.adapters.of(m.pool, l * WEIGHTS + GATE_UP, layer.weight[GATE_UP], normed, c.hidden);
     product(m.pool, layer.weight[GATE_UP], normed, c.hidden, step.rows, 2,
             [&](int row, int count, int panel, int panels, const float* out) {
-              for (int p = 0; p < panels; p += 2)
-                for (int r = 0; r < count; ++r) {
-                  float* target = m.gated.get() + size_t(row + r) * gated_width + (panel + p) / 2 * kPanel;
-                  const float *g = out + (p * count + r) * kPanel, *u = g + count * kPanel;
-                  for (int v = 0; v < kPanel; v += W)
-                    store(target + v, (c.gelu ? gelu_tanh(load(g + v)) : silu(load(g + v))) * load(u + v));
-                }
+              gate(c.gelu, row, count, panel, panels, out, m.gated.get(), gated_width);
             }, to_gate_up);
     add_product(m, l, DOWN, m.gated.get(), gated_width, step.rows);
     took(LINEAR);
@@ -246,7 +247,11 @@ void run(Model& m, const Step& step) {
 }
 
 Weight& weight_of(Model& m, int layer, int which) {
-  if (layer >= 0) return m.layers[layer].weight[which];
+  if (layer >= 0 && which >= FIRST_EXPERT) {
+    Expert& expert = m.layers[layer].experts.each[(which - FIRST_EXPERT) / 2];
+    return (which - FIRST_EXPERT) % 2 ? expert.down : expert.gate_up;
+  }
+  if (layer >= 0) return which == ROUTER ? m.layers[layer].experts.router : m.layers[layer].weight[which];
   return which == 0 ? m.head : m.embedding;
 }
 
@@ -303,6 +308,13 @@ int hostler_add_low_rank(Model* m, int adapter, int layer, int which, const floa
   return -1;
 }
 
+// Has a layer mix experts: `chosen` of `count` for each row. Their weights are set afterwards.
+void hostler_set_experts(Model* m, int layer, int count, int chosen, int normalized) {
+  Experts& experts = m->layers[layer].experts;
+  experts.each.resize(count);
+  experts.chosen = chosen, experts.normalized = normalized != 0;
+}
+
 void hostler_set_layer(Model* m, int layer, int window, int rope) {
   m->layers[layer].window = window, m->layers[layer].rope = rope;
 }
@@ -336,8 +348,11 @@ int64_t hostler_weight_bytes(Model* m) {
     return int64_t(w.panels) * int64_t(w.stride) + scales;
   };
   int64_t total = bytes(m->head) + bytes(m->embedding);
-  for (const Layer& layer : m->layers)
+  for (const Layer& layer : m->layers) {
     for (const Weight& w : layer.weight) total += bytes(w);
+    total += bytes(layer.experts.router);
+    for (const Expert& expert : layer.experts.each) total += bytes(expert.gate_up) + bytes(expert.down);
+  }
   return total;
 }
 

@@ -20,7 +20,7 @@ from workers.text.describe import Description
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 STAGES = ("linear", "attention", "head", "other")
-_QKV, _OUT, _GATE_UP, _DOWN = range(4)
+_QKV, _OUT, _GATE_UP, _DOWN, _ROUTER, _FIRST_EXPERT = range(6)
 _HEAD, _EMBEDDING = 0, 1
 _GROUP = 32
 _PANEL = 16  # outputs that stand together in a packed weight
@@ -54,6 +54,7 @@ def _load(path: Path) -> Any:
     library.hostler_set_weight.argtypes = [pointer, number, number, number, number, pointer, pointer, *([number] * 3)]
     library.hostler_set_bias.argtypes = [pointer, number, number, pointer, number]
     library.hostler_set_vector.argtypes = [pointer, number, number, pointer, number]
+    library.hostler_set_experts.argtypes = [pointer, *([number] * 4)]
     library.hostler_set_layer.argtypes = [pointer, number, number, number]
     library.hostler_add_low_rank.argtypes = [pointer, *([number] * 3), pointer, pointer, *([number] * 5)]
     library.hostler_step.argtypes = [pointer, pointer]
@@ -126,8 +127,16 @@ class NativeDecoder:
         for index, layer in enumerate(model.layers):
             self._weight(index, _QKV, kind, layer.qkv)
             self._weight(index, _OUT, kind, (layer.out,))
-            self._weight(index, _GATE_UP, kind, layer.gate_up, interleave=True)
-            self._weight(index, _DOWN, kind, (layer.down,))
+            places = (_GATE_UP, _DOWN)
+            if (router := layer.router) is not None:
+                self._library.hostler_set_experts(self._model, index, len(layer.mlps), router.chosen, router.normalized)
+                # Rounded scores would choose other experts.
+                self._weight(index, _ROUTER, "float32", (router.weight,))
+                places = (_FIRST_EXPERT, _FIRST_EXPERT + 1)
+            for expert, mlp in enumerate(layer.mlps):
+                gate_up, down = (place + 2 * expert for place in places)
+                self._weight(index, gate_up, kind, mlp.gate_up, interleave=True)
+                self._weight(index, down, kind, (mlp.down,))
             for which, biases in ((_QKV, layer.qkv_bias), (_OUT, layer.out_bias)):
                 if biases:
                     values = torch.cat([b.detach().float() for b in biases]).numpy()

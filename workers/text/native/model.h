@@ -1,4 +1,4 @@
-// A packed model, its cache, its activations, and what a step is told. Above: decoder.cpp. Below: attention.h, lora.h.
+// A packed model, its cache, its activations, and what a step is told. Above: decoder.cpp. Below: attention.h, experts.h, lora.h.
 // decoder.py mirrors ModelConfig and Step field by field.
 #pragma once
 #include <sys/mman.h>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "lora.h"
 
 namespace hostler {
@@ -40,13 +41,15 @@ struct Step {
   const int32_t* adapter;        // (sequences,) of each, -1 for none; null when none has any
 };
 
-enum Which { QKV, OUT, GATE_UP, DOWN, WEIGHTS };
+// A layer's weights. Behind them its router, and for each expert what GATE_UP and DOWN are elsewhere.
+enum Which { QKV, OUT, GATE_UP, DOWN, WEIGHTS, ROUTER = WEIGHTS, FIRST_EXPERT };
 enum Vector { ATTENTION_NORM, ATTENTION_POST_NORM, MLP_NORM, MLP_POST_NORM, QUERY_NORM, KEY_NORM, VECTORS };
 enum Stage { LINEAR, ATTENTION, HEAD, OTHER, STAGES };
 
 struct Layer {
   Weight weight[WEIGHTS];
   std::vector<float> vector[VECTORS];
+  Experts experts;           // instead of GATE_UP and DOWN, or none
   int window = 0, rope = 0;  // 0: no window; -1: no rotary positions
 };
 
@@ -64,6 +67,10 @@ struct Model {
   size_t cache_bytes = 0;
   Buffer<float> x, normed, qkv, attended, gated;
   size_t capacity = 0;
+  Routing routing;
+  Buffer<float> scores, lined_up, spread;  // of experts: (rows, experts); (rows * chosen, hidden) both
+  std::vector<int32_t> expert;             // (rows, chosen)
+  std::vector<float> share;
   double seconds[STAGES] = {};
 
   explicit Model(const ModelConfig& c) : config(c), pool(c.threads), layers(c.layers) {
@@ -102,7 +109,15 @@ struct Model {
     normed = allocate<float>(rows * config.hidden);
     qkv = allocate<float>(rows * qkv_width());
     attended = allocate<float>(rows * config.heads * config.head_dim);
-    gated = allocate<float>(rows * ((config.intermediate + kPanel - 1) / kPanel * kPanel));
+    size_t chosen = 0, experts = 0;
+    for (const Layer& layer : layers) {
+      chosen = std::max(chosen, size_t(layer.experts.chosen));
+      experts = std::max(experts, size_t(layer.experts.router.panels) * kPanel);
+    }
+    gated = allocate<float>(rows * std::max<size_t>(chosen, 1) * ((config.intermediate + kPanel - 1) / kPanel * kPanel));
+    scores = allocate<float>(rows * experts);
+    lined_up = allocate<float>(rows * chosen * config.hidden), spread = allocate<float>(rows * chosen * config.hidden);
+    expert.resize(rows * chosen), share.resize(rows * chosen);
     capacity = rows;
   }
 };

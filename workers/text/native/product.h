@@ -4,6 +4,7 @@
 // What multiplies depends on the weight and the processor (Way), never on the rows: a row is computed alike in any company.
 #pragma once
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "amx.h"
@@ -35,21 +36,23 @@ inline Way way_of(Kind kind) {
 //   BYTES   for each 16 rows, for each 64 inputs: a tile of high bytes, one of low ones; and what a row's unit is
 class Rows {
  public:
-  void prepare(Pool& pool, Way way, const float* a, size_t lda, int rows, int k) {
+  // In tiles, row r stands at slot[r], or at r where that is null; each product's rows must begin at a multiple of 16.
+  void prepare(Pool& pool, Way way, const float* a, size_t lda, int rows, int k, const int32_t* slot = nullptr) {
     from_ = reinterpret_cast<const uint8_t*>(a), stride_ = lda * sizeof(float);
     if (way == Way::FLOATS) return;
     const int width = way == Way::PAIRS ? (k + 31) / 32 * 32 : way == Way::BYTES ? (k + 63) / 64 * 64 : k;
     stride_ = size_t(width) * 2;
-    const size_t padded = size_t(rows + amx::kRows - 1) / amx::kRows * amx::kRows;
+    const int end = slot && rows ? slot[rows - 1] + 1 : rows;
+    const size_t padded = size_t(end + amx::kRows - 1) / amx::kRows * amx::kRows;
     if (size_ < padded * stride_) bytes_ = allocate<uint8_t>(size_ = padded * stride_);
     if (units_.size() < padded) units_.resize(padded);
     from_ = bytes_.get();
     pool.run((rows + 7) / 8, [&](int block) {
       for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r) {
-        uint8_t* to = bytes_.get() + size_t(r) * stride_;
-        if (way == Way::DOTS) narrow_all(a + r * lda, k, reinterpret_cast<bf16*>(to));
-        else if (way == Way::PAIRS) amx::lay_out(a + r * lda, k, tile_row(r));
-        else units_[r] = halves(a + r * lda, k, tile_row(r));
+        const int at = slot ? slot[r] : r;
+        if (way == Way::DOTS) narrow_all(a + r * lda, k, reinterpret_cast<bf16*>(bytes_.get() + size_t(r) * stride_));
+        else if (way == Way::PAIRS) amx::lay_out(a + r * lda, k, tile_row(at));
+        else units_[at] = halves(a + r * lda, k, tile_row(at));
       }
     });
   }
@@ -119,82 +122,133 @@ struct Added {
   }
 };
 
+// Some rows times a weight, cut into pieces of a few panels.
+struct Job {
+  const Weight* weight;
+  int row, slot, rows;  // the first row, where it stands in tiles, and how many
+  Way way;
+  bool expand;  // a quantized panel is widened once for all rows
+  int most, tiles, step;  // rows of a tile; how many tiles; panels of a piece
+  size_t stride;          // bytes of a panel as it is multiplied
+
+  Job(const Pool& pool, const Weight& w, int first, int first_slot, int count, int unit)
+      : weight(&w), row(first), slot(first_slot), rows(count), way(way_of(w.kind)) {
+    const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
+    expand = way == Way::PAIRS ? w.kind == Kind::I4 : way != Way::BYTES && quantized && rows >= kExpandRows;
+    stride = expand ? size_t(w.k) * kPanel * (way == Way::FLOATS ? 4 : 2) : w.stride;
+    most = in_tiles() ? 2 * amx::kRows : kRows;
+    tiles = (rows + most - 1) / most;
+    step = !in_tiles() ? wide(std::min(rows, kRows)) : rows <= amx::kRows ? 4 : 2;
+    // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
+    // them from tile to tile, or threads would run out of pieces at different times.
+    const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
+    if (tiles == 2 || (tiles > 2 && !fits)) step = std::min(step, 2);
+    step = std::max(unit, step);
+  }
+  bool in_tiles() const { return way == Way::PAIRS || way == Way::BYTES; }
+  int pieces() const { return (weight->panels + step - 1) / step; }
+};
+
+// The panels of a job's piece as they are multiplied: where they lie, or widened.
+inline const uint8_t* panels_of_piece(const Job& job, int first, int panels) {
+  thread_local Buffer<float> wide_panels;
+  thread_local size_t wide_size = 0;
+  const Weight& w = *job.weight;
+  if (!job.expand) return w.panel(first);
+  const size_t each = job.stride / 4;
+  if (wide_size < panels * each) wide_panels = allocate<float>(wide_size = panels * each);
+  for (int p = 0; p < panels; ++p) {
+    if (w.kind == Kind::I8) widen_panel<I8Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
+    else widen_panel<I4Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
+  }
+  return reinterpret_cast<const uint8_t*>(wide_panels.get());
+}
+
+// Computes one piece; see `product`.
+template <class Done>
+void multiply(const Pool& pool, const Job& job, const Rows& inputs, int piece, const Added& added, const Done& done) {
+  const Weight& w = *job.weight;
+  const int first = piece * job.step, panels = std::min(job.step, w.panels - first);
+  const uint8_t* panel = panels_of_piece(job, first, panels);
+  alignas(64) float out[std::max(kWide * kRows, 4 * amx::kRows) * kPanel];  // 4 panels of 16 rows, 2 of 32
+  amx::Tiles registers;
+  for (int t = 0; t < job.tiles; ++t) {
+    const int row = job.in_tiles() ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
+    const int end = job.in_tiles() ? std::min(job.rows, row + job.most) : int(int64_t(job.rows) * (t + 1) / job.tiles);
+    const int count = end - row;
+    // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
+    // others take those between.
+    amx::Ahead ahead;
+    const int next = first + panels * pool.size() + t;
+    if (job.tiles > 1 && t < panels && next < w.panels) {
+      ahead.memory = w.panel(next);
+      if (t + job.tiles < panels && next + job.tiles < w.panels) ahead.apart = job.tiles * w.stride;
+    }
+    if (job.in_tiles()) {
+      const int at = job.slot + row;
+      const uint8_t *these = inputs.tiles(at), *more = inputs.tiles(at + amx::kRows);
+      if (job.way == Way::PAIRS) amx::pairs(registers, panel, job.stride, panels, these, more, count, out, ahead);
+      else amx::bytes(registers, panel, job.stride, panels, these, more, inputs.units(at), count, out, ahead);
+    } else {
+      const Ahead lines{ahead.memory ? ahead.memory : panel, ahead.apart};
+      const float* x = inputs.at(job.row + row);
+      if (w.kind == Kind::F32 || (job.expand && !kDots))
+        rows_of<F32Loader>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
+      else if (w.kind == Kind::BF16 || job.expand)
+        rows_of<Product<BF16Loader>>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
+      else if (w.kind == Kind::I8)
+        rows_of<Product<I8Loader>>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
+      else
+        rows_of<Product<I4Loader>>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
+    }
+    for (int p = 0; p < panels && (w.scales || w.bias); ++p)
+      for (int r = 0; r < count; ++r)
+        for (int v = 0; v < V; ++v) {
+          float* o = out + (p * count + r) * kPanel + v * W;
+          vf x_v = load(o);
+          if (w.scales) x_v *= load(w.scales.get() + (first + p) * kPanel + v * W);
+          if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
+          store(o, x_v);
+        }
+    if (added.values) added.to(out, row, count, first, panels);
+    done(row, count, first, panels, out);
+  }
+}
+
+// The rows of the calling thread's products, one after the other.
+inline Rows& rows_of_thread() {
+  thread_local Rows rows;
+  return rows;
+}
+
 // Multiplies `rows` rows of `a` (row r at a + r * lda) with a weight. `done(row, rows, panel, panels, out)` takes each
 // finished piece, out[p][r][16], bias, scale and `added` applied; `unit` panels always come in one piece. Runs on the pool.
 template <class Done>
 void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done,
              const Added& added = {}) {
-  const Way way = way_of(w.kind);
-  const bool matrix = way == Way::PAIRS || way == Way::BYTES;
-  const bool expand = way == Way::PAIRS ? w.kind == Kind::I4
-                                        : way != Way::BYTES && (w.kind == Kind::I8 || w.kind == Kind::I4) && rows >= kExpandRows;
-  const size_t wide_stride = size_t(w.k) * kPanel * (way == Way::FLOATS ? 4 : 2), stride = expand ? wide_stride : w.stride;
-  constexpr int kMatrixRows = 2 * amx::kRows;
-  const int most = matrix ? kMatrixRows : kRows, tiles = (rows + most - 1) / most;
-  int step = !matrix ? wide(std::min(rows, kRows)) : rows <= amx::kRows ? 4 : 2;
-  // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
-  // them from tile to tile, or threads would run out of pieces at different times.
-  const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
-  if (tiles == 2 || (tiles > 2 && !fits)) step = std::min(step, 2);
-  step = std::max(unit, step);
-  thread_local Rows inputs_of_thread;
-  Rows& inputs = inputs_of_thread;
-  inputs.prepare(pool, way, a, lda, rows, w.k);
-  pool.run((w.panels + step - 1) / step, [&](int item) {
-    const int first = item * step, panels = std::min(step, w.panels - first);
-    alignas(64) float out[std::max(kWide * kRows, 4 * amx::kRows) * kPanel];  // or 2 * kMatrixRows
-    thread_local Buffer<float> wide_panels;
-    thread_local size_t wide_size = 0;
-    const uint8_t* panel = w.panel(first);
-    if (expand) {
-      const size_t each = wide_stride / 4;
-      if (wide_size < panels * each) wide_panels = allocate<float>(wide_size = panels * each);
-      for (int p = 0; p < panels; ++p) {
-        if (w.kind == Kind::I8) widen_panel<I8Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
-        else widen_panel<I4Loader>(w.panel(first + p), w.k, wide_panels.get() + p * each);
-      }
-      panel = reinterpret_cast<const uint8_t*>(wide_panels.get());
-    }
-    amx::Tiles registers;
-    for (int t = 0; t < tiles; ++t) {
-      const int row = matrix ? t * most : int(int64_t(rows) * t / tiles);
-      const int count = (matrix ? std::min(rows, row + most) : int(int64_t(rows) * (t + 1) / tiles)) - row;
-      // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
-      // others take those between.
-      amx::Ahead ahead;
-      const int next = first + panels * pool.size() + t;
-      if (tiles > 1 && t < panels && next < w.panels) {
-        ahead.memory = w.panel(next);
-        if (t + tiles < panels && next + tiles < w.panels) ahead.apart = tiles * w.stride;
-      }
-      if (matrix) {
-        const uint8_t *these = inputs.tiles(row), *more = inputs.tiles(row + amx::kRows);
-        if (way == Way::PAIRS) amx::pairs(registers, panel, stride, panels, these, more, count, out, ahead);
-        else amx::bytes(registers, panel, stride, panels, these, more, inputs.units(row), count, out, ahead);
-      } else {
-        const Ahead lines{ahead.memory ? ahead.memory : panel, ahead.apart};
-        const float* x = inputs.at(row);
-        if (w.kind == Kind::F32 || (expand && !kDots))
-          rows_of<F32Loader>(panel, stride, panels, x, inputs.ld(), count, w.k, out, lines);
-        else if (w.kind == Kind::BF16 || expand)
-          rows_of<Product<BF16Loader>>(panel, stride, panels, x, inputs.ld(), count, w.k, out, lines);
-        else if (w.kind == Kind::I8)
-          rows_of<Product<I8Loader>>(panel, stride, panels, x, inputs.ld(), count, w.k, out, lines);
-        else
-          rows_of<Product<I4Loader>>(panel, stride, panels, x, inputs.ld(), count, w.k, out, lines);
-      }
-      for (int p = 0; p < panels && (w.scales || w.bias); ++p)
-        for (int r = 0; r < count; ++r)
-          for (int v = 0; v < V; ++v) {
-            float* o = out + (p * count + r) * kPanel + v * W;
-            vf x_v = load(o);
-            if (w.scales) x_v *= load(w.scales.get() + (first + p) * kPanel + v * W);
-            if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
-            store(o, x_v);
-          }
-      if (added.values) added.to(out, row, count, first, panels);
-      done(row, count, first, panels, out);
-    }
+  const Job job(pool, w, 0, 0, rows, unit);
+  Rows& inputs = rows_of_thread();
+  inputs.prepare(pool, job.way, a, lda, rows, w.k);
+  pool.run(job.pieces(), [&](int piece) { multiply(pool, job, inputs, piece, added, done); });
+}
+
+// The same for many products of one kind and width at once, each with rows of its own. Job j's pieces go to
+// done(j, row, rows, panel, panels, out). `rows` in all, at `slot` in tiles.
+template <class Done>
+void products(Pool& pool, const std::vector<Job>& jobs, const float* a, size_t lda, int rows, const int32_t* slot,
+              const Done& done) {
+  if (jobs.empty()) return;
+  Rows& inputs = rows_of_thread();
+  inputs.prepare(pool, jobs[0].way, a, lda, rows, jobs[0].weight->k, slot);
+  std::vector<std::pair<int, int>> pieces;  // of which job, which
+  for (int j = 0; j < int(jobs.size()); ++j)
+    for (int piece = 0; piece < jobs[j].pieces(); ++piece) pieces.emplace_back(j, piece);
+  pool.run(int(pieces.size()), [&](int i) {
+    const auto [j, piece] = pieces[i];
+    auto told = [&, j = j](int row, int count, int panel, int panels, const float* out) {
+      done(j, row, count, panel, panels, out);
+    };
+    multiply(pool, jobs[j], inputs, piece, {}, told);
   });
 }
 

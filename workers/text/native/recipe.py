@@ -19,16 +19,23 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from workers.text.describe import Description, Layer, Rope
+from workers.text.describe import Description, Layer, Mlp, Rope, Router
 from workers.text.directory import Directory
 
-_FORMAT = 1
+_FORMAT = 2
 _NUMBERS = (
     "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "gelu", "eps", "embed_scale",
     "attention_scale", "residual_scale", "logit_scale",
 )  # fmt: skip
-_WEIGHTS = ("qkv", "out", "gate_up", "down")
 _VECTORS = ("qkv_bias", "out_bias", "norms")
+# What checkpoints call a layer's router, and gate, up and down of an expert; transformers joins those of a layer.
+_EXPERTS = {
+    "qwen3_moe": ("mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+    "mixtral": (
+        "block_sparse_moe.gate", "block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3",
+        "block_sparse_moe.experts.{}.w2",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,8 @@ def draft(directory: Directory, description: Description, model: Any) -> Draft |
     document: dict[str, Any] = {name: getattr(description, name) for name in _NUMBERS}
     document |= {"architecture": type(model).__name__, "num_parameters": sum(p.numel() for p in model.parameters())}
 
-    def named(weight: torch.Tensor) -> str:
-        name = names[weight.data_ptr()]
+    def named(weight: torch.Tensor, name: str = "") -> str:
+        name = name or names[weight.data_ptr()]
         stored = checkpoint[name]
         if stored.shape != weight.shape or not torch.equal(stored.to(weight.dtype), weight):
             raise KeyError(name)
@@ -89,9 +96,16 @@ def draft(directory: Directory, description: Description, model: Any) -> Draft |
         document["layers"] = []
         for index, layer in enumerate(description.layers):
             kept: dict[str, Any] = {"window": layer.window, "rope": layer.rope}
-            for field in _WEIGHTS:
-                value = getattr(layer, field)
-                kept[field] = [named(w) for w in (value if isinstance(value, tuple) else (value,))]
+            kept |= {"qkv": [named(w) for w in layer.qkv], "out": named(layer.out)}
+            if layer.router is None:
+                kept["mlps"] = [[named(w) for w in (*mlp.gate_up, mlp.down)] for mlp in layer.mlps]
+            else:
+                router, *parts = (f"model.layers.{index}.{name}.weight" for name in _EXPERTS[model.config.model_type])
+                kept["router"] = [named(layer.router.weight, router), layer.router.chosen, layer.router.normalized]
+                kept["mlps"] = [
+                    [named(w, name.format(e)) for w, name in zip((*mlp.gate_up, mlp.down), parts, strict=True)]
+                    for e, mlp in enumerate(layer.mlps)
+                ]
             for field in _VECTORS:
                 values = getattr(layer, field)
                 kept[field] = [v is not None for v in values]
@@ -130,11 +144,12 @@ def _layer(index: int, kept: dict[str, Any], vectors: dict[str, torch.Tensor], c
     def vectors_of(field: str) -> tuple[torch.Tensor | None, ...]:
         return tuple(vectors[f"{index}.{field}.{i}"] if there else None for i, there in enumerate(kept[field]))
 
-    weights = {field: tuple(checkpoint[name] for name in kept[field]) for field in _WEIGHTS}
+    router = kept.get("router")
     values: dict[str, Any] = {
-        **weights,
-        "out": weights["out"][0],
-        "down": weights["down"][0],
+        "qkv": tuple(checkpoint[name] for name in kept["qkv"]),
+        "out": checkpoint[kept["out"]],
+        "mlps": tuple(Mlp((checkpoint[gate], checkpoint[up]), checkpoint[down]) for gate, up, down in kept["mlps"]),
+        "router": None if router is None else Router(checkpoint[router[0]], *router[1:]),
         **{field: vectors_of(field) for field in _VECTORS},
         "window": kept["window"],
         "rope": kept["rope"],

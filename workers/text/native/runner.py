@@ -108,7 +108,14 @@ def probe(vocab_size: int) -> list[PackedStep]:
     return steps
 
 
-def agree(got: torch.Tensor, expected: torch.Tensor, weights: str) -> bool:
-    """Return whether two runners' logits (rows, vocab) for the same rows are alike enough."""
-    cosines = torch.nn.functional.cosine_similarity(got.double(), expected.double(), dim=1)
-    return bool(torch.isfinite(got).all()) and float(cosines.min()) >= _LEAST_COSINE[weights]
+def agree(got: torch.Tensor, expected: torch.Tensor, weights: str, *, routed: bool = False) -> bool:
+    """Return whether two runners' logits (rows, vocab) for the same rows are alike enough.
+
+    Args:
+        weights: how the less exact of the two keeps them.
+        routed: whether layers choose among experts. Rounding then sends some rows to others than it sends them without:
+            a quarter of the rows may differ, where nothing wrong would leave three quarters alone.
+    """
+    cosines = torch.nn.functional.cosine_similarity(got.double(), expected.double(), dim=1).sort().values
+    least = cosines[len(cosines) // 4 if routed and weights != "float32" else 0]
+    return bool(torch.isfinite(got).all()) and float(least) >= _LEAST_COSINE[weights]
