@@ -109,43 +109,24 @@ inline float* scratch(size_t floats) {
   return memory.get();
 }
 
-// Turns scores of positions lo … hi - 1, the first of them at `s`, into e^(score - greatest), in place; returns their sum.
-inline float exponentiate(float* s, int n) {
-  const float lowest = -INFINITY;
-  vf peaks = splat(lowest);
-  int i = 0;
-  for (; i + W <= n; i += W) {
-    const vf x = load(s + i);
+// Turns a row's scores of positions lo … hi - 1 into e^(score - greatest) and those of the other `padded` ones, whole
+// blocks, into 0, all in place; returns their sum.
+inline float exponentiate(float* scores, int padded, int lo, int hi) {
+  std::fill(scores, scores + lo, -INFINITY);
+  std::fill(scores + hi, scores + padded, -INFINITY);
+  vf peaks = splat(-INFINITY);
+  for (int i = 0; i < padded; i += W) {
+    const vf x = load(scores + i);
     peaks = pick(x > peaks, x, peaks);
   }
-  alignas(64) float rest[W];
-  for (int j = 0; j < W; ++j) rest[j] = i + j < n ? s[i + j] : lowest;
-  const float peak = std::max(highest(peaks), highest(load(rest)));
+  const float peak = highest(peaks);
   vf totals = {};
-  for (i = 0; i + W <= n; i += W) {
-    const vf e = exp(load(s + i) - peak);
-    store(s + i, e);
-    totals += e;
-  }
-  if (i < n) {
-    const vf e = exp(load(rest) - peak);
-    store(rest, e);
-    for (int j = 0; i + j < n; ++j) s[i + j] = rest[j];
+  for (int i = 0; i < padded; i += W) {
+    const vf e = exp_below(load(scores + i) - peak);
+    store(scores + i, e);
     totals += e;
   }
   return sum(totals);
-}
-
-// Turns scores of positions `begin …` (row r sees lo … its own) into probabilities, in place.
-inline void softmax(float* scores, int begin, int padded, int lo, int hi) {
-  for (int i = begin; i < lo; ++i) scores[i - begin] = 0.0f;
-  float* s = scores + (lo - begin);
-  const int n = hi - lo;
-  const float inverse = 1.0f / exponentiate(s, n);
-  int i = 0;
-  for (; i + W <= n; i += W) store(s + i, load(s + i) * inverse);
-  for (; i < n; ++i) s[i] *= inverse;
-  for (int j = n; lo + j < begin + padded; ++j) s[j] = 0.0f;
 }
 
 template <class Loader, int MR>
@@ -174,10 +155,11 @@ void attend(const Cache& cache, int layer, int head, const int32_t* table, const
   int block = first;
   for (; block + NB <= last; block += NB) score(std::integral_constant<int, NB>{}, block);
   for (; block < last; ++block) score(std::integral_constant<int, 1>{}, block);
+  float inverse[MR];
   for (int r = 0; r < MR; ++r) {
     const int lo = window ? std::max(0, q.position[r] - window + 1) : 0;
     float* row = scores + r * padded;
-    softmax(row, begin, padded, lo, q.position[r] + 1);
+    inverse[r] = 1.0f / exponentiate(row, padded, lo - begin, q.position[r] + 1 - begin);
     if (rounds) narrow_all(row, padded, reinterpret_cast<bf16*>(row));
   }
   constexpr int NP = wide(MR) < 4 ? wide(MR) : 4;
@@ -188,7 +170,8 @@ void attend(const Cache& cache, int layer, int head, const int32_t* table, const
     weigh<Loader, MR, NP>(cache, layer, head, table, first, last, length, p, scores, padded, sums, cache.head_dim);
   for (; p < panels; ++p)
     weigh<Loader, MR, 1>(cache, layer, head, table, first, last, length, p, scores, padded, sums, cache.head_dim);
-  for (int r = 0; r < MR; ++r) std::memcpy(q.out[r], sums + r * cache.head_dim, cache.head_dim * 4);
+  for (int r = 0; r < MR; ++r)
+    for (int d = 0; d < cache.head_dim; d += W) store(q.out[r] + d, load(sums + r * cache.head_dim + d) * inverse[r]);
 }
 
 template <class Loader>
@@ -230,14 +213,10 @@ inline void attend_tiles(const Cache& cache, int layer, int head, const int32_t*
   }
   float inverse[kQueries];
   for (int r = 0; r < rows; ++r) {
-    const int lo = (window ? std::max(0, q.position[r] - window + 1) : 0) - span.begin();
-    const int n = q.position[r] + 1 - span.begin() - lo;
+    const int lo = window ? std::max(0, q.position[r] - window + 1) : 0;
     float* of_row = scores + size_t(r) * padded;
-    bf16* to = weights + r * ldp;
-    inverse[r] = 1.0f / exponentiate(of_row + lo, n);
-    std::memset(to, 0, lo * sizeof(bf16));
-    narrow_all(of_row + lo, n, to + lo);
-    std::memset(to + lo + n, 0, (padded - lo - n) * sizeof(bf16));
+    inverse[r] = 1.0f / exponentiate(of_row, padded, lo - span.begin(), q.position[r] + 1 - span.begin());
+    narrow_all(of_row, padded, weights + r * ldp);
   }
   // Of the last block only what was written: what an earlier owner left behind may be NaN.
   const uint8_t* last = cache.block(layer, table[span.last - 1], head) + cache.half();

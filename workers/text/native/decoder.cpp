@@ -24,27 +24,40 @@ float widened(const Weight& w, int row, int input) {
                               : reinterpret_cast<const float*>(panel)[input * kPanel + c];
 }
 
-// `a` (rows, …) times a layer's weight, perhaps normalized, scaled, added to x.
-void add_product(Model& m, int layer, Which which, const float* a, size_t lda, int rows) {
-  const auto& c = m.config;
+// The inputs of a layer's product: float32 rows, or rows that were made as the product wants them.
+struct Inputs {
+  const Rows* made;
+  const float* a;
+  size_t lda;
+};
+
+template <class Done>
+void product_of(Model& m, int layer, Which which, const Inputs& inputs, int rows, int unit, const Done& done) {
   const Weight& w = m.layers[layer].weight[which];
+  if (inputs.made) return product(m.pool, w, *inputs.made, rows, unit, done);
+  const Added added = m.adapters.of(m.pool, layer * WEIGHTS + which, w, inputs.a, inputs.lda);
+  product(m.pool, w, inputs.a, inputs.lda, rows, unit, done, added);
+}
+
+// Inputs times a layer's weight, perhaps normalized, scaled, added to x.
+void add_product(Model& m, int layer, Which which, const Inputs& inputs, int rows) {
+  const auto& c = m.config;
   const auto& post = m.layers[layer].vector[which == OUT ? ATTENTION_POST_NORM : MLP_POST_NORM];
-  const Added added = m.adapters.of(m.pool, layer * WEIGHTS + which, w, a, lda);
   if (post.empty()) {
-    product(m.pool, w, a, lda, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
+    product_of(m, layer, which, inputs, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
       for (int p = 0; p < panels; ++p)
         for (int r = 0; r < count; ++r) {
           float* x = m.x.get() + size_t(row + r) * c.hidden + (panel + p) * kPanel;
           for (int v = 0; v < kPanel; v += W)
             store(x + v, load(x + v) + load(out + (p * count + r) * kPanel + v) * c.residual_scale);
         }
-    }, added);
+    });
     return;
   }
   float* target = m.normed.get();
-  product(m.pool, w, a, lda, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
+  product_of(m, layer, which, inputs, rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
     put(row, count, panel, panels, out, target, c.hidden);
-  }, added);
+  });
   each_row(m.pool, rows, [&](int r) {
     float *t = target + size_t(r) * c.hidden, *x = m.x.get() + size_t(r) * c.hidden;
     rms_norm(t, post.data(), c.eps, c.hidden, t);
@@ -143,7 +156,9 @@ void mix(Model& m, const Experts& experts, int rows) {
              });
   };
   through(&Expert::gate_up, 2, m.lined_up.get(), c.hidden, [&](int row, int n, int panel, int panels, const float* out) {
-    gate(c.gelu, row, n, panel, panels, out, m.gated.get(), gated);
+    gate(c.gelu, row, n, panel, panels, out, [&](int r, int i, const float* made) {
+      std::memcpy(m.gated.get() + size_t(r) * gated + i, made, kPanel * sizeof(float));
+    });
   });
   through(&Expert::down, 1, m.gated.get(), gated, [&](int row, int n, int panel, int panels, const float* out) {
     put(row, n, panel, panels, out, m.spread.get(), c.hidden);
@@ -195,40 +210,54 @@ void run(Model& m, const Step& step) {
   else m.adapters.begin();
   embed(m, step);
   float *x = m.x.get(), *normed = m.normed.get();
-  auto norm_rows = [&](const std::vector<float>& weight) {
+  // Rows are made as the product of `w` wants them, in `to`, unless it wants float32, or an adapter may want that, too.
+  auto begin = [&](Rows& to, const Weight& w) {
+    const Way way = way_of(w.kind);
+    if (way == Way::FLOATS || step.adapter) return false;
+    to.begin(way, step.rows, w.k);
+    return true;
+  };
+  auto norm_rows = [&](const std::vector<float>& weight, const Weight& w) {
+    const bool made = w.panels && begin(m.made, w);
     each_row(m.pool, step.rows, [&](int r) {
-      rms_norm(x + size_t(r) * c.hidden, weight.data(), c.eps, c.hidden, normed + size_t(r) * c.hidden);
+      float* to = normed + size_t(r) * c.hidden;
+      thread_local std::vector<float> row;
+      if (made) row.resize(c.hidden), to = row.data();
+      rms_norm(x + size_t(r) * c.hidden, weight.data(), c.eps, c.hidden, to);
+      if (made) m.made.set(r, to);
     });
+    return Inputs{made ? &m.made : nullptr, normed, size_t(c.hidden)};
   };
   for (int l = 0; l < c.layers; ++l) {
     const Layer& layer = m.layers[l];
-    norm_rows(layer.vector[ATTENTION_NORM]);
+    const Inputs to_qkv = norm_rows(layer.vector[ATTENTION_NORM], layer.weight[QKV]);
     took(OTHER);
-    const Added to_qkv = m.adapters.of(m.pool, l * WEIGHTS + QKV, layer.weight[QKV], normed, c.hidden);
-    product(m.pool, layer.weight[QKV], normed, c.hidden, step.rows, 1,
-            [&](int row, int count, int panel, int panels, const float* out) {
-              put(row, count, panel, panels, out, m.qkv.get(), width);
-            }, to_qkv);
+    product_of(m, l, QKV, to_qkv, step.rows, 1, [&](int row, int count, int panel, int panels, const float* out) {
+      put(row, count, panel, panels, out, m.qkv.get(), width);
+    });
     took(LINEAR);
     place(m, step, layer, l, owner, places);
     attention(m, step, layer, l, items);
     took(ATTENTION);
-    add_product(m, l, OUT, m.attended.get(), size_t(c.heads) * c.head_dim, step.rows);
+    add_product(m, l, OUT, {nullptr, m.attended.get(), size_t(c.heads) * c.head_dim}, step.rows);
     took(LINEAR);
-    norm_rows(layer.vector[MLP_NORM]);
+    const Inputs to_mlp = norm_rows(layer.vector[MLP_NORM], layer.weight[GATE_UP]);
     took(OTHER);
     if (layer.experts.chosen) {
       mix(m, layer.experts, step.rows);
       took(LINEAR);
       continue;
     }
+    const Weight& down = layer.weight[DOWN];
     const size_t gated_width = size_t(layer.weight[GATE_UP].panels) / 2 * kPanel;
-    const Added to_gate_up = m.adapters.of(m.pool, l * WEIGHTS + GATE_UP, layer.weight[GATE_UP], normed, c.hidden);
-    product(m.pool, layer.weight[GATE_UP], normed, c.hidden, step.rows, 2,
-            [&](int row, int count, int panel, int panels, const float* out) {
-              gate(c.gelu, row, count, panel, panels, out, m.gated.get(), gated_width);
-            }, to_gate_up);
-    add_product(m, l, DOWN, m.gated.get(), gated_width, step.rows);
+    const bool made = begin(m.gates, down) && m.gates.takes_pieces();
+    product_of(m, l, GATE_UP, to_mlp, step.rows, 2, [&](int row, int count, int panel, int panels, const float* out) {
+      gate(c.gelu, row, count, panel, panels, out, [&](int r, int i, const float* values) {
+        if (made) m.gates.set_piece(r, i, values);
+        else std::memcpy(m.gated.get() + size_t(r) * gated_width + i, values, kPanel * sizeof(float));
+      });
+    });
+    add_product(m, l, DOWN, {made ? &m.gates : nullptr, m.gated.get(), gated_width}, step.rows);
     took(LINEAR);
   }
   for (int i = 0; i < step.logit_rows; ++i)
@@ -257,6 +286,7 @@ Weight& weight_of(Model& m, int layer, int which) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 Model* hostler_model_new(const ModelConfig* config) try {
@@ -357,3 +387,4 @@ int64_t hostler_weight_bytes(Model* m) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -66,6 +66,7 @@ struct Model {
   Cache cache;
   size_t cache_bytes = 0;
   Buffer<float> x, normed, qkv, attended, gated;
+  Rows made, gates;  // normed and gated rows as the next product wants them
   size_t capacity = 0;
   Routing routing;
   Buffer<float> scores, lined_up, spread;  // of experts: (rows, experts); (rows * chosen, hidden) both

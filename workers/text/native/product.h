@@ -29,31 +29,57 @@ inline Way way_of(Kind kind) {
   return kind == Kind::I8 ? Way::BYTES : Way::PAIRS;
 }
 
-// The rows of a product, as its way wants them.
-//   FLOATS  where they are
+// The rows of a product as its way wants them, filled by whoever makes them.
+//   FLOATS  (rows, k) float32
 //   DOTS    (rows, k) bfloat16
 //   PAIRS   for each 16 rows, for each 32 inputs: a tile of bfloat16
 //   BYTES   for each 16 rows, for each 64 inputs: a tile of high bytes, one of low ones; and what a row's unit is
 class Rows {
  public:
-  // In tiles, row r stands at slot[r], or at r where that is null; each product's rows must begin at a multiple of 16.
-  void prepare(Pool& pool, Way way, const float* a, size_t lda, int rows, int k, const int32_t* slot = nullptr) {
-    from_ = reinterpret_cast<const uint8_t*>(a), stride_ = lda * sizeof(float);
-    if (way == Way::FLOATS) return;
+  // Makes room for so many rows of k inputs; what was there is lost. In tiles, whatever begins anew begins at a multiple
+  // of 16.
+  void begin(Way way, int rows, int k) {
+    way_ = way, k_ = k;
     const int width = way == Way::PAIRS ? (k + 31) / 32 * 32 : way == Way::BYTES ? (k + 63) / 64 * 64 : k;
-    stride_ = size_t(width) * 2;
-    const int end = slot && rows ? slot[rows - 1] + 1 : rows;
-    const size_t padded = size_t(end + amx::kRows - 1) / amx::kRows * amx::kRows;
+    stride_ = size_t(width) * (way == Way::FLOATS ? sizeof(float) : sizeof(bf16));
+    const size_t padded = size_t(rows + amx::kRows - 1) / amx::kRows * amx::kRows;
     if (size_ < padded * stride_) bytes_ = allocate<uint8_t>(size_ = padded * stride_);
-    if (units_.size() < padded) units_.resize(padded);
+    if (way == Way::BYTES && units_.size() < padded) units_.resize(padded);
     from_ = bytes_.get();
+    // What fills a tile up must not be NaN; whole rows bring it along.
+    if (way == Way::PAIRS && k % 32) std::memset(bytes_.get(), 0, padded * stride_);
+  }
+
+  // Puts a whole row.
+  void set(int r, const float* row) {
+    if (way_ == Way::FLOATS) std::memcpy(bytes_.get() + size_t(r) * stride_, row, stride_);
+    else if (way_ == Way::DOTS) narrow_all(row, k_, reinterpret_cast<bf16*>(bytes_.get() + size_t(r) * stride_));
+    else if (way_ == Way::PAIRS) amx::lay_out(row, k_, tile_row(r));
+    else units_[r] = halves(row, k_, tile_row(r));
+  }
+
+  // Whether rows may come in pieces, too: BYTES want to know a row's greatest input first.
+  bool takes_pieces() const { return way_ != Way::BYTES; }
+
+  // Puts inputs i … i + 15 of a row, i a multiple of 16, as far as there are so many.
+  void set_piece(int r, int i, const float* piece) {
+    const int n = std::min(kPanel, k_ - i);
+    uint8_t* to = way_ == Way::PAIRS ? tile_row(r) + i / 32 * amx::kTile + i % 32 * sizeof(bf16)
+                                     : bytes_.get() + size_t(r) * stride_ + i * (way_ == Way::FLOATS ? sizeof(float) : sizeof(bf16));
+    if (way_ == Way::FLOATS) std::memcpy(to, piece, n * sizeof(float));
+    else narrow_all(piece, n, reinterpret_cast<bf16*>(to));
+  }
+
+  // Takes rows of `a` (row r at a + r * lda), as they are where that can be. In tiles, row r stands at slot[r].
+  void take(Pool& pool, Way way, const float* a, size_t lda, int rows, int k, const int32_t* slot = nullptr) {
+    if (way == Way::FLOATS) {
+      way_ = way, k_ = k, stride_ = lda * sizeof(float), from_ = reinterpret_cast<const uint8_t*>(a);
+      return;
+    }
+    const bool in_tiles = way == Way::PAIRS || way == Way::BYTES;
+    begin(way, slot && in_tiles && rows ? slot[rows - 1] + 1 : rows, k);
     pool.run((rows + 7) / 8, [&](int block) {
-      for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r) {
-        const int at = slot ? slot[r] : r;
-        if (way == Way::DOTS) narrow_all(a + r * lda, k, reinterpret_cast<bf16*>(bytes_.get() + size_t(r) * stride_));
-        else if (way == Way::PAIRS) amx::lay_out(a + r * lda, k, tile_row(at));
-        else units_[at] = halves(a + r * lda, k, tile_row(at));
-      }
+      for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r) set(slot && in_tiles ? slot[r] : r, a + r * lda);
     });
   }
   const float* at(int row) const { return reinterpret_cast<const float*>(from_ + size_t(row) * stride_); }
@@ -85,6 +111,8 @@ class Rows {
     return finite ? most / kMost : NAN;
   }
 
+  Way way_ = Way::FLOATS;
+  int k_ = 0;
   Buffer<uint8_t> bytes_;
   size_t size_ = 0, stride_ = 0;
   const uint8_t* from_ = nullptr;
@@ -138,11 +166,11 @@ struct Job {
     stride = expand ? size_t(w.k) * kPanel * (way == Way::FLOATS ? 4 : 2) : w.stride;
     most = in_tiles() ? 2 * amx::kRows : kRows;
     tiles = (rows + most - 1) / most;
-    step = !in_tiles() ? wide(std::min(rows, kRows)) : rows <= amx::kRows ? 4 : 2;
+    step = in_tiles() ? 4 : wide(std::min(rows, kRows));
     // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
     // them from tile to tile, or threads would run out of pieces at different times.
     const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
-    if (tiles == 2 || (tiles > 2 && !fits)) step = std::min(step, 2);
+    if ((tiles == 2 && !in_tiles()) || (tiles > 1 && !fits)) step = std::min(step, 2);
     step = std::max(unit, step);
   }
   bool in_tiles() const { return way == Way::PAIRS || way == Way::BYTES; }
@@ -170,7 +198,7 @@ void multiply(const Pool& pool, const Job& job, const Rows& inputs, int piece, c
   const Weight& w = *job.weight;
   const int first = piece * job.step, panels = std::min(job.step, w.panels - first);
   const uint8_t* panel = panels_of_piece(job, first, panels);
-  alignas(64) float out[std::max(kWide * kRows, 4 * amx::kRows) * kPanel];  // 4 panels of 16 rows, 2 of 32
+  alignas(64) float out[std::max(kWide * kRows, 4 * 2 * amx::kRows) * kPanel];
   amx::Tiles registers;
   for (int t = 0; t < job.tiles; ++t) {
     const int row = job.in_tiles() ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
@@ -221,15 +249,22 @@ inline Rows& rows_of_thread() {
   return rows;
 }
 
-// Multiplies `rows` rows of `a` (row r at a + r * lda) with a weight. `done(row, rows, panel, panels, out)` takes each
-// finished piece, out[p][r][16], bias, scale and `added` applied; `unit` panels always come in one piece. Runs on the pool.
+// Multiplies rows with a weight. `done(row, rows, panel, panels, out)` takes each finished piece, out[p][r][16], bias, scale
+// and `added` applied; `unit` panels always come in one piece. Runs on the pool.
+template <class Done>
+void product(Pool& pool, const Weight& w, const Rows& inputs, int rows, int unit, const Done& done,
+             const Added& added = {}) {
+  const Job job(pool, w, 0, 0, rows, unit);
+  pool.run(job.pieces(), [&](int piece) { multiply(pool, job, inputs, piece, added, done); });
+}
+
+// The same for rows of `a` (row r at a + r * lda).
 template <class Done>
 void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, int unit, const Done& done,
              const Added& added = {}) {
-  const Job job(pool, w, 0, 0, rows, unit);
   Rows& inputs = rows_of_thread();
-  inputs.prepare(pool, job.way, a, lda, rows, w.k);
-  pool.run(job.pieces(), [&](int piece) { multiply(pool, job, inputs, piece, added, done); });
+  inputs.take(pool, way_of(w.kind), a, lda, rows, w.k);
+  product(pool, w, inputs, rows, unit, done, added);
 }
 
 // The same for many products of one kind and width at once, each with rows of its own. Job j's pieces go to
@@ -239,7 +274,7 @@ void products(Pool& pool, const std::vector<Job>& jobs, const float* a, size_t l
               const Done& done) {
   if (jobs.empty()) return;
   Rows& inputs = rows_of_thread();
-  inputs.prepare(pool, jobs[0].way, a, lda, rows, jobs[0].weight->k, slot);
+  inputs.take(pool, jobs[0].way, a, lda, rows, jobs[0].weight->k, slot);
   std::vector<std::pair<int, int>> pieces;  // of which job, which
   for (int j = 0; j < int(jobs.size()); ++j)
     for (int piece = 0; piece < jobs[j].pieces(); ++piece) pieces.emplace_back(j, piece);

@@ -47,14 +47,16 @@ inline void put(int row, int count, int panel, int panels, const float* out, flo
       std::memcpy(to + size_t(row + r) * width + (panel + p) * kPanel, out + (p * count + r) * kPanel, 64);
 }
 
-// What a gated MLP makes of a piece of its first product, gate and up panel by panel, in rows of `width`.
-inline void gate(bool gelu, int row, int count, int panel, int panels, const float* out, float* to, size_t width) {
+// What a gated MLP makes of a piece of its first product, gate and up panel by panel: take(row, first input, 16 of them).
+template <class Take>
+void gate(bool gelu, int row, int count, int panel, int panels, const float* out, const Take& take) {
   for (int p = 0; p < panels; p += 2)
     for (int r = 0; r < count; ++r) {
-      float* target = to + size_t(row + r) * width + (panel + p) / 2 * kPanel;
+      alignas(64) float made[kPanel];
       const float *g = out + (p * count + r) * kPanel, *u = g + count * kPanel;
       for (int v = 0; v < kPanel; v += W)
-        store(target + v, (gelu ? gelu_tanh(load(g + v)) : silu(load(g + v))) * load(u + v));
+        store(made + v, (gelu ? gelu_tanh(load(g + v)) : silu(load(g + v))) * load(u + v));
+      take(row + r, (panel + p) / 2 * kPanel, made);
     }
 }
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -115,18 +115,14 @@ inline float highest(vf v) {
 
 inline vf pick(vi mask, vf a, vf b) { return mask ? a : b; }
 
-// e^x to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial in r (coefficients as in Cephes' expf), scaled by 2^n.
-// Below -87 the result is 0; above 88 it saturates. NaN stays NaN.
-inline vf exp(vf x) {
-  const vf low = splat(-87.33654f), high = splat(88.37626f);
-  const vi underflow = x < low;
-  const vi is_nan = x != x;
-  vf c = pick(x > high, high, x);
-  c = pick(underflow, low, c);
-  c = pick(is_nan, vf{}, c);
+constexpr float kExpLow = -87.33654f, kExpHigh = 88.37626f;
+
+// e^x for x within those two bounds, to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial in r (coefficients as in Cephes'
+// expf), scaled by 2^n. NaN stays NaN.
+inline vf exp_within(vf x) {
   const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = (c * 1.44269504088896341f + shift) - shift;
-  const vf r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+  const vf n = (x * 1.44269504088896341f + shift) - shift;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -135,11 +131,39 @@ inline vf exp(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-  const vf result = p * (vf)exponent;
-  return pick(is_nan, x, pick(underflow, vf{}, result));
+  return p * (vf)exponent;
 }
 
-inline vf silu(vf x) { return x / (exp(-x) + 1.0f); }
+// For x up to the upper bound; below the lower one the result is 0.
+inline vf exp_below(vf x) {
+  const vf low = splat(kExpLow);
+  const vi underflow = x < low;
+  return pick(underflow, vf{}, exp_within(pick(underflow, low, x)));
+}
+
+// For any x; above the upper bound it saturates.
+inline vf exp(vf x) {
+  const vf high = splat(kExpHigh);
+  return exp_below(pick(x > high, high, x));
+}
+
+// 1 / x, to an ulp or two.
+inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// Beyond the bounds e^-x is too small or too great to matter.
+inline vf silu(vf x) {
+  const vf low = splat(kExpLow), high = splat(kExpHigh);
+  vf y = pick(-x < low, low, -x);
+  y = pick(y > high, high, y);
+  return x * inverse(exp_within(y) + 1.0f);
+}
 
 // GELU with the tanh approximation (PyTorch's gelu(approximate="tanh")); tanh(y) = 1 - 2 / (1 + e^2y).
 inline vf gelu_tanh(vf x) {
