@@ -20,12 +20,6 @@ constexpr int kRows = 16;                     // of a tile
 constexpr int kLine = 64;                     // bytes of a tile's row
 constexpr size_t kTile = size_t(kRows) * kLine;
 
-// What to call for on the way: line by line, as lines of the first panel are read.
-struct Ahead {
-  const uint8_t* memory = nullptr;  // nothing
-  size_t apart = 0;                 // the second place, so far from the first
-};
-
 // Rounds one row of k inputs to bfloat16, 32 to a tile, in the tiles' line `to`; what is left of the last one is zero.
 inline void lay_out(const float* row, int k, uint8_t* to) {
   int i = 0;
@@ -99,14 +93,6 @@ class Panel {
   alignas(64) uint8_t rest_[kTile];
 };
 
-inline void call_for(const Ahead& ahead, size_t offset) {
-  if (!ahead.memory) return;
-  for (size_t line = offset; line < offset + kTile; line += kLine) {
-    __builtin_prefetch(ahead.memory + line, 0, 2);
-    if (ahead.apart) __builtin_prefetch(ahead.memory + ahead.apart + line, 0, 2);
-  }
-}
-
 template <int NP>
 void store_sums(float* out, size_t apart, size_t ldo) {
   _tile_stored(0, out, ldo * sizeof(float));
@@ -118,8 +104,7 @@ void store_sums(float* out, size_t apart, size_t ldo) {
 // Adds up: `rows` rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4, of `bytes` bytes each.
 // Row r of panel p goes to out + p * apart + r * ldo.
 template <int NP>
-void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, float* out, size_t apart, size_t ldo,
-                    const Ahead& ahead) {
+void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, float* out, size_t apart, size_t ldo) {
   const Panel p0(panels[0], bytes), p1(panels[NP > 1 ? 1 : 0], bytes), p2(panels[NP > 2 ? 2 : 0], bytes),
       p3(panels[NP > 3 ? 3 : 0], bytes);
   settle();
@@ -128,7 +113,6 @@ void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* i
   _tile_zero(2);
   _tile_zero(3);
   for (size_t at = 0; at < bytes; at += kTile) {
-    call_for(ahead, at);
     _tile_loadd(4, inputs + at, kLine);
     _tile_loadd(6, p0.at(at), kLine);
     _tile_dpbf16ps(0, 4, 6);
@@ -151,7 +135,7 @@ void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* i
 // 17 to 32 rows times one or two panels: every tile that is loaded serves twice. The rows beyond 16 begin at `more`.
 template <int NP>
 void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, const uint8_t* more, float* out,
-                  size_t apart, const Ahead& ahead) {
+                  size_t apart) {
   const Panel p0(panels[0], bytes), p1(panels[NP - 1], bytes);
   settle();
   _tile_zero(0);
@@ -159,7 +143,6 @@ void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inp
   _tile_zero(2);
   _tile_zero(3);
   for (size_t at = 0; at < bytes; at += kTile) {
-    call_for(ahead, at);
     _tile_loadd(4, inputs + at, kLine);
     _tile_loadd(6, p0.at(at), kLine);
     _tile_dpbf16ps(0, 4, 6);
@@ -215,7 +198,7 @@ void multiply_blocks(int count, const Memory& memory, const bf16* inputs, size_t
 // integers are exact; `unit` is what one of a row's inputs is worth.
 template <int NP>
 void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, const float* unit, int rows, float* out,
-                    size_t apart, const Ahead& ahead) {
+                    size_t apart) {
   const Panel p0(panel, stride), p1(panel + (NP > 1) * stride, stride);
   settle();
   _tile_zero(0);
@@ -223,7 +206,6 @@ void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, 
   _tile_zero(2);
   _tile_zero(3);
   for (size_t at = 0; at < stride; at += kTile) {
-    call_for(ahead, at);
     _tile_loadd(4, inputs + 2 * at, kLine);
     _tile_loadd(5, inputs + 2 * at + kTile, kLine);
     _tile_loadd(6, p0.at(at), kLine);
@@ -253,7 +235,7 @@ void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, 
 
 // However many panels, `stride` bytes apart, and up to 32 rows, those beyond 16 at `more`: out[p][r][16].
 inline void pairs(Tiles& tiles, const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs,
-                  const uint8_t* more, int rows, float* out, const Ahead& ahead) {
+                  const uint8_t* more, int rows, float* out) {
   const size_t apart = size_t(rows) * kPanel;
   const int most = rows > kRows ? 2 : 4;
   if (rows > kRows) tiles.shape_two(rows);
@@ -261,24 +243,24 @@ inline void pairs(Tiles& tiles, const uint8_t* panel, size_t stride, int panels,
   while (panels > 0) {
     const uint8_t* each[4] = {panel, panel + stride, panel + 2 * stride, panel + 3 * stride};
     const int together = panels >= most ? most : panels >= 2 ? 2 : 1;
-    if (rows > kRows && together == 2) multiply_two<2>(each, stride, inputs, more, out, apart, ahead);
-    else if (rows > kRows) multiply_two<1>(each, stride, inputs, more, out, apart, ahead);
-    else if (together == 4) multiply_pairs<4>(each, stride, inputs, out, apart, kPanel, ahead);
-    else if (together == 2) multiply_pairs<2>(each, stride, inputs, out, apart, kPanel, ahead);
-    else multiply_pairs<1>(each, stride, inputs, out, apart, kPanel, ahead);
+    if (rows > kRows && together == 2) multiply_two<2>(each, stride, inputs, more, out, apart);
+    else if (rows > kRows) multiply_two<1>(each, stride, inputs, more, out, apart);
+    else if (together == 4) multiply_pairs<4>(each, stride, inputs, out, apart, kPanel);
+    else if (together == 2) multiply_pairs<2>(each, stride, inputs, out, apart, kPanel);
+    else multiply_pairs<1>(each, stride, inputs, out, apart, kPanel);
     panels -= together, panel += together * stride, out += together * apart;
   }
 }
 inline void bytes(Tiles& tiles, const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs,
-                  const uint8_t* more, const float* unit, int rows, float* out, const Ahead& ahead) {
+                  const uint8_t* more, const float* unit, int rows, float* out) {
   for (int row = 0; row < rows; row += kRows) {
     const int count = rows - row < kRows ? rows - row : kRows;
     tiles.shape(count);
     for (int p = 0; p < panels; p += 2) {
       float* to = out + (size_t(p) * rows + row) * kPanel;
       const uint8_t *first = panel + p * stride, *rows_of = row ? more : inputs;
-      if (p + 1 < panels) multiply_bytes<2>(first, stride, rows_of, unit + row, count, to, size_t(rows) * kPanel, ahead);
-      else multiply_bytes<1>(first, stride, rows_of, unit + row, count, to, size_t(rows) * kPanel, ahead);
+      if (p + 1 < panels) multiply_bytes<2>(first, stride, rows_of, unit + row, count, to, size_t(rows) * kPanel);
+      else multiply_bytes<1>(first, stride, rows_of, unit + row, count, to, size_t(rows) * kPanel);
     }
   }
 }
@@ -287,9 +269,8 @@ inline void bytes(Tiles& tiles, const uint8_t* panel, size_t stride, int panels,
 
 constexpr bool usable() { return false; }
 struct Tiles {};
-inline void pairs(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, int, float*, const Ahead&) {}
-inline void bytes(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, const float*, int, float*,
-                  const Ahead&) {}
+inline void pairs(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, int, float*) {}
+inline void bytes(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, const float*, int, float*) {}
 
 #endif
 

@@ -29,31 +29,26 @@ inline Way way_of(Kind kind) {
   return kind == Kind::I8 ? Way::BYTES : Way::PAIRS;
 }
 
-// The rows of a product as its way wants them, filled by whoever makes them.
-//   FLOATS  (rows, k) float32
+// The rows of a product as its way wants them, made by whoever computes them. FLOATS are taken where they are.
 //   DOTS    (rows, k) bfloat16
 //   PAIRS   for each 16 rows, for each 32 inputs: a tile of bfloat16
 //   BYTES   for each 16 rows, for each 64 inputs: a tile of high bytes, one of low ones; and what a row's unit is
 class Rows {
  public:
-  // Makes room for so many rows of k inputs; what was there is lost. In tiles, whatever begins anew begins at a multiple
-  // of 16.
+  // Makes room for so many rows of k inputs, not FLOATS; what was there is lost.
   void begin(Way way, int rows, int k) {
     way_ = way, k_ = k;
     const int width = way == Way::PAIRS ? (k + 31) / 32 * 32 : way == Way::BYTES ? (k + 63) / 64 * 64 : k;
-    stride_ = size_t(width) * (way == Way::FLOATS ? sizeof(float) : sizeof(bf16));
+    stride_ = size_t(width) * sizeof(bf16);
     const size_t padded = size_t(rows + amx::kRows - 1) / amx::kRows * amx::kRows;
     if (size_ < padded * stride_) bytes_ = allocate<uint8_t>(size_ = padded * stride_);
     if (way == Way::BYTES && units_.size() < padded) units_.resize(padded);
     from_ = bytes_.get();
-    // What fills a tile up must not be NaN; whole rows bring it along.
-    if (way == Way::PAIRS && k % 32) std::memset(bytes_.get(), 0, padded * stride_);
   }
 
   // Puts a whole row.
   void set(int r, const float* row) {
-    if (way_ == Way::FLOATS) std::memcpy(bytes_.get() + size_t(r) * stride_, row, stride_);
-    else if (way_ == Way::DOTS) narrow_all(row, k_, reinterpret_cast<bf16*>(bytes_.get() + size_t(r) * stride_));
+    if (way_ == Way::DOTS) narrow_all(row, k_, reinterpret_cast<bf16*>(bytes_.get() + size_t(r) * stride_));
     else if (way_ == Way::PAIRS) amx::lay_out(row, k_, tile_row(r));
     else units_[r] = halves(row, k_, tile_row(r));
   }
@@ -64,10 +59,10 @@ class Rows {
   // Puts inputs i … i + 15 of a row, i a multiple of 16, as far as there are so many.
   void set_piece(int r, int i, const float* piece) {
     const int n = std::min(kPanel, k_ - i);
-    uint8_t* to = way_ == Way::PAIRS ? tile_row(r) + i / 32 * amx::kTile + i % 32 * sizeof(bf16)
-                                     : bytes_.get() + size_t(r) * stride_ + i * (way_ == Way::FLOATS ? sizeof(float) : sizeof(bf16));
-    if (way_ == Way::FLOATS) std::memcpy(to, piece, n * sizeof(float));
-    else narrow_all(piece, n, reinterpret_cast<bf16*>(to));
+    if (way_ == Way::DOTS) return narrow_all(piece, n, reinterpret_cast<bf16*>(bytes_.get() + size_t(r) * stride_) + i);
+    auto* line = reinterpret_cast<bf16*>(tile_row(r) + i / 32 * amx::kTile);
+    narrow_all(piece, n, line + i % 32);
+    if (i + n == k_) std::fill(line + i % 32 + n, line + 32, 0);
   }
 
   // Takes rows of `a` (row r at a + r * lda), as they are where that can be. In tiles, row r stands at slot[r].
@@ -102,9 +97,7 @@ class Rows {
     for (int i = 0; i < k; i += 64, to += 2 * amx::kTile) {
       alignas(64) int16_t values[64] = {};
       const int n = std::min(64, k - i);
-      for (int j = 0; j < n; ++j) {
-        values[j] = int16_t(nearest(a[i + j] * inverse));
-      }
+      for (int j = 0; j < n; ++j) values[j] = int16_t(nearest(a[i + j] * inverse));
       for (int j = 0; j < 64; ++j) to[j] = uint8_t(values[j] >> 8);
       for (int j = 0; j < 64; ++j) to[amx::kTile + j] = uint8_t(values[j]);
     }
@@ -204,21 +197,20 @@ void multiply(const Pool& pool, const Job& job, const Rows& inputs, int piece, c
     const int row = job.in_tiles() ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
     const int end = job.in_tiles() ? std::min(job.rows, row + job.most) : int(int64_t(job.rows) * (t + 1) / job.tiles);
     const int count = end - row;
-    // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
-    // others take those between.
-    amx::Ahead ahead;
-    const int next = first + panels * pool.size() + t;
-    if (job.tiles > 1 && t < panels && next < w.panels) {
-      ahead.memory = w.panel(next);
-      if (t + job.tiles < panels && next + job.tiles < w.panels) ahead.apart = job.tiles * w.stride;
-    }
     if (job.in_tiles()) {
       const int at = job.slot + row;
       const uint8_t *these = inputs.tiles(at), *more = inputs.tiles(at + amx::kRows);
-      if (job.way == Way::PAIRS) amx::pairs(registers, panel, job.stride, panels, these, more, count, out, ahead);
-      else amx::bytes(registers, panel, job.stride, panels, these, more, inputs.units(at), count, out, ahead);
+      if (job.way == Way::PAIRS) amx::pairs(registers, panel, job.stride, panels, these, more, count, out);
+      else amx::bytes(registers, panel, job.stride, panels, these, more, inputs.units(at), count, out);
     } else {
-      const Ahead lines{ahead.memory ? ahead.memory : panel, ahead.apart};
+      // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
+      // others take those between.
+      Ahead lines{panel};
+      const int next = first + panels * pool.size() + t;
+      if (job.tiles > 1 && t < panels && next < w.panels) {
+        lines.memory = w.panel(next);
+        if (t + job.tiles < panels && next + job.tiles < w.panels) lines.apart = job.tiles * w.stride;
+      }
       const float* x = inputs.at(job.row + row);
       if (w.kind == Kind::F32 || (job.expand && !kDots))
         rows_of<F32Loader>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
