@@ -294,15 +294,6 @@ def test_a_step_of_more_sequences_than_were_ever_seen_is_not_taken_for_a_short_o
     assert pace.chunk_tokens(12, 1) == pytest.approx(ALONE * 23 / 0.2, abs=5)
 
 
-def test_the_smallest_chunks_lead_out_of_a_wrong_belief() -> None:
-    pace = taught(0.010, 0.001)
-    pace.base_s[12] = 0.001
-    assert pace.chunk_tokens(12, 1) == MIN_CHUNK
-    for _ in range(30):
-        pace.observe(12, MIN_CHUNK, 0.030 + MIN_CHUNK * 0.001)
-    assert pace.chunk_tokens(12, 1) == pytest.approx(ALONE * 30, abs=2)
-
-
 def test_one_step_that_lost_its_cores_changes_little() -> None:
     pace = taught(0.060, 0.001, fixed_s=0.005, chunks=(8, 24))
     usual = pace.chunk_tokens(8, 1)

@@ -56,9 +56,7 @@ class ChunkCost:
 
     @property
     def token_s(self) -> float:
-        """Each token's time: all of what they add, less what seems to be fixed. 0 before any was seen."""
-        if not self.tokens:
-            return 0.0
+        """Each token's time: all of what they add, less what seems to be fixed."""
         mean_s = self.added_s / self.tokens
         doubt = (_SPREAD * self.tokens) ** 2
         seen_s = (self._covariance + doubt * mean_s) / (self._variance + doubt)
@@ -86,15 +84,10 @@ class Pace:
     cost: ChunkCost = field(default_factory=ChunkCost)
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, spent_s: float) -> None:
-        """Learn from one step.
-
-        The smallest chunks tell how long a step takes without them, nothing else: they are taken where prompt tokens
-        look dear, perhaps because a step of so many sequences has never been seen alone.
-        """
-        if num_decoding and num_prompt_tokens <= MIN_CHUNK:
-            alone_s = max(spent_s / 2, spent_s - num_prompt_tokens * self.cost.token_s)
+        """Learn from one step."""
+        if num_prompt_tokens == 0:
             known = self.base_s.get(num_decoding)
-            self.base_s[num_decoding] = alone_s if known is None else known + _WEIGHT * (alone_s - known)
+            self.base_s[num_decoding] = spent_s if known is None else known + _WEIGHT * (spent_s - known)
         elif num_prompt_tokens >= MIN_CHUNK:
             self.cost.observe(num_prompt_tokens, max(0.0, spent_s - self.expected_s(num_decoding)))
 
