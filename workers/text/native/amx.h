@@ -101,6 +101,34 @@ void store_sums(float* out, size_t apart, size_t ldo) {
   if constexpr (NP > 3) _tile_stored(3, out + 3 * apart, ldo * sizeof(float));
 }
 
+// Adds to NP sums the products of one tile of inputs, whose lines are `lda` bytes apart, with a tile of each panel.
+template <int NP>
+inline __attribute__((always_inline)) void add(const void* inputs, size_t lda, const uint8_t* p0, const uint8_t* p1,
+                                               const uint8_t* p2, const uint8_t* p3) {
+  _tile_loadd(4, inputs, lda);
+  _tile_loadd(6, p0, kLine);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (NP > 1) {
+    _tile_loadd(7, p1, kLine);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (NP > 2) {
+    _tile_loadd(6, p2, kLine);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (NP > 3) {
+    _tile_loadd(7, p3, kLine);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
+inline __attribute__((always_inline)) void clear_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 // Adds up: `rows` rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4, of `bytes` bytes each.
 // Row r of panel p goes to out + p * apart + r * ldo.
 template <int NP>
@@ -108,26 +136,9 @@ void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* i
   const Panel p0(panels[0], bytes), p1(panels[NP > 1 ? 1 : 0], bytes), p2(panels[NP > 2 ? 2 : 0], bytes),
       p3(panels[NP > 3 ? 3 : 0], bytes);
   settle();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  clear_sums();
   for (size_t at = 0; at < bytes; at += kTile) {
-    _tile_loadd(4, inputs + at, kLine);
-    _tile_loadd(6, p0.at(at), kLine);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (NP > 1) {
-      _tile_loadd(7, p1.at(at), kLine);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (NP > 2) {
-      _tile_loadd(6, p2.at(at), kLine);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    if constexpr (NP > 3) {
-      _tile_loadd(7, p3.at(at), kLine);
-      _tile_dpbf16ps(3, 4, 7);
-    }
+    add<NP>(inputs + at, kLine, p0.at(at), p1.at(at), p2.at(at), p3.at(at));
   }
   store_sums<NP>(out, apart, ldo);
 }
@@ -138,10 +149,7 @@ void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inp
                   size_t apart) {
   const Panel p0(panels[0], bytes), p1(panels[NP - 1], bytes);
   settle();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  clear_sums();
   for (size_t at = 0; at < bytes; at += kTile) {
     _tile_loadd(4, inputs + at, kLine);
     _tile_loadd(6, p0.at(at), kLine);
@@ -169,27 +177,10 @@ template <int NP, class Memory>
 void multiply_blocks(int count, const Memory& memory, const bf16* inputs, size_t lda, float* out, size_t ldo) {
   constexpr size_t kPart = kTile / 2;
   settle();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  clear_sums();
   for (int i = 0; i < count; ++i) {
     const uint8_t* block = memory(i);
-    _tile_loadd(4, inputs + i * kRows, lda);
-    _tile_loadd(6, block, kLine);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (NP > 1) {
-      _tile_loadd(7, block + kPart, kLine);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (NP > 2) {
-      _tile_loadd(6, block + 2 * kPart, kLine);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    if constexpr (NP > 3) {
-      _tile_loadd(7, block + 3 * kPart, kLine);
-      _tile_dpbf16ps(3, 4, 7);
-    }
+    add<NP>(inputs + i * kRows, lda, block, block + kPart, block + 2 * kPart, block + 3 * kPart);
   }
   store_sums<NP>(out, kPanel, ldo);
 }
@@ -201,10 +192,7 @@ void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, 
                     size_t apart) {
   const Panel p0(panel, stride), p1(panel + (NP > 1) * stride, stride);
   settle();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  clear_sums();
   for (size_t at = 0; at < stride; at += kTile) {
     _tile_loadd(4, inputs + 2 * at, kLine);
     _tile_loadd(5, inputs + 2 * at + kTile, kLine);
