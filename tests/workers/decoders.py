@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,17 @@ def last_row(runner: NativeRunner, num_sequences: int, num_threads: int) -> np.n
         logit_rows=np.asarray([7 * num_sequences - 1], np.int32),
         num_threads=num_threads,
     )
+
+
+def in_companies(
+    loaded: LoadedModel, weights: str, companies: Sequence[tuple[int, int]], library: Path | None = None
+) -> list[np.ndarray[Any, Any]]:
+    """Return `last_row` of new kernels for each (threads, sequences)."""
+    return [
+        last_row(
+            decoder_of(loaded, weights, cache="bfloat16", num_threads=num_threads, library=library),
+            num_sequences,
+            num_threads,
+        )
+        for num_threads, num_sequences in companies
+    ]

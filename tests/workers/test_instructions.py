@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.models import tiny
-from tests.workers.decoders import VOCABULARY, decoder_of, last_row, logits, opened, reference_logits
+from tests.workers.decoders import VOCABULARY, decoder_of, in_companies, logits, opened, reference_logits
 from workers.text.native import build
 from workers.text.native.runner import agree, probe
 
@@ -83,14 +82,9 @@ def test_experts_agree(library: Path, architecture: str, weights: str) -> None:
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 def test_a_row_is_computed_alike_in_any_company(library: Path, odd_model: Path, weights: str) -> None:
     loaded, _ = opened(odd_model)
-
-    def row(num_threads: int, num_sequences: int) -> np.ndarray[Any, Any]:
-        runner = decoder_of(loaded, weights, cache="bfloat16", num_threads=num_threads, library=library)
-        return last_row(runner, num_sequences, num_threads)
-
-    expected = row(1, 1)
-    for num_threads, num_sequences in ((1, 2), (2, 3), (1, 5), (2, 9)):
-        np.testing.assert_array_equal(row(num_threads, num_sequences), expected)
+    alone, *others = in_companies(loaded, weights, ((1, 1), (1, 2), (2, 3), (1, 5), (2, 9)), library)
+    for other in others:
+        np.testing.assert_array_equal(other, alone)
 
 
 def test_what_is_not_finite_stays_in_its_row(library: Path, odd_model: Path) -> None:

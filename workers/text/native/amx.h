@@ -129,7 +129,7 @@ inline __attribute__((always_inline)) void clear_sums() {
   _tile_zero(3);
 }
 
-// Adds up: `rows` rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4, of `bytes` bytes each.
+// Rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4, of `bytes` bytes each.
 // Row r of panel p goes to out + p * apart + r * ldo.
 template <int NP>
 void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, float* out, size_t apart, size_t ldo) {
@@ -137,9 +137,8 @@ void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* i
       p3(panels[NP > 3 ? 3 : 0], bytes);
   settle();
   clear_sums();
-  for (size_t at = 0; at < bytes; at += kTile) {
+  for (size_t at = 0; at < bytes; at += kTile)
     add<NP>(inputs + at, kLine, p0.at(at), p1.at(at), p2.at(at), p3.at(at));
-  }
   store_sums<NP>(out, apart, ldo);
 }
 
@@ -171,8 +170,8 @@ void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inp
   }
 }
 
-// The same with a panel's inputs spread over `count` blocks of 16, each block NP panels of 8 lines, beginning at memory(i).
-// Rows are (inputs, `lda` bytes apart).
+// multiply_pairs with a panel's inputs spread over `count` blocks of 16, each block NP panels of 8 lines, beginning at
+// memory(i). The rows of `inputs` are `lda` bytes apart.
 template <int NP, class Memory>
 void multiply_blocks(int count, const Memory& memory, const bf16* inputs, size_t lda, float* out, size_t ldo) {
   constexpr size_t kPart = kTile / 2;
@@ -185,7 +184,7 @@ void multiply_blocks(int count, const Memory& memory, const bf16* inputs, size_t
   store_sums<NP>(out, kPanel, ldo);
 }
 
-// The same for weights of 8 bits and inputs of 16, whose tiles alternate: high halves (signed), low halves (not). Sums of
+// multiply_pairs for weights of 8 bits and inputs of 16, whose tiles alternate: high halves (signed), low halves (not). Sums of
 // integers are exact; `unit` is what one of a row's inputs is worth.
 template <int NP>
 void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, const float* unit, int rows, float* out,
@@ -239,6 +238,8 @@ inline void pairs(Tiles& tiles, const uint8_t* panel, size_t stride, int panels,
     panels -= together, panel += together * stride, out += together * apart;
   }
 }
+
+// The same for weights of 8 bits; see multiply_bytes.
 inline void bytes(Tiles& tiles, const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs,
                   const uint8_t* more, const float* unit, int rows, float* out) {
   for (int row = 0; row < rows; row += kRows) {

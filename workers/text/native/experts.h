@@ -4,7 +4,6 @@
 // Every row has its own few experts. Rows are lined up by expert, so that each expert's products are those of some
 // consecutive rows, and all experts' products run in one loop over the threads.
 #pragma once
-#include <limits>
 #include <vector>
 
 #include "product.h"

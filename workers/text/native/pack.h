@@ -1,4 +1,4 @@
-// Lays a row-major weight matrix out in panels, quantizing on the way. Above: decoder.cpp. Below: linear.h, arena.h.
+// Lays a row-major weight matrix out in panels, quantizing on the way. Above: decoder.cpp. Below: linear.h, arena.h, pool.h.
 //
 // A load waits for this: it should take as long as reading the source and writing the panels does. So no loop below
 // chooses a source or a format for each element, and those that compute are such that compilers make vectors of them.

@@ -29,6 +29,8 @@ inline Way way_of(Kind kind) {
   return kind == Kind::I8 ? Way::BYTES : Way::PAIRS;
 }
 
+inline bool in_tiles(Way way) { return way == Way::PAIRS || way == Way::BYTES; }
+
 // The rows of a product as its way wants them, made by whoever computes them. FLOATS are taken where they are.
 //   DOTS    (rows, k) bfloat16
 //   PAIRS   for each 16 rows, for each 32 inputs: a tile of bfloat16
@@ -71,10 +73,10 @@ class Rows {
       way_ = way, k_ = k, stride_ = lda * sizeof(float), from_ = reinterpret_cast<const uint8_t*>(a);
       return;
     }
-    const bool in_tiles = way == Way::PAIRS || way == Way::BYTES;
-    begin(way, slot && in_tiles && rows ? slot[rows - 1] + 1 : rows, k);
+    if (!in_tiles(way)) slot = nullptr;
+    begin(way, slot && rows ? slot[rows - 1] + 1 : rows, k);
     pool.run((rows + 7) / 8, [&](int block) {
-      for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r) set(slot && in_tiles ? slot[r] : r, a + r * lda);
+      for (int r = block * 8; r < std::min(rows, block * 8 + 8); ++r) set(slot ? slot[r] : r, a + r * lda);
     });
   }
   const float* at(int row) const { return reinterpret_cast<const float*>(from_ + size_t(row) * stride_); }
@@ -157,16 +159,15 @@ struct Job {
     const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
     expand = way == Way::PAIRS ? w.kind == Kind::I4 : way != Way::BYTES && quantized && rows >= kExpandRows;
     stride = expand ? size_t(w.k) * kPanel * (way == Way::FLOATS ? 4 : 2) : w.stride;
-    most = in_tiles() ? 2 * amx::kRows : kRows;
+    most = in_tiles(way) ? 2 * amx::kRows : kRows;
     tiles = (rows + most - 1) / most;
-    step = in_tiles() ? 4 : wide(std::min(rows, kRows));
+    step = in_tiles(way) ? 4 : wide(std::min(rows, kRows));
     // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
     // them from tile to tile, or threads would run out of pieces at different times.
     const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
-    if ((tiles == 2 && !in_tiles()) || (tiles > 1 && !fits)) step = std::min(step, 2);
+    if ((tiles == 2 && !in_tiles(way)) || (tiles > 1 && !fits)) step = std::min(step, 2);
     step = std::max(unit, step);
   }
-  bool in_tiles() const { return way == Way::PAIRS || way == Way::BYTES; }
   int pieces() const { return (weight->panels + step - 1) / step; }
 };
 
@@ -194,10 +195,10 @@ void multiply(const Pool& pool, const Job& job, const Rows& inputs, int piece, c
   alignas(64) float out[std::max(kWide * kRows, 4 * 2 * amx::kRows) * kPanel];
   amx::Tiles registers;
   for (int t = 0; t < job.tiles; ++t) {
-    const int row = job.in_tiles() ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
-    const int end = job.in_tiles() ? std::min(job.rows, row + job.most) : int(int64_t(job.rows) * (t + 1) / job.tiles);
+    const int row = in_tiles(job.way) ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
+    const int end = in_tiles(job.way) ? std::min(job.rows, row + job.most) : int(int64_t(job.rows) * (t + 1) / job.tiles);
     const int count = end - row;
-    if (job.in_tiles()) {
+    if (in_tiles(job.way)) {
       const int at = job.slot + row;
       const uint8_t *these = inputs.tiles(at), *more = inputs.tiles(at + amx::kRows);
       if (job.way == Way::PAIRS) amx::pairs(registers, panel, job.stride, panels, these, more, count, out);
