@@ -46,10 +46,10 @@ def _processor() -> str:
     return "\n".join(next((x for x in lines if x.startswith(key)), "") for key in ("model name", "flags", "Features"))
 
 
-def library_path() -> Path:
+def library_path(sources: Path = SOURCES) -> Path:
     """Return the place of the library for these sources, flags and this processor, built or not."""
     digest = hashlib.sha256(f"{platform.machine()}\n{_processor()}\n{' '.join(FLAGS)}\n".encode())
-    for source in sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cpp")):
+    for source in sorted(p for p in sources.iterdir() if p.suffix in (".h", ".cpp")):
         digest.update(source.name.encode() + source.read_bytes())
     return kernels_dir() / f"{digest.hexdigest()[:24]}.so"
 
@@ -60,13 +60,16 @@ def built() -> Path | None:
     return path if path.is_file() else None
 
 
-def build() -> Path:
+def build(sources: Path = SOURCES) -> Path:
     """Return the library, compiling it if need be: ten seconds or so, at low priority. Safe in several processes.
+
+    Args:
+        sources: another directory of them, to compare with these.
 
     Raises:
         CannotBuild: no compiler, or it failed.
     """
-    path = library_path()
+    path = library_path(sources)
     if path.is_file():
         return path
     if platform.system() != "Linux":
@@ -81,7 +84,7 @@ def build() -> Path:
             return path
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [*_gently(), compiler, *FLAGS, str(SOURCES / MAIN), "-o", str(made)]
+            command = [*_gently(), compiler, *FLAGS, str(sources / MAIN), "-o", str(made)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:
