@@ -97,7 +97,7 @@ class ModelSpec:
     max_running: int = 16
     max_queued: int = 256
     kv_cache_bytes: int = 0
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int = 768
     beams: int = 1
     num_threads: int = 0
     preload: bool = False

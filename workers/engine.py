@@ -309,7 +309,7 @@ class LoadSpec:
     max_running: int = 16
     max_queued: int = 256
     kv_cache_bytes: int = 0
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int = 768
     num_threads: int = 0
     quantize: str = ""
     trust_remote_code: bool = False

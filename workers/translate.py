@@ -326,7 +326,7 @@ def load_spec(message: life.LoadRequest) -> LoadSpec:
         max_running=message.max_running or 16,
         max_queued=message.max_queued,
         kv_cache_bytes=message.kv_cache_bytes,
-        prefill_chunk_tokens=message.prefill_chunk_tokens or 512,
+        prefill_chunk_tokens=message.prefill_chunk_tokens or 768,
         num_threads=message.num_threads,
         quantize=message.quantize,
         trust_remote_code=message.trust_remote_code,

@@ -110,7 +110,7 @@ class ModelConfig(_Strict):
     max_queued: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait beyond those.")
     kv_cache: Bytes = Field(default=0, description="Bytes the KV cache may grow to; 0: chosen from the device.")
     prefill_chunk_tokens: int = Field(
-        default=512,
+        default=768,
         ge=16,
         le=65536,
         description="Most prompt tokens of one step; the engine takes fewer while others stream.",

@@ -36,7 +36,7 @@ def decoder_of(
     """Return the kernels' runner with weights and cache of these kinds, the library for this processor by default."""
     description = describe(loaded.decoder, loaded.head, loaded.text_config)
     decoder = NativeDecoder(
-        library or build.build(), description, weights=weights, cache=cache, num_blocks=16, num_threads=num_threads
+        library or build.build(), description, weights=weights, cache=cache, num_blocks=64, num_threads=num_threads
     )
     return NativeRunner(decoder, num_threads)
 

@@ -83,6 +83,7 @@ int32_t bytes(const uint8_t* a, const uint8_t* b) {
 
 #undef _tile_loadd
 #undef _tile_stored
+#undef _tile_stream_loadd
 #undef _tile_zero
 #undef _tile_dpbf16ps
 #undef _tile_dpbssd
@@ -90,6 +91,7 @@ int32_t bytes(const uint8_t* a, const uint8_t* b) {
 #define _tile_loadconfig(memory) emulated::load_configuration(memory)
 #define _tile_release() emulated::release()
 #define _tile_loadd(t, memory, stride) emulated::load(t, memory, stride)
+#define _tile_stream_loadd(t, memory, stride) emulated::load(t, memory, stride)
 #define _tile_stored(t, memory, stride) emulated::store(t, memory, stride)
 #define _tile_zero(t) emulated::zero(t)
 #define _tile_dpbf16ps(sums, rows, lines) emulated::multiply<float>(sums, rows, lines, emulated::pairs)

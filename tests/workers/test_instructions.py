@@ -58,6 +58,23 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     return path
 
 
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Products of more inputs than a core's first cache holds panels of: 608 and 1,220."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("deep")
+    torch.manual_seed(4)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=608, intermediate_size=1220, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
+        )
+    ).save_pretrained(path)  # fmt: skip
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
+
+
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("cache", ["float32", "bfloat16"])
 def test_they_agree_with_the_definition(library: Path, odd_model: Path, weights: str, cache: str) -> None:
@@ -82,7 +99,17 @@ def test_experts_agree(library: Path, architecture: str, weights: str) -> None:
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 def test_a_row_is_computed_alike_in_any_company(library: Path, odd_model: Path, weights: str) -> None:
     loaded, _ = opened(odd_model)
-    alone, *others = in_companies(loaded, weights, ((1, 1), (1, 2), (2, 3), (1, 5), (2, 9)), library)
+    companies = ((1, 1), (1, 2), (2, 3), (1, 5), (2, 9), (2, 40), (3, 60))
+    alone, *others = in_companies(loaded, weights, companies, library)
+    for other in others:
+        np.testing.assert_array_equal(other, alone)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int4"])
+def test_nor_does_it_matter_how_many_inputs_and_rows_there_are(library: Path, deep_model: Path, weights: str) -> None:
+    loaded, _ = opened(deep_model)
+    assert agree(logits(decoder_of(loaded, weights, library=library)), reference_logits(loaded), weights)
+    alone, *others = in_companies(loaded, weights, ((1, 1), (1, 6), (2, 40)), library)
     for other in others:
         np.testing.assert_array_equal(other, alone)
 

@@ -3,7 +3,7 @@
 Pure arithmetic over observed steps; the scheduler asks, the engine tells. A step with prompt tokens delays every
 running stream; a step without them delays everyone who waits for a first token. So whoever are more go first: a lone
 newcomer may stretch the steps of many streams only a little, the more newcomers the more, and a crowd of them makes a
-few streams wait.
+few streams wait. Streams that began while others waited have had their turn, and count as newcomers until all are in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ALONE, EQUAL = 0.35, 1.5
 LONGEST_S = 0.15
 # Not more than this at the least: int8 weights halve a decode step but not a prompt token, and on a few cores sixteen
 # prompt tokens alone stretched such a step threefold.
-MIN_CHUNK, MAX_CHUNK = 4, 512
+MIN_CHUNK, MAX_CHUNK = 4, 768
 FIRST_CHUNK = 64
 _WEIGHT = 0.2
 # How far chunks must have differed, in parts of their mean, before what they tell of a step's fixed share is believed;
@@ -112,17 +112,19 @@ class Pace:
         share = (num_decoding - below) / (above - below)
         return self.base_s[below] + share * max(0.0, self.base_s[above] - self.base_s[below])
 
-    def chunk_tokens(self, num_decoding: int, num_waiting: int) -> int:
+    def chunk_tokens(self, num_decoding: int, num_waiting: int, num_older: int) -> int:
         """Return the most prompt tokens of the next step.
 
         Args:
-            num_decoding: sequences that would wait for them.
+            num_decoding: sequences that get a token in it.
             num_waiting: sequences that wait for their first token.
+            num_older: how many of those decoding did so before any of those waiting could have begun.
         """
         if self.cost.added_s == 0.0:
             return min(self.max_chunk, FIRST_CHUNK)
         allowed_s = LONGEST_S
-        if num_decoding >= num_waiting:
-            stretch = ALONE + (EQUAL - ALONE) * max(0, num_waiting - 1) / max(1, num_decoding - 1)
+        num_newer = num_waiting + num_decoding - num_older
+        if num_older >= num_newer:
+            stretch = ALONE + (EQUAL - ALONE) * (num_newer - 1) / max(1, num_older - 1)
             allowed_s = min(LONGEST_S, stretch * self.expected_s(num_decoding))
         return int(max(MIN_CHUNK, min(self.max_chunk, self.cost.tokens_within(allowed_s))))

@@ -1,5 +1,8 @@
 """Who runs in the next step: decode everyone, then prefill the eldest in chunks, as far as the pace allows.
 
+Nobody's prompt is begun beside others' if it would have to be cut although a step could hold it whole: they would wait
+longer for their first tokens, and it would have its own no sooner.
+
 Bookkeeping over `Sequence` objects and cache blocks: no tensors, no clock, no threads. The engine's loop is
 schedule → run → postprocess; this file is the first word of it.
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from hostler.errors import ContextLengthExceeded, Overloaded
 
@@ -88,6 +92,7 @@ class Scheduler:
         self.pace = pace
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._num_steps = 0
 
     @property
     def longest_tokens(self) -> int:
@@ -160,23 +165,39 @@ class Scheduler:
         return step
 
     def _next(self) -> Step:
+        self._num_steps += 1
         decodes = self._decodes()
-        budget = self.pace.chunk_tokens(len(decodes), len(self.running) - len(decodes) + len(self.waiting))
+        prefilling = [s for s in self.running if not s.is_decoding]
+        places = self.limits.max_running - len(self.running)
+        newcomers = (*prefilling, *islice(self.waiting, places))
+        left = budget = self._budget([work.sequence for work in decodes], newcomers)
         prefills: list[Work] = []
-        for sequence in [s for s in self.running if not s.is_decoding]:
-            if budget > 0 and (work := self._chunk(sequence, budget)) is not None:
-                prefills.append(work)
-                budget -= work.num_rows
-        while self.waiting and budget > 0 and len(self.running) < self.limits.max_running:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
+        for number, sequence in enumerate(newcomers):
+            found = None if number < len(prefilling) else self._found(sequence)
+            known = sequence.num_computed_tokens if found is None else len(found) * BLOCK_TOKENS
+            if left <= 0 or (prefills and left < sequence.num_tokens - known <= budget):
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            if (work := self._chunk(sequence, budget)) is not None:
+            if found is not None:
+                if not self._admit(sequence, found):
+                    break
+                self.waiting.popleft()
+                self.running.append(sequence)
+            if (work := self._chunk(sequence, left)) is not None:
                 prefills.append(work)
-                budget -= work.num_rows
+                left -= work.num_rows
         return Step((*decodes, *prefills), len(decodes))
+
+    def _budget(self, decoding: list[Sequence], newcomers: tuple[Sequence, ...]) -> int:
+        """Return how many prompt tokens the next step may take, and note who is here since when."""
+        for sequence in newcomers:
+            sequence.eligible_step = sequence.eligible_step or self._num_steps
+        for sequence in decoding:
+            sequence.decoding_step = sequence.decoding_step or self._num_steps
+        if not newcomers:
+            return 0
+        eldest = min(s.eligible_step for s in newcomers)
+        num_older = sum(s.decoding_step <= eldest for s in decoding)
+        return self.pace.chunk_tokens(len(decoding), len(newcomers), num_older)
 
     def computed(self, work: Work, num_accepted: int) -> None:
         """Note that a work's tokens (and so many of its draft) are in the cache, and make full blocks known."""
@@ -214,10 +235,12 @@ class Scheduler:
                 return None
         return Work(sequence, start, end)
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Take over what is known of a waiting sequence's prompt, if the rest of it would fit, too."""
-        reusable = sequence.num_reusable_tokens // BLOCK_TOKENS
-        found = self.pool.match(sequence.hashes.of(sequence.token_ids, reusable))
+    def _found(self, sequence: Sequence) -> list[int]:
+        """Return the cache blocks that hold the beginning of a waiting sequence's prompt."""
+        return self.pool.match(sequence.hashes.of(sequence.token_ids, sequence.num_reusable_tokens // BLOCK_TOKENS))
+
+    def _admit(self, sequence: Sequence, found: list[int]) -> bool:
+        """Take over what was found of a waiting sequence's prompt, if the rest of it would fit, too."""
         # What running prompts still need is theirs; a block of headroom each, so that whoever is admitted is not
         # preempted a moment later.
         promised = sum(max(0, blocks_for(s.num_tokens + 1) - len(s.blocks)) + 1 for s in self.running)
@@ -249,4 +272,4 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.eligible_step = sequence.decoding_step = 0

@@ -39,6 +39,8 @@ class Sequence:
         end_ids: tokens that end this reply, beside those that end any.
         prompt_logprobs: of the prompt's tokens so far, where they are asked for.
         num_scored_rows: rows of the prompt whose logits went into them.
+        eligible_step: the scheduler's step in which it could first have run; 0 while there was no place for it.
+        decoding_step: the first in which it decoded; 0 before.
         reply: turns tokens into events and knows when the reply is over.
     """
 
@@ -62,6 +64,8 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_scored_rows: int = 0
+    eligible_step: int = 0
+    decoding_step: int = 0
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     first_token_s: float = 0.0

@@ -29,6 +29,23 @@ inline void lay_out(const float* row, int k, uint8_t* to) {
   narrow_all(row + i, k - i, reinterpret_cast<bf16*>(to));
 }
 
+// Which lines of panels of `bytes` bytes are multiplied, from byte `begin` to `end`. Those before `begin` were, and their
+// sums are where these go.
+struct Lines {
+  size_t bytes, begin, end;
+  explicit Lines(size_t all) : bytes(all), begin(0), end(all) {}
+  Lines(size_t all, size_t from, size_t most) : bytes(all), begin(from), end(from + most < all ? from + most : all) {}
+};
+
+// What to bring into a core's second cache on the way: so many lines from `from` on for each tile of inputs.
+struct Fetch {
+  const uint8_t* from = nullptr;
+  size_t lines = 0;
+  void some() {
+    for (size_t i = 0; i < lines; ++i, from += kLine) __builtin_prefetch(from, 0, 2);
+  }
+};
+
 #if defined(HOSTLER_AMX)
 
 // Whether this process may use tiles. Linux wants to be asked once, since they make a thread's state 8 KB larger.
@@ -129,31 +146,49 @@ inline __attribute__((always_inline)) void clear_sums() {
   _tile_zero(3);
 }
 
-// Rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4, of `bytes` bytes each.
-// Row r of panel p goes to out + p * apart + r * ldo.
+// Rows of bfloat16 (tiles of 32 inputs, one after another) times NP panels, 1 to 4. Row r of panel p goes to
+// out + p * apart + r * ldo.
 template <int NP>
-void multiply_pairs(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, float* out, size_t apart, size_t ldo) {
-  const Panel p0(panels[0], bytes), p1(panels[NP > 1 ? 1 : 0], bytes), p2(panels[NP > 2 ? 2 : 0], bytes),
-      p3(panels[NP > 3 ? 3 : 0], bytes);
+void multiply_pairs(const uint8_t* const* panels, const Lines& lines, const uint8_t* inputs, float* out, size_t apart,
+                    size_t ldo) {
+  const Panel p0(panels[0], lines.bytes), p1(panels[NP > 1 ? 1 : 0], lines.bytes),
+      p2(panels[NP > 2 ? 2 : 0], lines.bytes), p3(panels[NP > 3 ? 3 : 0], lines.bytes);
   settle();
   clear_sums();
-  for (size_t at = 0; at < bytes; at += kTile)
+  if (lines.begin) {
+    _tile_loadd(0, out, ldo * sizeof(float));
+    if constexpr (NP > 1) _tile_loadd(1, out + apart, ldo * sizeof(float));
+    if constexpr (NP > 2) _tile_loadd(2, out + 2 * apart, ldo * sizeof(float));
+    if constexpr (NP > 3) _tile_loadd(3, out + 3 * apart, ldo * sizeof(float));
+  }
+  for (size_t at = lines.begin; at < lines.end; at += kTile)
     add<NP>(inputs + at, kLine, p0.at(at), p1.at(at), p2.at(at), p3.at(at));
   store_sums<NP>(out, apart, ldo);
 }
 
 // 17 to 32 rows times one or two panels: every tile that is loaded serves twice. The rows beyond 16 begin at `more`.
+// Rows come past the first cache, which two panels fill, for all rows that follow.
 template <int NP>
-void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inputs, const uint8_t* more, float* out,
-                  size_t apart) {
-  const Panel p0(panels[0], bytes), p1(panels[NP - 1], bytes);
+void multiply_two(const uint8_t* const* panels, const Lines& lines, const uint8_t* inputs, const uint8_t* more, float* out,
+                  size_t apart, Fetch fetch) {
+  constexpr size_t kLater = size_t(kRows) * kPanel;
+  const Panel p0(panels[0], lines.bytes), p1(panels[NP - 1], lines.bytes);
   settle();
   clear_sums();
-  for (size_t at = 0; at < bytes; at += kTile) {
-    _tile_loadd(4, inputs + at, kLine);
+  if (lines.begin) {
+    _tile_loadd(0, out, kLine);
+    _tile_loadd(2, out + kLater, kLine);
+    if constexpr (NP > 1) {
+      _tile_loadd(1, out + apart, kLine);
+      _tile_loadd(3, out + apart + kLater, kLine);
+    }
+  }
+  for (size_t at = lines.begin; at < lines.end; at += kTile) {
+    fetch.some();
+    _tile_stream_loadd(4, inputs + at, kLine);
     _tile_loadd(6, p0.at(at), kLine);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, more + at, kLine);
+    _tile_stream_loadd(5, more + at, kLine);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (NP > 1) {
       _tile_loadd(7, p1.at(at), kLine);
@@ -161,7 +196,6 @@ void multiply_two(const uint8_t* const* panels, size_t bytes, const uint8_t* inp
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  constexpr size_t kLater = size_t(kRows) * kPanel;
   _tile_stored(0, out, kLine);
   _tile_stored(2, out + kLater, kLine);
   if constexpr (NP > 1) {
@@ -221,20 +255,20 @@ void multiply_bytes(const uint8_t* panel, size_t stride, const uint8_t* inputs, 
 }
 
 // However many panels, `stride` bytes apart, and up to 32 rows, those beyond 16 at `more`: out[p][r][16].
-inline void pairs(Tiles& tiles, const uint8_t* panel, size_t stride, int panels, const uint8_t* inputs,
-                  const uint8_t* more, int rows, float* out) {
-  const size_t apart = size_t(rows) * kPanel;
+inline void pairs(Tiles& tiles, const uint8_t* panel, int panels, const Lines& lines, const uint8_t* inputs,
+                  const uint8_t* more, int rows, float* out, Fetch fetch = {}) {
+  const size_t apart = size_t(rows) * kPanel, stride = lines.bytes;
   const int most = rows > kRows ? 2 : 4;
   if (rows > kRows) tiles.shape_two(rows);
   else tiles.shape(rows);
   while (panels > 0) {
     const uint8_t* each[4] = {panel, panel + stride, panel + 2 * stride, panel + 3 * stride};
     const int together = panels >= most ? most : panels >= 2 ? 2 : 1;
-    if (rows > kRows && together == 2) multiply_two<2>(each, stride, inputs, more, out, apart);
-    else if (rows > kRows) multiply_two<1>(each, stride, inputs, more, out, apart);
-    else if (together == 4) multiply_pairs<4>(each, stride, inputs, out, apart, kPanel);
-    else if (together == 2) multiply_pairs<2>(each, stride, inputs, out, apart, kPanel);
-    else multiply_pairs<1>(each, stride, inputs, out, apart, kPanel);
+    if (rows > kRows && together == 2) multiply_two<2>(each, lines, inputs, more, out, apart, fetch);
+    else if (rows > kRows) multiply_two<1>(each, lines, inputs, more, out, apart, fetch);
+    else if (together == 4) multiply_pairs<4>(each, lines, inputs, out, apart, kPanel);
+    else if (together == 2) multiply_pairs<2>(each, lines, inputs, out, apart, kPanel);
+    else multiply_pairs<1>(each, lines, inputs, out, apart, kPanel);
     panels -= together, panel += together * stride, out += together * apart;
   }
 }
@@ -258,7 +292,7 @@ inline void bytes(Tiles& tiles, const uint8_t* panel, size_t stride, int panels,
 
 constexpr bool usable() { return false; }
 struct Tiles {};
-inline void pairs(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, int, float*) {}
+inline void pairs(Tiles&, const uint8_t*, int, const Lines&, const uint8_t*, const uint8_t*, int, float*, Fetch = {}) {}
 inline void bytes(Tiles&, const uint8_t*, size_t, int, const uint8_t*, const uint8_t*, const float*, int, float*) {}
 
 #endif

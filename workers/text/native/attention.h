@@ -207,8 +207,8 @@ inline void attend_tiles(const Cache& cache, int layer, int head, const int32_t*
     const int together = span.last - b >= 4 ? 4 : 1;
     for (int i = 0; i < together; ++i) keys[i] = cache.block(layer, table[b + i], head);
     float* to = scores + (b - span.first) * kBlock;
-    if (together == 4) amx::multiply_pairs<4>(keys, cache.half(), queries, to, kBlock, padded);
-    else amx::multiply_pairs<1>(keys, cache.half(), queries, to, kBlock, padded);
+    if (together == 4) amx::multiply_pairs<4>(keys, amx::Lines(cache.half()), queries, to, kBlock, padded);
+    else amx::multiply_pairs<1>(keys, amx::Lines(cache.half()), queries, to, kBlock, padded);
     b += together;
   }
   float inverse[kQueries];

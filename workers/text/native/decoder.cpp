@@ -150,10 +150,10 @@ void mix(Model& m, const Experts& experts, int rows) {
   });
   auto through = [&](Weight Expert::*which, int unit, const float* a, size_t lda, const auto& take) {
     const std::vector<Job> jobs = m.routing.jobs(m.pool, experts, which, unit);
-    products(m.pool, jobs, a, lda, lined_up, m.routing.slots(),
-             [&](int j, int row, int n, int panel, int panels, const float* out) {
-               take(jobs[j].row + row, n, panel, panels, out);
-             });
+    if (jobs.empty()) return;
+    Rows& inputs = rows_of_thread();
+    inputs.take(m.pool, jobs[0].way, a, lda, lined_up, jobs[0].weight->k, m.routing.slots());
+    products(m.pool, jobs, inputs, take);
   };
   through(&Expert::gate_up, 2, m.lined_up.get(), c.hidden, [&](int row, int n, int panel, int panels, const float* out) {
     gate(c.gelu, row, n, panel, panels, out, [&](int r, int i, const float* made) {
@@ -194,7 +194,7 @@ void run(Model& m, const Step& step) {
     mark = now;
   };
   m.packing.reset();
-  m.pool.limit(step.threads);
+  m.pool.limit(step.threads, parts_of(step.rows, step.threads));
   m.reserve(step.rows);
   std::vector<Item> items;
   std::vector<int32_t> owner(step.rows);

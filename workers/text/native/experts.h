@@ -70,7 +70,7 @@ class Routing {
   std::vector<Job> jobs(const Pool& pool, const Experts& experts, Weight Expert::*which, int unit) const {
     std::vector<Job> out;
     for (int e = 0; e < int(experts.each.size()); ++e)
-      if (count_[e]) out.emplace_back(pool, experts.each[e].*which, first_[e], first_slot_[e], count_[e], unit);
+      if (count_[e]) out.emplace_back(pool.size(), experts.each[e].*which, first_[e], first_slot_[e], count_[e], unit);
     return out;
   }
   int rows() const { return int(source_.size()); }

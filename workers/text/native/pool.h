@@ -2,6 +2,8 @@
 //
 // A region is complete when its chunks are, not when its threads are: whoever is awake claims the next chunk, so a
 // thread that lost its core to another process delays at most the chunk it holds, and nobody waits at a barrier.
+// A region may be cut into parts. Each thread begins with the chunks of its own part, the same in every region, and finds
+// what it wrote there in its core's cache; when none are left, it helps with the others'.
 // Idle threads pause, then yield, then sleep, so that a waiting engine costs nothing. They start when they are first
 // wanted, by whoever runs the region, and have that thread's priority.
 #pragma once
@@ -40,23 +42,28 @@ class Pool {
     for (auto& thread : threads_) thread.join();
     threads_.clear();
     joined_.store(0, std::memory_order_relaxed);
+    size_.store(1, std::memory_order_relaxed);
     closing_.store(false, std::memory_order_release);
   }
 
-  // Sets how many threads may take part from the next region on; the caller is always one of them.
-  void limit(int num_threads) {
+  // Sets how many threads may take part from the next region on, the caller always one of them, and into how many parts
+  // regions are cut.
+  void limit(int num_threads, int parts = 1) {
     while (int(threads_.size()) < std::min(num_threads, most_) - 1) threads_.emplace_back([this] { serve(); });
-    helpers_.store(num_threads - 1, std::memory_order_relaxed);
+    size_.store(std::min(int(threads_.size()), num_threads - 1) + 1, std::memory_order_relaxed);
+    parts_.store(std::clamp(parts, 1, std::min(size(), kMostParts)), std::memory_order_relaxed);
   }
 
   // How many threads take part.
-  int size() const { return std::min(int(threads_.size()), helpers_.load(std::memory_order_relaxed)) + 1; }
+  int size() const { return size_.load(std::memory_order_relaxed); }
+
+  int parts() const { return parts_.load(std::memory_order_relaxed); }
 
   // Calls body(i) once for each i in [0, count), on any thread; returns when all are done. One caller at a time.
   template <class Body>
   void run(int count, const Body& body) {
     if (count <= 0) return;
-    if (threads_.empty() || helpers_.load(std::memory_order_relaxed) == 0 || count == 1) {
+    if (size() == 1 || count == 1) {
       for (int i = 0; i < count; ++i) body(i);
       return;
     }
@@ -71,9 +78,12 @@ class Pool {
     context_ = &chunk;
     finished_.store(0, std::memory_order_relaxed);
     epoch_ = epoch_ + 1 == 0 ? 1 : epoch_ + 1;
-    word_.store(uint64_t(epoch_) << 32 | uint64_t(chunks), std::memory_order_seq_cst);
+    for (int p = 0; p < parts(); ++p) {
+      const uint64_t first = uint64_t(chunks) * p / parts(), end = uint64_t(chunks) * (p + 1) / parts();
+      part_[p].word.store(uint64_t(epoch_) << 32 | first << 16 | end, std::memory_order_seq_cst);
+    }
     if (sleeping_.load(std::memory_order_seq_cst) > 0) wake_sleepers();
-    while (claim_and_run()) {
+    while (claim_and_run(0)) {
     }
     for (int spins = 0; finished_.load(std::memory_order_acquire) != chunks; ++spins) {
       // A chunk takes microseconds; yielding hands the core to others for milliseconds. So yield only when the holder
@@ -83,35 +93,47 @@ class Pool {
   }
 
  private:
+  static constexpr int kMostParts = 8;
   static constexpr int kSpins = 4000;       // of an idle thread: about 0.1 ms
   static constexpr int kYields = 20;        // before it sleeps
   static constexpr int kWaitSpins = 20000;  // of the caller, for the last chunk
 
-  // word_: epoch (32 bits) | next chunk (16) | number of chunks (16). A claim that succeeds proves that its region is
-  // still open, hence that call_ and context_ are this region's.
-  bool claim_and_run() {
-    uint64_t word = word_.load(std::memory_order_acquire);
-    for (;;) {
-      const uint32_t next = uint32_t(word >> 16) & 0xffff, total = uint32_t(word) & 0xffff;
-      if (next >= total) return false;
-      if (word_.compare_exchange_weak(word, word + 0x10000, std::memory_order_acq_rel)) {
-        call_(context_, int(next));
+  // A part's word: epoch (32 bits) | next chunk (16) | end of its chunks (16). A claim that succeeds proves that its
+  // region is still open, hence that call_ and context_ are this region's.
+  struct alignas(64) Part {
+    std::atomic<uint64_t> word{0};
+    static int next(uint64_t word) { return int(word >> 16 & 0xffff); }
+    static int end(uint64_t word) { return int(word & 0xffff); }
+  };
+
+  // Of thread number `self`, the caller's being 0.
+  bool claim_and_run(int self) {
+    const int parts = this->parts(), own = self * parts / size();
+    for (int p = 0; p < parts; ++p) {
+      std::atomic<uint64_t>& of_part = part_[(own + p) % parts].word;
+      uint64_t word = of_part.load(std::memory_order_acquire);
+      while (Part::next(word) < Part::end(word)) {
+        if (!of_part.compare_exchange_weak(word, word + 0x10000, std::memory_order_acq_rel)) continue;
+        call_(context_, Part::next(word));
         finished_.fetch_add(1, std::memory_order_release);
         return true;
       }
     }
+    return false;
   }
 
   bool has_work() const {
-    const uint64_t word = word_.load(std::memory_order_seq_cst);
-    return (uint32_t(word >> 16) & 0xffff) < (uint32_t(word) & 0xffff);
+    return std::any_of(part_, part_ + parts(), [](const Part& part) {
+      const uint64_t word = part.word.load(std::memory_order_seq_cst);
+      return Part::next(word) < Part::end(word);
+    });
   }
 
   void serve() {
-    const int self = joined_.fetch_add(1, std::memory_order_relaxed);
+    const int self = joined_.fetch_add(1, std::memory_order_relaxed) + 1;
     int idle = 0;
     while (!closing_.load(std::memory_order_acquire)) {
-      if (self < helpers_.load(std::memory_order_relaxed) && claim_and_run()) {
+      if (self < size() && claim_and_run(self)) {
         idle = 0;
       } else if (++idle < kSpins) {
         relax();
@@ -132,11 +154,12 @@ class Pool {
     syscall(SYS_futex, &bell_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  alignas(64) std::atomic<uint64_t> word_{0};
+  Part part_[kMostParts];
   alignas(64) std::atomic<int> finished_{0};
   alignas(64) std::atomic<uint32_t> bell_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<int> helpers_{INT_MAX};
+  std::atomic<int> size_{1};
+  std::atomic<int> parts_{1};
   std::atomic<int> joined_{0};
   std::atomic<bool> closing_{false};
   void (*call_)(const void*, int) = nullptr;

@@ -15,6 +15,7 @@ namespace hostler {
 
 constexpr int kExpandRows = kDots ? 8 : 16;  // from so many rows on, a quantized panel is widened once for all of them
 constexpr size_t kCacheBytes = 512 << 10;    // of a core's second cache, for panels
+constexpr int kTileRows = 2 * amx::kRows;    // that AMX multiplies at once
 
 enum class Way {
   FLOATS,  // vectors of float32; weights widen as they are read
@@ -149,22 +150,23 @@ struct Added {
 struct Job {
   const Weight* weight;
   int row, slot, rows;  // the first row, where it stands in tiles, and how many
+  int threads;          // that probably share the pieces
   Way way;
   bool expand;  // a quantized panel is widened once for all rows
   int most, tiles, step;  // rows of a tile; how many tiles; panels of a piece
   size_t stride;          // bytes of a panel as it is multiplied
 
-  Job(const Pool& pool, const Weight& w, int first, int first_slot, int count, int unit)
-      : weight(&w), row(first), slot(first_slot), rows(count), way(way_of(w.kind)) {
+  Job(int num_threads, const Weight& w, int first, int first_slot, int count, int unit)
+      : weight(&w), row(first), slot(first_slot), rows(count), threads(num_threads), way(way_of(w.kind)) {
     const bool quantized = w.kind == Kind::I8 || w.kind == Kind::I4;
     expand = way == Way::PAIRS ? w.kind == Kind::I4 : way != Way::BYTES && quantized && rows >= kExpandRows;
     stride = expand ? size_t(w.k) * kPanel * (way == Way::FLOATS ? 4 : 2) : w.stride;
-    most = in_tiles(way) ? 2 * amx::kRows : kRows;
+    most = in_tiles(way) ? kTileRows : kRows;
     tiles = (rows + most - 1) / most;
-    step = in_tiles(way) ? 4 : wide(std::min(rows, kRows));
+    step = way == Way::PAIRS && tiles > 1 ? 2 : in_tiles(way) ? 4 : wide(std::min(rows, kRows));
     // Half as many panels at once where two tiles would have to fetch all of the next ones, a core's cache would not hold
     // them from tile to tile, or threads would run out of pieces at different times.
-    const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * pool.size();
+    const bool fits = step * stride <= kCacheBytes && w.panels >= 4 * step * threads;
     if ((tiles == 2 && !in_tiles(way)) || (tiles > 1 && !fits)) step = std::min(step, 2);
     step = std::max(unit, step);
   }
@@ -186,33 +188,78 @@ inline const uint8_t* panels_of_piece(const Job& job, int first, int panels) {
   return reinterpret_cast<const uint8_t*>(wide_panels.get());
 }
 
-// Computes one piece; see `product`.
+// Hands out a tile's sums: `panels` from `first` on.
 template <class Done>
-void multiply(const Pool& pool, const Job& job, const Rows& inputs, int piece, const Added& added, const Done& done) {
+void finish(const Weight& w, int row, int count, int first, int panels, float* out, const Added& added, const Done& done) {
+  for (int p = 0; p < panels && (w.scales || w.bias); ++p)
+    for (int r = 0; r < count; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* o = out + (p * count + r) * kPanel + v * W;
+        vf x_v = load(o);
+        if (w.scales) x_v *= load(w.scales.get() + (first + p) * kPanel + v * W);
+        if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
+        store(o, x_v);
+      }
+  if (added.values) added.to(out, row, count, first, panels);
+  done(row, count, first, panels, out);
+}
+
+// A piece of many rows in tiles of pairs. As much of its panels as a core's first cache holds serves all rows before the rest
+// does; sums wait meanwhile.
+template <class Done>
+void multiply_tiles(const Job& job, const Rows& inputs, int piece, const Added& added, const Done& done) {
+  constexpr size_t kDeep = 18 * amx::kTile, kSums = 2 * kTileRows * kPanel;
+  thread_local Buffer<float> sums;
+  thread_local size_t size = 0;
   const Weight& w = *job.weight;
   const int first = piece * job.step, panels = std::min(job.step, w.panels - first);
   const uint8_t* panel = panels_of_piece(job, first, panels);
-  alignas(64) float out[std::max(kWide * kRows, 4 * 2 * amx::kRows) * kPanel];
+  if (size < job.tiles * kSums) sums = allocate<float>(size = job.tiles * kSums);
+  // The panels that this thread will probably take next come in meanwhile, a share with each tile of rows.
+  const int next = first + job.step * job.threads, coming = std::min(job.step, w.panels - next);
+  const size_t share = coming > 0 ? coming * w.stride / (job.tiles * ((job.stride + amx::kTile - 1) / amx::kTile)) : 0;
+  amx::Fetch fetch{coming > 0 ? w.panel(next) : nullptr, (share + amx::kLine - 1) / amx::kLine};
+  amx::Tiles registers;
+  for (size_t from = 0; from < job.stride; from += kDeep) {
+    const amx::Lines lines(job.stride, from, kDeep);
+    for (int t = 0; t < job.tiles; ++t) {
+      const int row = t * kTileRows, count = std::min(kTileRows, job.rows - row), at = job.slot + row;
+      float* out = sums.get() + t * kSums;
+      amx::pairs(registers, panel, panels, lines, inputs.tiles(at), inputs.tiles(at + amx::kRows), count, out, fetch);
+      fetch.from += fetch.lines * amx::kLine * ((lines.end - lines.begin) / amx::kTile);
+      if (lines.end == job.stride) finish(w, job.row + row, count, first, panels, out, added, done);
+    }
+  }
+}
+
+// Computes one piece; see `products`.
+template <class Done>
+void multiply(const Job& job, const Rows& inputs, int piece, const Added& added, const Done& done) {
+  if (job.way == Way::PAIRS && job.tiles > 1) return multiply_tiles(job, inputs, piece, added, done);
+  const Weight& w = *job.weight;
+  const int first = piece * job.step, panels = std::min(job.step, w.panels - first);
+  const uint8_t* panel = panels_of_piece(job, first, panels);
+  alignas(64) float out[std::max(kWide * kRows, 4 * kTileRows) * kPanel];
   amx::Tiles registers;
   for (int t = 0; t < job.tiles; ++t) {
-    const int row = in_tiles(job.way) ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
-    const int end = in_tiles(job.way) ? std::min(job.rows, row + job.most) : int(int64_t(job.rows) * (t + 1) / job.tiles);
-    const int count = end - row;
+    const int begin = in_tiles(job.way) ? t * job.most : int(int64_t(job.rows) * t / job.tiles);
+    const int end = in_tiles(job.way) ? std::min(job.rows, begin + job.most) : int(int64_t(job.rows) * (t + 1) / job.tiles);
+    const int row = job.row + begin, count = end - begin;
     if (in_tiles(job.way)) {
-      const int at = job.slot + row;
+      const int at = job.slot + begin;
       const uint8_t *these = inputs.tiles(at), *more = inputs.tiles(at + amx::kRows);
-      if (job.way == Way::PAIRS) amx::pairs(registers, panel, job.stride, panels, these, more, count, out);
+      if (job.way == Way::PAIRS) amx::pairs(registers, panel, panels, amx::Lines(job.stride), these, more, count, out);
       else amx::bytes(registers, panel, job.stride, panels, these, more, inputs.units(at), count, out);
     } else {
       // Of several tiles each has time to fetch one or two of the panels that this thread will probably take next: the
       // others take those between.
       Ahead lines{panel};
-      const int next = first + panels * pool.size() + t;
+      const int next = first + panels * job.threads + t;
       if (job.tiles > 1 && t < panels && next < w.panels) {
         lines.memory = w.panel(next);
         if (t + job.tiles < panels && next + job.tiles < w.panels) lines.apart = job.tiles * w.stride;
       }
-      const float* x = inputs.at(job.row + row);
+      const float* x = inputs.at(row);
       if (w.kind == Kind::F32 || (job.expand && !kDots))
         rows_of<F32Loader>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
       else if (w.kind == Kind::BF16 || job.expand)
@@ -222,17 +269,7 @@ void multiply(const Pool& pool, const Job& job, const Rows& inputs, int piece, c
       else
         rows_of<Product<I4Loader>>(panel, job.stride, panels, x, inputs.ld(), count, w.k, out, lines);
     }
-    for (int p = 0; p < panels && (w.scales || w.bias); ++p)
-      for (int r = 0; r < count; ++r)
-        for (int v = 0; v < V; ++v) {
-          float* o = out + (p * count + r) * kPanel + v * W;
-          vf x_v = load(o);
-          if (w.scales) x_v *= load(w.scales.get() + (first + p) * kPanel + v * W);
-          if (w.bias) x_v += load(w.bias.get() + (first + p) * kPanel + v * W);
-          store(o, x_v);
-        }
-    if (added.values) added.to(out, row, count, first, panels);
-    done(row, count, first, panels, out);
+    finish(w, row, count, first, panels, out, added, done);
   }
 }
 
@@ -242,13 +279,33 @@ inline Rows& rows_of_thread() {
   return rows;
 }
 
-// Multiplies rows with a weight. `done(row, rows, panel, panels, out)` takes each finished piece, out[p][r][16], bias, scale
-// and `added` applied; `unit` panels always come in one piece. Runs on the pool.
+// Does all jobs on the pool, one after another as far as threads go. `done(row, rows, panel, panels, out)` takes each finished
+// piece, out[p][r][16], bias, scale and `added` applied.
+template <class Done>
+void products(Pool& pool, const std::vector<Job>& jobs, const Rows& inputs, const Done& done, const Added& added = {}) {
+  std::vector<std::pair<const Job*, int>> pieces;
+  for (const Job& job : jobs)
+    for (int piece = 0; piece < job.pieces(); ++piece) pieces.emplace_back(&job, piece);
+  pool.run(int(pieces.size()), [&](int i) { multiply(*pieces[i].first, inputs, pieces[i].second, added, done); });
+}
+
+// Into how many parts a step's rows are best cut, so that each thread has its own from product to product: as many as there
+// are threads, as long as weights that come into a core are worth their way. With fewer rows threads share them all.
+inline int parts_of(int rows, int threads) {
+  constexpr int kEnoughRows = 128;
+  return std::clamp(rows / kEnoughRows, 1, threads);
+}
+
+// Multiplies rows with a weight; `unit` panels always come in one piece. See `products`.
 template <class Done>
 void product(Pool& pool, const Weight& w, const Rows& inputs, int rows, int unit, const Done& done,
              const Added& added = {}) {
-  const Job job(pool, w, 0, 0, rows, unit);
-  pool.run(job.pieces(), [&](int piece) { multiply(pool, job, inputs, piece, added, done); });
+  const int parts = std::min(pool.parts(), parts_of(rows, pool.size()));
+  auto end_of = [&](int part) { return std::min(rows, (rows * part / parts + kTileRows - 1) / kTileRows * kTileRows); };
+  std::vector<Job> jobs;
+  for (int p = 0, row = 0; p < parts; row = end_of(++p))
+    jobs.emplace_back(std::max(1, pool.size() / parts), w, row, row, end_of(p + 1) - row, unit);
+  products(pool, jobs, inputs, done, added);
 }
 
 // The same for rows of `a` (row r at a + r * lda).
@@ -258,26 +315,6 @@ void product(Pool& pool, const Weight& w, const float* a, size_t lda, int rows, 
   Rows& inputs = rows_of_thread();
   inputs.take(pool, way_of(w.kind), a, lda, rows, w.k);
   product(pool, w, inputs, rows, unit, done, added);
-}
-
-// The same for many products of one kind and width at once, each with rows of its own. Job j's pieces go to
-// done(j, row, rows, panel, panels, out). `rows` in all, at `slot` in tiles.
-template <class Done>
-void products(Pool& pool, const std::vector<Job>& jobs, const float* a, size_t lda, int rows, const int32_t* slot,
-              const Done& done) {
-  if (jobs.empty()) return;
-  Rows& inputs = rows_of_thread();
-  inputs.take(pool, jobs[0].way, a, lda, rows, jobs[0].weight->k, slot);
-  std::vector<std::pair<int, int>> pieces;  // of which job, which
-  for (int j = 0; j < int(jobs.size()); ++j)
-    for (int piece = 0; piece < jobs[j].pieces(); ++piece) pieces.emplace_back(j, piece);
-  pool.run(int(pieces.size()), [&](int i) {
-    const auto [j, piece] = pieces[i];
-    auto told = [&, j = j](int row, int count, int panel, int panels, const float* out) {
-      done(j, row, count, panel, panels, out);
-    };
-    multiply(pool, jobs[j], inputs, piece, {}, told);
-  });
 }
 
 }  // namespace hostler

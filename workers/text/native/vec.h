@@ -115,7 +115,8 @@ inline float highest(vf v) {
 
 inline vf pick(vi mask, vf a, vf b) { return mask ? a : b; }
 
-constexpr float kExpLow = -87.33654f, kExpHigh = 88.37626f;
+// Within these neither e^x nor its inverse is so small that processors would take a hundred cycles for it (denormal).
+constexpr float kExpLow = -87.33654f, kExpHigh = 87.0f;
 
 // e^x for x within those two bounds, to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial in r (coefficients as in Cephes'
 // expf), scaled by 2^n. NaN stays NaN.
