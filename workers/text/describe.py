@@ -8,6 +8,7 @@ arithmetic is noticed, not served wrongly.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ FAMILIES = frozenset(
     }
 )  # fmt: skip
 _ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+# What configurations say of each layer: attention to everything or a window, positions rotated or not.
+_BY_LAYER = ("layer_types", "no_rope_layers")
 _ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 
 
@@ -61,7 +64,8 @@ class Layer:
         mlps: one, or as many as a router chooses from.
         router: None for one.
         qkv_bias, out_bias: in the same order as the weights; empty for none.
-        norms: attention, after attention, MLP, after MLP, query, key; None where there is none.
+        norms: attention, after attention, MLP, after MLP, query, key, each less the description's `norm_offset`; None
+            where there is none.
         window: positions that a query sees, 0 for all.
         rope: which of the description's frequencies; -1 for no rotary positions.
     """
@@ -101,6 +105,7 @@ class Description:
     attention_scale: float
     residual_scale: float
     logit_scale: float
+    norm_offset: float
     ropes: tuple[Rope, ...]
     layers: tuple[Layer, ...]
     final_norm: torch.Tensor
@@ -147,14 +152,43 @@ def describe(decoder: Any, head: Any, config: Any) -> Description:
         attention_scale=float(attention.scaling),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
         logit_scale=1.0 / float(getattr(config, "logits_scaling", 1.0)),
+        norm_offset=1.0 if type(decoder.norm).__name__.startswith("Gemma") else 0.0,
         ropes=ropes,
         layers=layers,
-        final_norm=_norm(decoder.norm),
+        final_norm=decoder.norm.weight,
         head=head.weight,
         embedding=None if tied else embedding.weight,
     )
     _check(described)
     return described
+
+
+def kinds_of_layers(config: Any) -> list[tuple[Any, ...]]:
+    """Return what a configuration says that tells a decoder's layers apart: equal for those that compute alike."""
+    dense, sparse_step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    lists = _by_layer(config).values()
+    count = int(config.num_hidden_layers)
+    return [(i in dense, (i + 1) % sparse_step == 0, *(values[i] for values in lists)) for i in range(count)]
+
+
+def first_of_each_kind(config: Any) -> int:
+    """Return how many of a decoder's first layers have one of every kind that it has; two at least, if it has two."""
+    kinds = kinds_of_layers(config)
+    return min(len(kinds), max(2, *(kinds.index(kind) + 1 for kind in kinds)))
+
+
+def with_layers(config: Any, count: int) -> Any:
+    """Return a copy of a decoder's configuration with its first layers alone."""
+    shorter = copy.deepcopy(config)
+    for name, values in _by_layer(config).items():
+        setattr(shorter, name, values[:count])
+    shorter.num_hidden_layers = count
+    return shorter
+
+
+def _by_layer(config: Any) -> dict[str, list[Any]]:
+    found = {name: getattr(config, name, None) for name in _BY_LAYER}
+    return {name: list(values) for name, values in found.items() if values}
 
 
 def described_layers(d: Description) -> dict[str, AdaptedLayer]:
@@ -212,12 +246,6 @@ def _ropes(decoder: Any, config: Any) -> tuple[tuple[Rope, ...], Any]:
     return ropes, lambda index: order.index(config.layer_types[index])
 
 
-def _norm(module: Any) -> torch.Tensor:
-    """A norm's factor; Gemma's modules hold it less one."""
-    weight: torch.Tensor = module.weight.detach().float()
-    return weight + 1.0 if type(module).__name__.startswith("Gemma") else weight
-
-
 def _layer(layer: Any, rope: int, config: Any) -> Layer:
     attention = layer.self_attn
     mlps, router = _mlps(layer.mlp, config)
@@ -238,10 +266,14 @@ def _layer(layer: Any, rope: int, config: Any) -> Layer:
         router=router,
         qkv_bias=tuple(p.bias for p in projections if p.bias is not None),
         out_bias=(attention.o_proj.bias,) if attention.o_proj.bias is not None else (),
-        norms=tuple(None if n is None else _norm(n) for n in norms),
+        norms=tuple(None if n is None else n.weight for n in norms),
         window=int(window or 0),
-        rope=rope if getattr(attention, "use_rope", True) else -1,
+        rope=_rope_of(attention, rope),
     )
+
+
+def _rope_of(attention: Any, rope: int) -> int:
+    return rope if getattr(attention, "use_rope", True) else -1
 
 
 def _mlps(mlp: Any, config: Any) -> tuple[tuple[Mlp, ...], Router | None]:

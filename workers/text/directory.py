@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from workers.engine import LoadSpec, ModelFacts
 from workers.text.adapters import Adapter
-from workers.text.describe import FAMILIES
+from workers.text.describe import FAMILIES, with_layers
 from workers.text.kv_cache import BLOCK_TOKENS, MIN_BLOCKS, KVShape, blocks_for
 from workers.text.native.build import built
 
@@ -144,6 +144,11 @@ class Directory:
             ModelLoadFailed: the cache is too small.
         """
         return _placed(self.path, self.config, self.tokenizer, self.generation, spec)
+
+    def first_layers(self, count: int) -> Directory:
+        """Return the same directory as of a plain text model that has its first layers alone."""
+        config = with_layers(self.text, count)
+        return replace(self, config=config, text=config, kv=replace(self.kv, num_layers=count))
 
     @property
     def weight_files(self) -> list[Path]:

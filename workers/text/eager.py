@@ -159,22 +159,28 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
     return ModelRunner(loaded.model, PagedCache(loaded.kv, loaded.dtype, loaded.device), chosen, adapters)
 
 
-def proved(runner: NativeRunner, loaded: LoadedModel, weights: str, *, routed: bool = False) -> bool:
-    """Return whether the kernels' logits agree with the module's. May convert the module to another dtype, in place.
+def proved(runner: NativeRunner, loaded: LoadedModel, weights: str, *, num_layers: int, routed: bool = False) -> bool:
+    """Return whether the kernels' logits agree with the module's, both of the first layers alone.
+
+    May convert those layers and what is around them to another dtype, in place.
 
     Args:
+        runner: has that many layers.
         weights: how the kernels keep them.
         routed: whether layers choose among experts.
     """
-    shape = KVShape(
-        loaded.kv.num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS
-    )
+    shape = KVShape(num_layers, loaded.kv.num_kv_heads, loaded.kv.head_dim, blocks_for(PROBE_TOKENS), PROBE_TOKENS)
     every = len(os.sched_getaffinity(0))
     # The reference computes in float32 where torch's bfloat16 would take seconds.
     dtype = choose_dtype("auto", loaded.dtype, loaded.device)
     cache = PagedCache(shape, dtype, loaded.device)
-    reference = ModelRunner(loaded.model.to(dtype), cache, Threads(every, every))
-    steps = probe(int(loaded.head.weight.shape[0]))
-    got = torch.cat([runner.run_packed(step) for step in steps])
-    expected = torch.cat([reference.run_packed(step) for step in steps])
+    whole = loaded.decoder.layers
+    loaded.decoder.layers = whole[:num_layers]
+    try:
+        reference = ModelRunner(loaded.model.to(dtype), cache, Threads(every, every))
+        steps = probe(int(loaded.head.weight.shape[0]))
+        got = torch.cat([runner.run_packed(step) for step in steps])
+        expected = torch.cat([reference.run_packed(step) for step in steps])
+    finally:
+        loaded.decoder.layers = whole
     return agree(got, expected, weights, routed=routed)

@@ -23,13 +23,13 @@ from workers.engine import LoadSpec
 from workers.gentle import gently, load_niceness
 from workers.refusals import refuse_beams
 from workers.text.adapters import read_adapters
-from workers.text.describe import Description, NotSupported, describe, described_layers
+from workers.text.describe import Description, NotSupported, describe, described_layers, first_of_each_kind
 from workers.text.directory import Directory, LoadedModel, choose_dtype, read_directory
 from workers.text.engine import TextEngine
-from workers.text.kv_cache import KVShape
+from workers.text.kv_cache import KVShape, blocks_for
 from workers.text.native import build, recipe
 from workers.text.native.decoder import NativeDecoder
-from workers.text.native.runner import NativeRunner
+from workers.text.native.runner import PROBE_TOKENS, NativeRunner
 from workers.text.proving import is_worth_it, prove_apart
 from workers.text.runner import Runner
 from workers.text.sleeping import Bed, Opened
@@ -168,33 +168,56 @@ def open_recipe(
 
 
 def open_native(directory: Directory, loaded: LoadedModel, spec: LoadSpec, library: Path) -> NativeRunner:
-    """Pack a loaded module for the kernels and prove them on it; what was proved is written down for the next load.
+    """Prove the kernels on a loaded module and pack it for them.
 
     The module keeps its own weights: `LoadedModel.free_weights` frees them once nobody runs it.
 
     Raises:
         NotSupported: the kernels do not know this model, or disagree with transformers about it.
     """
-    from workers.text.eager import proved
-
     if loaded.vision is not None and loaded.vision.has_three_dimensions:
         raise NotSupported("positions in three dimensions")
     description = describe(loaded.decoder, loaded.head, loaded.text_config)
+    prove(directory, loaded, spec, library, description)
     weights = _weights(loaded.dtype, loaded.text_config.dtype, spec)
     decoder = _pack(library, description, loaded.dtype, loaded.kv, weights, spec)
-    runner = NativeRunner(decoder, _num_threads(spec))
-    # Drafted before the proof, which may convert the module; towers are not in recipes.
-    draft = recipe.draft(directory, description, loaded.model) if directory.config is directory.text else None
-    routed = any(layer.router is not None for layer in description.layers)
-    if not proved(runner, loaded, weights, routed=routed):
-        runner.close()
-        raise NotSupported("the kernels' logits differ from transformers'")
     for index, adapter in enumerate(loaded.adapters):
         decoder.add_adapter(index, adapter)
     decoder.rest()
+    return NativeRunner(decoder, _num_threads(spec))
+
+
+def prove(directory: Directory, loaded: LoadedModel, spec: LoadSpec, library: Path, description: Description) -> None:
+    """Prove the kernels on a module's first layers, one of every kind, and write a recipe for the next load.
+
+    All layers would take the memory of the whole model twice more, in float32 where torch has no fast bfloat16, and
+    would say no more: the others compute alike.
+
+    Args:
+        directory: of the whole model.
+        loaded: has at least those layers; `description` is its.
+
+    Raises:
+        NotSupported: the kernels disagree with transformers about this model.
+    """
+    from workers.text.eager import proved
+
+    count = first_of_each_kind(directory.text)
+    first = replace(description, layers=description.layers[:count])
+    weights = _weights(loaded.dtype, loaded.text_config.dtype, spec)
+    blocks = blocks_for(PROBE_TOKENS)
+    kv = replace(loaded.kv, num_layers=count, num_blocks=blocks, capacity_blocks=blocks)
+    runner = NativeRunner(_pack(library, first, loaded.dtype, kv, weights, spec), _num_threads(spec))
+    # Drafted before the proof, which may convert the module; towers are not in recipes.
+    draft = recipe.draft(directory, first, loaded.model) if directory.config is directory.text else None
+    routed = any(layer.router is not None for layer in first.layers)
+    try:
+        if not proved(runner, loaded, weights, num_layers=count, routed=routed):
+            raise NotSupported("the kernels' logits differ from transformers'")
+    finally:
+        runner.close()
     if draft is not None:
         draft.write(recipe.recipe_path(library, directory, weights))
-    return runner
 
 
 def _weights(dtype: torch.dtype, stored: torch.dtype | None, spec: LoadSpec) -> str:

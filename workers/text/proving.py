@@ -2,9 +2,10 @@
 
     python -m workers.text.proving --parent PID   (a LoadSpec as JSON on stdin)
 
-Above: `opening.py`. Below: `native/recipe.py`, by way of `opening.open_native`. A proof takes transformers' definition
-of the model (50 MB of imports, which a worker would keep for life) and every weight twice. Here all that ends with the
-process, and so does a crash of unproved kernels. Where no recipe can be written a mark says so, and nobody tries again.
+Above: `opening.py`. Below: `native/recipe.py`, by way of `opening.prove`. A proof takes transformers' definition of the
+model (50 MB of imports, which a worker would keep for life) with its first layers, one of every kind. Here all that
+ends with the process, and so does a crash of unproved kernels. Where no recipe can be written a mark says so, and
+nobody tries again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from hostler import logs
@@ -50,25 +52,26 @@ def prove_apart(spec: LoadSpec) -> bool:
 
 
 def prove(spec: LoadSpec) -> bool:
-    """Load the model through transformers, prove the kernels on it, write the recipe, or the mark that there is none.
+    """Load the first layers through transformers, prove the kernels on them, write the recipe, or the mark for none.
 
     Raises:
         ModelLoadFailed: the model cannot be loaded.
     """
-    from workers.text.describe import NotSupported
+    from workers.text import opening
+    from workers.text.describe import NotSupported, describe, first_of_each_kind
     from workers.text.directory import read_directory
     from workers.text.loader import load
     from workers.text.native.build import built
-    from workers.text.opening import open_native, recipe_of
 
     directory = read_directory(spec)
     if (library := built()) is None:
         return False
-    path = recipe_of(library, directory, spec)
-    loaded = load(spec, lambda *_: None, directory)
+    path = opening.recipe_of(library, directory, spec)
+    first = directory.first_layers(first_of_each_kind(directory.text))
     reason = "its weights are not in its files as they are used"
     try:
-        open_native(directory, loaded, spec, library)
+        loaded = load(replace(spec, adapters=()), lambda *_: None, first)
+        opening.prove(directory, loaded, spec, library, describe(loaded.decoder, loaded.head, loaded.text_config))
     except NotSupported as error:
         reason = str(error)
     if path.exists():
@@ -88,6 +91,8 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="process id of the worker")
     die_with(parser.parse_args().parent)
     logs.configure()
+    # transformers would list the weights of all layers that the proof does without.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_EXPENDABLE, encoding="ascii")
     status = 1

@@ -44,11 +44,11 @@ class FusedDecoder:
         self._d = description
         device = description.head.device
         self._embedding = description.head if description.embedding is None else description.embedding
-        self._final_norm = description.final_norm.to(device)
+        self._final_norm = _factor(description.final_norm, description.norm_offset)
         self._frequencies = [(rope.frequencies.to(device), rope.scaling) for rope in description.ropes]
         self._layers: list[_Fused] = []
         for layer, module in zip(description.layers, decoder.layers, strict=True):
-            self._layers.append(_Fused(layer, module))
+            self._layers.append(_Fused(layer, module, description.norm_offset))
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # weights lay apart, in pieces too small for the next layer's joined ones
 
@@ -108,21 +108,24 @@ def fuse(decoder: Any, head: Any, config: Any) -> FusedDecoder | None:
 class _Fused:
     """A layer: its products, those of the same rows together, and its norms."""
 
-    def __init__(self, layer: Layer, module: Any) -> None:
+    def __init__(self, layer: Layer, module: Any, norm_offset: float) -> None:
         if layer.router is not None:
             raise NotSupported("layers with experts")
         attention, mlp = module.self_attn, module.mlp
         self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = _joined(attention.o_proj)
         self.gate_up, self.down = _joined(mlp.gate_proj, mlp.up_proj), _joined(mlp.down_proj)
-        device = attention.o_proj.weight.device
-        norms = [None if norm is None else norm.to(device) for norm in layer.norms]
+        norms = [None if norm is None else _factor(norm, norm_offset) for norm in layer.norms]
         first, self.after_attention, second, self.after_mlp, self.query_norm, self.key_norm = norms
         assert first is not None, "every layer norms what it reads"
         assert second is not None, "twice"
         self.norm, self.mlp_norm = first, second
         self.window = layer.window or None
         self.rope = layer.rope
+
+
+def _factor(norm: torch.Tensor, offset: float) -> torch.Tensor:
+    return norm.detach().float() + offset
 
 
 def _joined(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -145,9 +145,9 @@ class NativeDecoder:
                     )
             for which, norm in enumerate(layer.norms):
                 if norm is not None:
-                    self._vector(index, which, norm)
+                    self._vector(index, which, norm.float() + model.norm_offset)
             self._library.hostler_set_layer(self._model, index, layer.window, layer.rope)
-        self._vector(-1, 0, model.final_norm)
+        self._vector(-1, 0, model.final_norm.float() + model.norm_offset)
         # Half bytes cost the head and the embedding too much: they stay at a byte.
         outer = "int8" if kind == "int4" else kind
         self._weight(-1, _HEAD, outer, (model.head,))
