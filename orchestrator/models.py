@@ -66,6 +66,12 @@ class Located:
     """How it can be split, by kind of device; nothing where it cannot."""
     quantized: tuple[tuple[str, int], ...] = ()
     """By ways of quantizing that the spec does not use, the bytes that its weights would have."""
+    on_gpu: Located | None = None
+    """The same on a GPU, where that differs: no kernels of the CPU's quantize embeddings and experts there."""
+
+    def on(self, kind: str) -> Located:
+        """Return what holds on devices of a kind."""
+        return self.on_gpu if kind == "cuda" and self.on_gpu is not None else self
 
 
 NOWHERE = Located("", Footprint())

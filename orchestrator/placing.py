@@ -34,7 +34,8 @@ class Placing:
         cluster, spec, now_s = self._cluster, model.spec, self._runtime.effects.now_s()
         kind = cluster.kind_for(spec)
         seen = cluster.experience.of(spec, located, kind)
-        asked = models.demand(spec, located, num_others=cluster.num_others(spec.name), own_bytes=seen.own_bytes)
+        here, num_others = located.on(kind), cluster.num_others(spec.name)
+        asked = models.demand(spec, here, num_others=num_others, own_bytes=seen.own_bytes)
         split = next((split for split in located.splits if split.kind == kind), models.Split(kind, 1))
         since_s = min((waiter.since_s for waiter in model.waiters), default=now_s)
         return replace(
@@ -46,7 +47,7 @@ class Placing:
             kv_copies=split.kv_copies,
             load_s=cluster.experience.expect(spec, located, kind).load_s,
             uses_per_s=model.reuse.per_s(now_s),
-            sleep_bytes=seen.sleep_bytes or models.sleep_bytes(located.footprint, kind),
+            sleep_bytes=seen.sleep_bytes or models.sleep_bytes(here.footprint, kind),
         )
 
     def ask(self, model: Model, located: models.Located, *, replica: bool = False) -> Plan | Refusal:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +72,29 @@ class StoreClient:
         engine = spec.engine or ENGINES[kind_of(found.path)]
         check_options(spec, engine)
         generates = engine == lifecycle_pb2.ENGINE_KIND_TEXT
-        needs = footprint(found.path, spec.dtype, spec.quantize, generates=generates, beams=spec.beams)
-        # For advice: what the weights would take in the ways that they are not served in.
-        others = ("int8", "int4") if generates and not spec.quantize else ()
-        quantized = tuple((kind, footprint(found.path, spec.dtype, kind).weight_bytes) for kind in others)
         adapters_bytes = sum(adapter_bytes(name, Path(path)) for name, path in spec.adapters)
-        return Located(
-            str(found.path),
-            Footprint(
-                needs.weight_bytes + adapters_bytes,
-                needs.kv_bytes_per_token,
-                needs.max_context_tokens,
-                needs.workspace_bytes,
-            ),
-            engine,
-            quantized=tuple((kind, weights + adapters_bytes) for kind, weights in quantized),
+
+        def located(kind: str) -> Located:
+            needs = footprint(found.path, spec.dtype, spec.quantize, generates=generates, beams=spec.beams, kind=kind)
+            # For advice: what the weights would take in the ways that they are not served in.
+            others = ("int8", "int4") if generates and not spec.quantize else ()
+            quantized = ((other, footprint(found.path, spec.dtype, other, kind=kind).weight_bytes) for other in others)
+            return Located(
+                str(found.path),
+                Footprint(
+                    needs.weight_bytes + adapters_bytes,
+                    needs.kv_bytes_per_token,
+                    needs.max_context_tokens,
+                    needs.workspace_bytes,
+                ),
+                engine,
+                quantized=tuple((other, weights + adapters_bytes) for other, weights in quantized),
+            )
+
+        on_cpu, on_gpu = located("cpu"), located("cuda")
+        return replace(
+            on_cpu,
+            on_gpu=None if on_gpu == on_cpu else on_gpu,
             splits=tuple(
                 Split(kind, found_split.max_parts, found_split.kv_copies)
                 for kind in ("cpu", "cuda")

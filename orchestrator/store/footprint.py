@@ -33,6 +33,7 @@ _CHUNK_TOKENS = 256
 _BATCH = 16
 _LOGITS_AT_ONCE = 4
 _INT4_GROUP = 32
+_PANEL_ROWS = 16
 _RANK_STEP = 16
 SPEECH_BYTES = 300 * 10**6
 """What making sound of the longest piece takes beside the weights."""
@@ -40,13 +41,20 @@ _HEARING_BYTES = 300 * 10**6
 """100 MB of modules, tokenizer and filters once a speech model is loaded; 200 MB that the allocator keeps of uploads,
 features and attention once eight recordings have been heard at a time."""
 _KERNEL_FAMILIES = frozenset(
-    {"llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite"}
-)
-"""Model types that workers run in their own kernels on a CPU, which quantize embeddings, too, and int4 otherwise."""
+    {
+        "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "gemma", "gemma3_text",
+        "granite",
+    }
+)  # fmt: skip
+"""Model types that workers run in their own kernels on a CPU, which quantize embeddings and experts, too, and int4
+otherwise."""
 
-_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
+_OUTER = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)\.")
+"""Embeddings and the head: the kernels keep them in int8 at the least, torch as they are."""
 _FUSED_EXPERT = re.compile(r"\.experts\.")
 """Stored one by one, but loaded as one tensor for all experts, which is no linear layer and is not quantized."""
+_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.weight$")
+"""What chooses experts is never quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +63,10 @@ class Footprint:
 
     Attributes:
         weight_bytes: every tensor in the serving dtype, a tied output projection counted once; of a quantized model
-            the matrices of linear layers in int8 with one float32 scale a row, or int4 with two bytes of scales for
-            each 32 weights. Embeddings, experts and vectors stay in the dtype; but of families that have kernels the
-            embeddings and the head are int8, also for int4, which has four bytes for each 32 weights.
+            the matrices of linear layers in int8 with a scale for each row, or int4 with one for each 32 weights.
+            Embeddings, head, experts, routers and vectors stay in the dtype. Where the CPU's kernels run it, experts
+            are quantized, too, embeddings and the head are int8 at the least, scales are float32, int4 has a least
+            weight beside each, routers are float32, and rows come in sixteens.
         kv_bytes_per_token: 2 (keys, values) x layers x key-value heads x head size x bytes of the dtype.
         max_context_tokens: what the model was trained for; 0 if its config does not say.
         workspace_bytes: 264 MB, plus 300 bytes for each token of the vocabulary (tokenizer), plus fp32 activations of
@@ -187,33 +196,33 @@ def _serving_dtype(dtype: str, config: dict[str, Any], tensors: dict[str, Tensor
     return dtype
 
 
-def _is_linear(name: str, tensor: TensorHeader) -> bool:
-    """True for a matrix that transformers loads into a linear layer, as far as its name tells."""
-    is_matrix = len(tensor.shape) == 2 and name.endswith(".weight")
-    return is_matrix and not _EMBEDDING.search(name) and not _FUSED_EXPERT.search(name)
-
-
-def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: str, *, has_kernels: bool) -> int:
-    """Return what one tensor takes in memory."""
-    if tensor.dtype not in _STORED_BYTES:
-        return tensor.num_bytes
+def _served_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: str) -> int:
+    """Return what one tensor takes in memory as torch's layers."""
     num_weights = math.prod(tensor.shape)
-    if quantize and has_kernels and len(tensor.shape) == 2:
-        rows, columns = tensor.shape
-        is_outer = not _is_linear(name, tensor) or name.endswith("lm_head.weight")
-        if quantize == "int8" or is_outer or columns % _INT4_GROUP:
-            return num_weights + 4 * rows
-        return num_weights // 2 + 4 * (num_weights // _INT4_GROUP)
-    if quantize and _is_linear(name, tensor):
-        rows, columns = tensor.shape
-        if quantize == "int8":
-            return num_weights + 4 * rows
-        if columns % _INT4_GROUP == 0:
-            return num_weights // 2 + 2 * (num_weights // _INT4_GROUP)
-    return num_weights * item_bytes
+    is_matrix = len(tensor.shape) == 2 and name.endswith(".weight")
+    if not quantize or not is_matrix or any(kept.search(name) for kept in (_OUTER, _ROUTER, _FUSED_EXPERT)):
+        return num_weights * item_bytes
+    rows, columns = tensor.shape
+    if quantize == "int4" and columns % _INT4_GROUP == 0:
+        return num_weights // 2 + item_bytes * (num_weights // _INT4_GROUP)
+    return num_weights + item_bytes * rows
 
 
-def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = True, beams: int = 1) -> Footprint:
+def _packed_bytes(name: str, tensor: TensorHeader, item_bytes: int, quantize: str) -> int:
+    """Return what one tensor takes as the CPU's kernels pack it."""
+    if len(tensor.shape) != 2:
+        return math.prod(tensor.shape) * item_bytes
+    rows, columns = -(-tensor.shape[0] // _PANEL_ROWS) * _PANEL_ROWS, tensor.shape[1]
+    if _ROUTER.search(name):
+        return 4 * rows * columns
+    if quantize == "int4" and not _OUTER.search(name) and columns % _INT4_GROUP == 0:
+        return rows * columns // 2 + 4 * (rows * columns // _INT4_GROUP)
+    return rows * (columns + 4) if quantize else rows * columns * item_bytes
+
+
+def footprint(
+    path: Path, dtype: str, quantize: str = "", *, generates: bool = True, beams: int = 1, kind: str = "cpu"
+) -> Footprint:
     """Return what the model in directory `path` will take when served in `dtype` ("auto": as its config says).
 
     Args:
@@ -222,6 +231,7 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
         dtype: "auto", "bfloat16", "float16" or "float32".
         quantize: "int8" or "int4" for the weights of linear layers; "" for none.
         beams: that a model which writes speech down follows.
+        kind: of device that it is on, "cpu" or "cuda".
 
     Raises:
         ModelLoadFailed: files are missing or damaged.
@@ -241,9 +251,11 @@ def footprint(path: Path, dtype: str, quantize: str = "", *, generates: bool = T
     if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
     # Pictures and their towers are torch's; the kernels run plain text models.
-    has_kernels = not isinstance(nested, dict) and config.get("model_type") in _KERNEL_FAMILIES
+    has_kernels = kind == "cpu" and not isinstance(nested, dict) and config.get("model_type") in _KERNEL_FAMILIES
+    bytes_of = _packed_bytes if has_kernels else _served_bytes
     weight_bytes = sum(
-        _served_bytes(name, tensor, item_bytes, quantize, has_kernels=has_kernels) for name, tensor in tensors.items()
+        bytes_of(name, tensor, item_bytes, quantize) if tensor.dtype in _STORED_BYTES else tensor.num_bytes
+        for name, tensor in tensors.items()
     )
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     heads = _first(config, "num_attention_heads", "n_head")

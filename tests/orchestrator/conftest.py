@@ -60,6 +60,7 @@ class FakeEffects:
         self.clock_s = 1000.0
         self.num_ids = 0
         self.stored: dict[str, Footprint] = {}
+        self.on_gpu: dict[str, Footprint] = {}
         self.listed: tuple[ModelSpec, ...] = ()
         self.found: tuple[FoundWorker, ...] = ()
         self.memory = Memory()
@@ -137,8 +138,10 @@ class FakeEffects:
     async def locate(self, spec: ModelSpec) -> Located | None:
         self.calls.append(f"locate:{spec.name}")
         await self._pass(f"locate:{spec.name}")
-        footprint = self.stored.get(spec.name)
-        return Located(f"/models/{spec.name}", footprint) if footprint else None
+        footprint, on_gpu = self.stored.get(spec.name), self.on_gpu.get(spec.name)
+        if footprint is None:
+            return None
+        return Located("/models/" + spec.name, footprint, on_gpu=Located("", on_gpu) if on_gpu else None)
 
     async def fetch(self, spec: ModelSpec, report: Report) -> None:
         self.calls.append(f"fetch:{spec.name}")

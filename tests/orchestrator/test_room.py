@@ -294,3 +294,15 @@ async def test_what_other_programs_take_is_paid_by_kv_caches_then_by_idle_models
     assert "resize:a" in effects.calls
     kinds = [event.kind async for event in scheduler.watch_events(0, past_only=True)]
     assert pb.EVENT_KIND_FOREIGN_MEMORY in kinds
+
+
+async def test_a_model_that_takes_more_of_a_gpu_than_of_a_cpu_is_counted_as_where_it_goes(
+    start: Start, effects: FakeEffects
+) -> None:
+    effects.stored["a"], effects.on_gpu["a"] = Footprint(40 * MB), Footprint(70 * MB)
+    rig = await start({"name": "a", "device": None}, budget=100 * MB)
+    assert (await rig.scheduler.plan("a")).needed_bytes == 40 * MB
+    gpu = Device("cuda:0", "cuda", "GPU", 0, 100 * MB, uuid="GPU-0")
+    rig.scheduler.post(events.DevicesChanged((gpu,), "a GPU", {"": 1000 * MB}))
+    await rig.settle()
+    assert (await rig.scheduler.plan("a")).needed_bytes == 70 * MB

@@ -47,19 +47,8 @@ def test_beams_take_keys_and_values_of_their_own_and_only_in_models_that_hear(ti
     assert footprint(tiny_model, "float32", beams=5) == footprint(tiny_model, "float32")
 
 
-def _linear_layers(path: Path) -> list[tuple[int, int]]:
-    """Return (rows, columns) of each linear layer that transformers makes, without a projection tied to embeddings."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    embedding = model.get_input_embeddings().weight
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
-    return [(layer.out_features, layer.in_features) for layer in layers]
-
-
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3", "qwen3_moe", "mixtral"])
 def test_quantized_weights_count_as_the_kernels_pack_them_and_nothing_else_changes(
     architecture: str, kind: str, tiny_model_of: Callable[[str], Path]
 ) -> None:
@@ -80,26 +69,32 @@ def test_quantized_weights_count_as_the_kernels_pack_them_and_nothing_else_chang
     assert replace(quantized, weight_bytes=plain.weight_bytes) == plain
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe"])
+def test_on_a_gpu_only_linear_layers_are_quantized(
+    architecture: str, kind: str, tiny_model_of: Callable[[str], Path]
+) -> None:
+    from workers.engine import LoadSpec
+    from workers.text.linear import quantize
+    from workers.text.loader import load
+
+    path = tiny_model_of(architecture)
+    loaded = load(LoadSpec(model="tiny", path=str(path), dtype="bfloat16"), lambda *_: None)
+    left_bytes = loaded.facts.weight_bytes - quantize(loaded.decoder, kind)
+    assert footprint(path, "bfloat16", kind, kind="cuda").weight_bytes == left_bytes
+
+
 def _of_another_family(copy: Path) -> None:
     _edit_config(copy, model_type="novel")
 
 
 def test_without_kernels_only_linear_layers_are_quantized(copy: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16)
-    embedding = model.get_input_embeddings().weight
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
-    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    on_gpu = [footprint(copy, "bfloat16", kind, kind="cuda") for kind in ("", "int8", "int4")]
     _of_another_family(copy)
-    kept_bytes = footprint(copy, "bfloat16").weight_bytes - 2 * sum(rows * columns for rows, columns in sizes)
-    int8, int4 = (footprint(copy, "bfloat16", kind).weight_bytes for kind in ("int8", "int4"))
-    assert int8 == kept_bytes + sum(rows * columns + 4 * rows for rows, columns in sizes)
-    assert int4 == kept_bytes + sum(n // 2 + n // 16 for n in (rows * columns for rows, columns in sizes))
+    assert [footprint(copy, "bfloat16", kind) for kind in ("", "int8", "int4")] == on_gpu
 
 
-def test_experts_and_rows_that_int4_groups_do_not_divide_stay_in_the_dtype(copy: Path) -> None:
+def test_experts_stay_in_the_dtype_and_rows_that_int4_groups_do_not_divide_are_int8(copy: Path) -> None:
     import numpy
     from safetensors.numpy import save_file
 
@@ -111,7 +106,8 @@ def test_experts_and_rows_that_int4_groups_do_not_divide_stay_in_the_dtype(copy:
         "model.layers.0.mlp.down_proj.bias": (8,),
     }
     save_file({name: numpy.zeros(shape, numpy.float32) for name, shape in tensors.items()}, copy / SINGLE)
-    assert footprint(copy, "float32", "int4").weight_bytes == 4 * (8 * 64 + 8 * 40 + 8) + 8 * 64 // 2 + 8 * 64 // 16
+    int4_bytes = 4 * (8 * 64 + 8) + (8 * 40 + 4 * 8) + 8 * 64 // 2 + 4 * 8 * 64 // 32
+    assert footprint(copy, "float32", "int4").weight_bytes == int4_bytes
     assert footprint(copy, "float32", "int8").weight_bytes == 4 * (8 * 64 + 8) + (8 * 40 + 4 * 8) + (8 * 64 + 4 * 8)
 
 

@@ -120,3 +120,18 @@ async def test_beams_are_for_what_writes_speech_down(tiny_model: Path, tmp_path:
     assert await client.locate(heard) is not None
     with pytest.raises(UnsupportedParameter, match="text engine, and beams is an option of the transcription engine"):
         await client.locate(models.from_config(ModelConfig(name="m", source=str(tiny_model), beams=5)))
+
+
+async def test_quantized_weights_are_counted_as_each_kind_of_device_keeps_them(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    client = StoreClient(tmp_path / "store")
+    configs = (ModelConfig(name="m", source=str(tiny_model), quantize=kind) for kind in (None, "int8"))
+    specs = [models.from_config(config) for config in configs]
+    plain, quantized = [await client.locate(spec) for spec in specs]
+    assert plain is not None
+    assert quantized is not None
+    gpu, cpu = quantized.on("cuda").footprint, quantized.on("cpu").footprint
+    assert plain.footprint.weight_bytes > gpu.weight_bytes > cpu.weight_bytes, "a GPU's embeddings stay as they are"
+    assert dict(plain.on("cuda").quantized)["int8"] == gpu.weight_bytes
+    assert dict(plain.quantized)["int8"] == cpu.weight_bytes
