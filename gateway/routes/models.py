@@ -25,7 +25,14 @@ from gateway.sse import data_frame
 router = APIRouter()
 
 # The words that `transformers chat` has labels for; it shows any other stage by its own name.
-_STAGES = {"read": "weights", "warm-up": "weights", "import": "config", "spawn": "config", "queue": "config"}
+_STAGES = {
+    "read": "weights",
+    "warm-up": "weights",
+    "import": "config",
+    "compile": "config",
+    "spawn": "config",
+    "queue": "config",
+}
 _TASKS: dict[int, str] = {
     lifecycle_pb2.ENGINE_KIND_EMBEDDING: "feature-extraction",
     lifecycle_pb2.ENGINE_KIND_RERANK: "text-ranking",

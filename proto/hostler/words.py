@@ -14,6 +14,7 @@ STAGES = {
     "import": "importing libraries",
     "read": "reading weights",
     "warm-up": "warming up",
+    "compile": "compiling kernels for this processor (once)",
     "wake": "waking up",
 }
 """`EnsureProgress.stage` → what is going on."""

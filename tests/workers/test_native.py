@@ -241,6 +241,16 @@ async def test_without_a_compiler_the_engine_serves_all_the_same(
         build.build()
 
 
+@pytest.mark.timeout(300)
+async def test_quantized_weights_wait_for_the_kernels(tiny_model: Path, no_kernels_yet: Path) -> None:
+    stages = []
+    spec = LoadSpec(model="tiny", path=str(tiny_model), dtype="float32", num_threads=1, quantize="int8")
+    engine = await open_text_engine(spec, lambda stage, *_: stages.append(stage))
+    await engine.close()
+    assert engine.runner == "native"
+    assert stages[0] == "compile"
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 async def test_quantized_weights_answer_with_and_without_kernels(
     tiny_model: Path, kind: str, runner_name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

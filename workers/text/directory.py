@@ -124,7 +124,7 @@ class Directory:
 
     Attributes:
         config: transformers' configuration; `text` that of its text decoder, the same object for a plain text model.
-        kernels: whether the compiled kernels may run it.
+        compilable: whether kernels may run it once they are compiled; `kernels`: whether they are.
     """
 
     path: Path
@@ -135,6 +135,7 @@ class Directory:
     device: torch.device
     dtype: torch.dtype
     kv: KVShape
+    compilable: bool
     kernels: bool
 
     def at(self, spec: LoadSpec) -> Directory:
@@ -222,7 +223,8 @@ def _placed(path: Path, config: Any, tokenizer: Any, generation: GenerationConfi
     text, device = config.get_text_config(), torch.device(spec.device)
     # The kernels run decoders only; towers are torch's, and take what is fast for it.
     one_cpu = device.type == "cpu" and len(spec.devices) == 1
-    kernels = one_cpu and config is text and text.model_type in FAMILIES and built() is not None
+    compilable = one_cpu and config is text and text.model_type in FAMILIES
+    kernels = compilable and built() is not None
     dtype = choose_dtype(spec.dtype, getattr(text, "dtype", None), device, has_kernels=kernels)
     return Directory(
         path=path,
@@ -233,6 +235,7 @@ def _placed(path: Path, config: Any, tokenizer: Any, generation: GenerationConfi
         device=device,
         dtype=dtype,
         kv=kv_shape(spec, text, dtype),
+        compilable=compilable,
         kernels=kernels,
     )
 

@@ -4,7 +4,8 @@ On the CPU the compiled kernels run the model when they know its family. A model
 from its files straight to them (`native/recipe.py`); on a new one they are proved in a process of its own first
 (`proving.py`). Any other is loaded through transformers' definition, whose import alone takes seconds. When the kernels
 are not compiled yet, the engine serves through that definition at once, compiles in the background and goes over
-between two steps.
+between two steps; but quantized weights wait for them, some ten seconds once: the definition would hold more than was
+reserved for them, run slower than without, and have nothing left to pack.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ async def open_text_engine(spec: LoadSpec, report: Report) -> TextEngine:
     """
     refuse_beams(spec, "text models")
     directory = await gently(partial(read_directory, spec))
+    if spec.quantize and directory.compilable and not directory.kernels:
+        report("compile", 0, 0)
+        try:
+            await gently(build.build)
+            directory = directory.at(spec)
+        except build.CannotBuild as reason:
+            log.warning("serving without kernels", extra={"model": spec.model, "reason": str(reason)})
     opened = await gently(partial(open_model, directory, spec, report), load_niceness(len(spec.devices)))
     log.info("runner chosen", extra={"model": spec.model, "runner": opened.runner.name})
     report("warm-up", 0, 0)
