@@ -13,6 +13,7 @@ from hostler.lifecycle.v1 import lifecycle_pb2
 
 from gateway.dialects.openai_chat.reply import ReplyBuilder
 from gateway.dialects.openai_chat.request import ChatRequest, check_capabilities, parse_chat_request
+from gateway.dialects.openai_chat.shapes import usage_object
 from gateway.dialects.openai_chat.stream import ChunkEncoder
 from gateway.links import Link
 from tests.gateway.event_frames import sse_data
@@ -317,6 +318,14 @@ def test_usage_is_null_until_its_own_chunk() -> None:
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (5, 4, 9)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 0
+
+
+def test_what_one_choice_computed_for_the_others_was_not_cached_before() -> None:
+    usages = [pb.Usage(num_prompt_tokens=88, num_cached_tokens=n, num_completion_tokens=3) for n in (80, 0, 80)]
+    told = usage_object(usages)
+    assert (told["prompt_tokens"], told["completion_tokens"]) == (88, 9)
+    assert told["prompt_tokens_details"]["cached_tokens"] == 0
+    assert usage_object(usages[::2])["prompt_tokens_details"]["cached_tokens"] == 80
 
 
 def test_logprobs_show_bytes_of_half_characters_and_no_infinity() -> None:

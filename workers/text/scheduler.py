@@ -1,7 +1,8 @@
 """Who runs in the next step: decode everyone, then prefill the eldest in chunks, as far as the pace allows.
 
 Nobody's prompt is begun beside others' if it would have to be cut although a step could hold it whole: they would wait
-longer for their first tokens, and it would have its own no sooner.
+longer for their first tokens, and it would have its own no sooner. Nor if it goes on, where the cache ends, with what
+the same step computes for somebody else: in the next it finds that there.
 
 Bookkeeping over `Sequence` objects and cache blocks: no tensors, no clock, no threads. The engine's loop is
 schedule → run → postprocess; this file is the first word of it.
@@ -172,19 +173,25 @@ class Scheduler:
         newcomers = (*prefilling, *islice(self.waiting, places))
         left = budget = self._budget([work.sequence for work in decodes], newcomers)
         prefills: list[Work] = []
+        coming: set[bytes] = set()
         for number, sequence in enumerate(newcomers):
-            found = None if number < len(prefilling) else self._found(sequence)
-            known = sequence.num_computed_tokens if found is None else len(found) * BLOCK_TOKENS
+            is_new = number >= len(prefilling)
+            hashes = self._reusable(sequence) if is_new else []
+            found = self.pool.match(hashes)
+            known = len(found) * BLOCK_TOKENS if is_new else sequence.num_computed_tokens
             if left <= 0 or (prefills and left < sequence.num_tokens - known <= budget):
                 break
-            if found is not None:
+            if is_new:
+                if len(found) < len(hashes) and hashes[len(found)] in coming:
+                    continue
                 if not self._admit(sequence, found):
                     break
-                self.waiting.popleft()
+                self.waiting.remove(sequence)
                 self.running.append(sequence)
             if (work := self._chunk(sequence, left)) is not None:
                 prefills.append(work)
                 left -= work.num_rows
+                coming.update(self._hashes(work))
         return Step((*decodes, *prefills), len(decodes))
 
     def _budget(self, decoding: list[Sequence], newcomers: tuple[Sequence, ...]) -> int:
@@ -208,6 +215,12 @@ class Scheduler:
             hashes = sequence.hashes.of(sequence.token_ids, full)
             for index in range(first, full):
                 self.pool.publish(sequence.blocks[index], hashes[index])
+
+    @staticmethod
+    def _hashes(work: Work) -> list[bytes]:
+        """Return the hashes of the blocks that a prompt's chunk fills."""
+        full = work.end // BLOCK_TOKENS
+        return work.sequence.hashes.of(work.sequence.token_ids, full)[work.start // BLOCK_TOKENS :]
 
     def _decodes(self) -> list[Work]:
         """Give every decoding sequence a block for its newest token; preempt the youngest until all have one."""
@@ -235,9 +248,10 @@ class Scheduler:
                 return None
         return Work(sequence, start, end)
 
-    def _found(self, sequence: Sequence) -> list[int]:
-        """Return the cache blocks that hold the beginning of a waiting sequence's prompt."""
-        return self.pool.match(sequence.hashes.of(sequence.token_ids, sequence.num_reusable_tokens // BLOCK_TOKENS))
+    @staticmethod
+    def _reusable(sequence: Sequence) -> list[bytes]:
+        """Return the hashes of the blocks at the beginning of a waiting sequence that need not be computed if known."""
+        return sequence.hashes.of(sequence.token_ids, sequence.num_reusable_tokens // BLOCK_TOKENS)
 
     def _admit(self, sequence: Sequence, found: list[int]) -> bool:
         """Take over what was found of a waiting sequence's prompt, if the rest of it would fit, too."""

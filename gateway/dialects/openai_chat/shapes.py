@@ -26,11 +26,15 @@ def finish_reason(finish: pb.Finish, *, called_tools: bool) -> str:
 
 
 def usage_object(usages: Iterable[pb.Usage]) -> dict[str, Any]:
-    """Return the usage of all choices together: they share one prompt, counted once."""
-    prompt = cached = completion = reasoning = 0
+    """Return the usage of all choices together: they share one prompt, counted once.
+
+    Of it was cached before what was so for every choice: the first one's work serves the others.
+    """
+    usages = list(usages)
+    cached = min((usage.num_cached_tokens for usage in usages), default=0)
+    prompt = completion = reasoning = 0
     for usage in usages:
         prompt = max(prompt, usage.num_prompt_tokens)
-        cached = max(cached, usage.num_cached_tokens)
         completion += usage.num_completion_tokens
         reasoning += usage.num_reasoning_tokens
     return {

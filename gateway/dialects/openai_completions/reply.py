@@ -106,7 +106,7 @@ def usage_of(usages: Iterable[tuple[int, pb.Usage]]) -> dict[str, Any]:
     total = pb.Usage()
     for prompt, usage in usages:
         prompts[prompt] = max(prompts.get(prompt, 0), usage.num_prompt_tokens)
-        cached[prompt] = max(cached.get(prompt, 0), usage.num_cached_tokens)
+        cached[prompt] = min(cached.get(prompt, usage.num_cached_tokens), usage.num_cached_tokens)
         total.num_completion_tokens += usage.num_completion_tokens
         total.num_reasoning_tokens += usage.num_reasoning_tokens
     total.num_prompt_tokens, total.num_cached_tokens = sum(prompts.values()), sum(cached.values())
