@@ -10,6 +10,7 @@ A device of another machine has that machine's name before its own, with a slash
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ import psutil
 from hostler.config import DeviceConfig
 
 from orchestrator import host_memory
+
+log = logging.getLogger(__name__)
 
 CPU_SHARE = 0.8
 CUDA_SHARE = 0.95
@@ -87,20 +90,37 @@ def _gpus() -> list[Device]:
             return []
         found = []
         for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(
-                Device(
-                    id=f"cuda:{index}",
-                    kind="cuda",
-                    name=_text(nvml.nvmlDeviceGetName(handle)),
-                    total_bytes=int(memory.total),
-                    budget_bytes=int(memory.total * CUDA_SHARE),
-                    auto_budget=True,
-                    uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-                )
-            )
+            try:
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                uuid, name = _text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle))
+                total = _total_bytes(nvml, handle)
+            except nvml.NVMLError as error:
+                log.warning("GPU left out", extra={"device": f"cuda:{index}", "reason": str(error)})
+                continue
+            if _is_visible(index, uuid, os.environ.get("CUDA_VISIBLE_DEVICES")):
+                budget = int(total * CUDA_SHARE)
+                found.append(Device(f"cuda:{index}", "cuda", name, total, budget, auto_budget=True, uuid=uuid))
         return found
+
+
+def _total_bytes(nvml: Any, handle: Any) -> int:
+    """Return a GPU's memory; one that shares the host's (GB10, Jetson) has none that NVML could tell of."""
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError_NotSupported:
+        return int(psutil.virtual_memory().total)
+
+
+def _is_visible(index: int, uuid: str, chosen: str | None) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES, as the server was started with it, leaves a GPU to us."""
+    if chosen is None:
+        return True
+    for each in (part.strip() for part in chosen.split(",")):
+        if each == str(index) or (each.startswith("GPU-") and uuid.startswith(each)):
+            return True
+        if not each.isdigit() and not each.startswith("GPU-"):
+            return False  # as CUDA: what follows a name that means nothing is not seen
+    return False
 
 
 def _cpu(device_id: str = "cpu") -> Device:
@@ -150,19 +170,37 @@ def foreign_bytes(devices: Sequence[Device], our_pids: Collection[int], reserved
     """Return, for each real GPU, the memory that programs other than our workers hold.
 
     Where the driver does not tell processes apart (containers), everything beyond our reservations counts.
+
+    Args:
+        devices: whose ids `reserved` has, and the bytes that the ledger counts as taken there.
+        our_pids: our workers'; the processes that they started are ours, too.
     """
     by_uuid = {device.uuid: device for device in devices if device.uuid}
     result: dict[str, int] = {}
     with _nvml() as nvml:
         if nvml is None:
             return result
+        ours = _with_children(our_pids)
         for uuid, device in by_uuid.items():
-            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            used = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-            ours = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid in our_pids]
-            held = sum(int(p.usedGpuMemory or 0) for p in ours) if ours else reserved.get(device.id, 0)
-            result[device.id] = max(0, used - held)
+            try:
+                handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+                used = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+                running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            except nvml.NVMLError:  # It is gone, or tells nothing: the others still do.
+                continue
+            held, ledger = [p.usedGpuMemory for p in running if p.pid in ours], reserved.get(device.id, 0)
+            # What our processes hold beyond the ledger, CUDA's own for each of them, is as little to be had as others'.
+            result[device.id] = max(0, used - (min(sum(held), ledger) if held and all(held) else ledger))
     return result
+
+
+def _with_children(pids: Collection[int]) -> set[int]:
+    """Return processes and all that they started: a split model has one for each device."""
+    found = set(pids)
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    return found
 
 
 def num_physical_cores() -> int:

@@ -83,6 +83,8 @@ class PagedCache:
                 contents = tensors[index][old]
                 if num_blocks * BLOCK_TOKENS < tensors[index].shape[0]:
                     tensors[index] = torch.empty(0)  # First let go: there may be no room for both.
+                    if there.type == "cuda":  # Else the new one is cut from the old one's segment, all of which stays.
+                        torch.cuda.empty_cache()
                 resized = self._empty(num_blocks, there)
                 resized[new] = contents
                 tensors[index] = resized

@@ -120,15 +120,24 @@ class QuantizedLinear(nn.Module):
         return nn.functional.linear(hidden, wide, self.bias)
 
 
-def quantize(model: Any, kind: str) -> int:
-    """Replace every `nn.Linear` of a decoder (without its head) by a quantized one; return the bytes saved."""
+def quantize(model: Any, kind: str, device: torch.device | None = None) -> int:
+    """Replace every `nn.Linear` of a decoder (without its head) by a quantized one; return the bytes saved.
+
+    Args:
+        device: where each goes first; None to leave them where they are. One layer at a time is there in full.
+    """
     targets = [
-        (parent, name, child)
+        (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
-    for parent, name, child in targets:
-        setattr(parent, name, QuantizedLinear.of(child, kind))
-    before = sum(int(linear.weight.nbytes) for _, _, linear in targets)
-    return before - sum(int(b.nbytes) for parent, name, _ in targets for b in getattr(parent, name).buffers())
+    saved = 0
+    for parent, name in targets:
+        linear: nn.Linear = getattr(parent, name)
+        if device is not None:
+            linear = linear.to(device)
+        saved += int(linear.weight.nbytes)
+        setattr(parent, name, QuantizedLinear.of(linear, kind))
+        saved -= sum(int(buffer.nbytes) for buffer in getattr(parent, name).buffers())
+    return saved

@@ -50,7 +50,7 @@ def load(
     }
     if split:
         options.update(split)
-    elif directory.device.type != "cpu":  # Straight there, in several threads, rather than through host memory.
+    elif directory.device.type != "cpu" and not spec.quantize:  # Straight there, in several threads.
         options["device_map"] = {"": str(directory.device)}
     try:
         if vision.is_image_text(directory.config):

@@ -118,7 +118,9 @@ def open_runner(directory: Directory, spec: LoadSpec, report: Report) -> tuple[L
             if spec.dtype == "auto":
                 loaded = loaded.with_dtype(choose_dtype("auto", loaded.dtype, loaded.device))
     if spec.quantize:
-        loaded = loaded.told(spec.quantize, loaded.facts.weight_bytes - quantize(loaded.decoder, spec.quantize))
+        saved_bytes = quantize(loaded.decoder, spec.quantize, loaded.device)
+        loaded.model.to(loaded.device)
+        loaded = loaded.told(spec.quantize, loaded.facts.weight_bytes - saved_bytes)
     eager = open_eager(loaded, spec, keep_weights=may_compile or bool(spec.quantize))
     if may_compile:
         loaded = replace(loaded, facts=replace(loaded.facts, loads_lighter=True))

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from .found import Outcome, Setting
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     by_name = {step.name: step for step in STEPS}
     sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "proto")) if path not in sys.path]
     if chosen.child:
+        from hostler import logs as said
+
+        said.configure()  # the engine says there why it does without kernels or recordings
         return answer(by_name[chosen.child], chosen.asked, chosen.told)
     if lacking := missing(ENGINE):
         print(f"{sys.executable} lacks packages that hostler's engine needs: {', '.join(lacking)}.")
@@ -66,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = tempfile.TemporaryDirectory(prefix="hostler-gpu-models-")
     else:
         chosen.folder.mkdir(parents=True, exist_ok=True)
+    if chosen.write:
+        chosen.write.parent.mkdir(parents=True, exist_ok=True)
     from . import table
 
     def keep(outcomes: Sequence[Outcome]) -> None:
@@ -74,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with folder as path:
         setting = Setting(chosen.device, chosen.small, chosen.layers, str(Path(path).resolve()))
-        execute = in_process if chosen.in_process else in_child
+        logs = chosen.write.with_suffix(".logs") if chosen.write else None
+        execute = in_process if chosen.in_process else partial(in_child, logs=logs)
         outcomes = run_steps(steps, setting, execute, chosen.minutes * 60, keep)
     table.show(outcomes, table.console())
     if chosen.write:

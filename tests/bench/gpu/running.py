@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +84,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def in_child(step: Step, setting: Setting) -> Outcome:
-    """Run one step in a process of its own; it is ended, with all that it started, after `step.within_s`."""
+def in_child(step: Step, setting: Setting, logs: Path | None = None) -> Outcome:
+    """Run one step in a process of its own; it is ended, with all that it started, after `step.within_s`.
+
+    Args:
+        logs: a folder that keeps what each step's process said, however it ended.
+    """
     with tempfile.TemporaryDirectory(prefix="hostler-gpu-") as directory:
         asked, told, log = Path(directory) / "asked.json", Path(directory) / "told.json", Path(directory) / "log"
         asked.write_text(json.dumps(setting.as_json()), encoding="utf-8")
@@ -108,6 +113,9 @@ def in_child(step: Step, setting: Setting) -> Outcome:
             outcome = Outcome(step.name, "failed", f"its process was ended by {signal.Signals(-status).name}")
         else:
             outcome = Outcome(step.name, "failed", f"its process ended with status {status}")
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(log, logs / f"{step.name}.log")
         if outcome.status == "failed":
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(f"      {line}" for line in lines[-_LAST_LINES:]), flush=True)

@@ -58,15 +58,17 @@ class CudaRecorder:
     """Records on the current device; see `Record`. Other threads may use the device meanwhile.
 
     One recording runs at a time and leaves nothing but what it wrote to fixed memory, so all share what they need for
-    themselves.
+    themselves. Once they are gone another recorder must record anew: what cuBLAS took while this one recorded may
+    outlive its recordings, and then no further one can begin in their pool (torch before 2.13).
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each it sees
 
     def __call__(self, forward: Forward) -> Callable[[], None]:
         """Run it some times, so that everything is compiled and laid out, and record it."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = self._aside
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):
@@ -77,6 +79,12 @@ class CudaRecorder:
             forward()
         replay: Callable[[], None] = graph.replay
         return replay
+
+    @staticmethod
+    def forget() -> None:
+        """Give back what cuBLAS has set aside for recordings that are gone. It takes as much again when it needs it."""
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class _Frame:
@@ -133,7 +141,8 @@ class GraphedRunner(ModelRunner):
         self._fuse = fuse
         self._max_blocks = max_blocks
         self._sizes = sizes_for(max(max_running, _MOST_DRAFTED_ROWS))
-        self._record = CudaRecorder() if record is None else record
+        self._given = record
+        self._record: Record | None = None
         self._recorded: dict[int, _Recorded] = {}
         self._settle()
 
@@ -143,9 +152,15 @@ class GraphedRunner(ModelRunner):
         vocab_size = self._model.get_output_embeddings().weight.shape[0]
         self._logits = torch.empty((self._sizes[-1], vocab_size), device=self._cache.device)
 
+    def _drop_recordings(self) -> None:
+        self._recorded.clear()
+        if isinstance(self._record, CudaRecorder):
+            self._record.forget()
+        self._record = None
+
     def _leave(self) -> None:
         """Let go of it."""
-        self._recorded.clear()
+        self._drop_recordings()
         self._fused = None
         self._logits = torch.empty(0)
 
@@ -194,6 +209,8 @@ class GraphedRunner(ModelRunner):
                 logits = self._forward({"input_ids": frame.tokens[None]}, frame.layout.positions[None], frame.layout, 0)
             self._logits[:size].copy_(logits)
 
+        if self._record is None:
+            self._record = self._given or CudaRecorder()
         self._recorded[size] = _Recorded(frame, self._record(forward))
         return self._recorded[size]
 
@@ -204,7 +221,7 @@ class GraphedRunner(ModelRunner):
 
     def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
         """Have a cache of so many blocks; recordings of the old one are dropped, and made anew as they are needed."""
-        self._recorded.clear()
+        self._drop_recordings()
         super().resize(num_blocks, kept)
 
     def move_to_host(self, facts: object) -> str:
