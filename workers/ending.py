@@ -1,12 +1,13 @@
 """Ending a worker that can serve no more: whoever placed it sees its death and replaces it.
 
-Above: engines. Below: the operating system.
+Above: engines. Below: the operating system, and torch, if it is there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
@@ -17,6 +18,17 @@ def end_process(reason: str) -> None:
     log.critical("worker ends", extra={"reason": reason})
     logging.shutdown()
     os._exit(1)
+
+
+def end_if_device_is_lost() -> None:
+    """After a failure: end this worker if its GPU's context is broken, where every later step would fail, too."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        end_process(f"the GPU answers nothing any more: {error}"[:300])
 
 
 def or_end(run: Callable[[], None], name: str) -> None:

@@ -21,7 +21,7 @@ from functools import partial
 
 from hostler.errors import HostlerError, Unavailable
 
-from workers.ending import or_end
+from workers.ending import end_if_device_is_lost, or_end
 from workers.engine import (
     EngineStats,
     Event,
@@ -372,10 +372,10 @@ class TextEngine:
             self._spent["model"] += time.monotonic() - entered_s
         except Exception as error:  # any failure of the model must cost one request, never the engine
             log.exception("step failed", extra={"num_sequences": len(step.works)})
+            end_if_device_is_lost()
             collect(pending)
             if len(step.works) > 1:
-                # Cache writes are idempotent: the same step runs again, one sequence at a time.
-                self._isolate = True
+                self._isolate = True  # cache writes are idempotent: the same step runs again, one sequence at a time
             else:
                 self._fail(step.works[0].sequence, named(error), out)
             return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hostler.errors import ModelLoadFailed
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.utils.logging import disable_progress_bar
 
 from workers.engine import LoadSpec, ModelFacts
@@ -41,6 +41,9 @@ def load(
     total = sum(file.stat().st_size for file in directory.weight_files)
     report("read", 0, total)
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    # It would put all weights into one segment, of which torch can give nothing back until the last of them is gone:
+    # not what layers leave that are joined or quantized.
+    modeling_utils.caching_allocator_warmup = lambda *_: None
     options: dict[str, Any] = {
         "config": directory.config,
         "dtype": directory.dtype,

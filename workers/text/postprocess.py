@@ -15,6 +15,7 @@ from collections import Counter
 import torch
 from hostler.errors import HostlerError, Internal, OutOfMemory
 
+from workers.ending import end_if_device_is_lost
 from workers.engine import Event, Finish, Progress, PromptLogprobs, TokenLogprob
 from workers.text.packing import wanted_rows
 from workers.text.sampler import History, logprobs, prompt_logprobs, sample, sample_each
@@ -162,6 +163,7 @@ class Postprocessor:
             tokens = sample(logits, rules, histories, allowed)
         except Exception:  # whatever one row brings up must cost one request, never the engine
             log.exception("sampling failed for a batch; now row by row")
+            end_if_device_is_lost()
             tokens = sample_each(logits, rules, histories, allowed)
         return [
             mask if isinstance(mask, HostlerError) else token if token is None else s.reply.forced_token or token

@@ -81,13 +81,11 @@ class PromptEncoder:
             ids = self.encode_raw(prompt) or self._beginning()
         else:
             ids = list(prompt.ids)
-            worst = max(ids, default=0)
-            if worst >= self._vocab_size:
-                raise InvalidRequest(
-                    f"Token id {worst} is outside the vocabulary of {self._vocab_size}.", param="prompt"
-                )
         if not ids:
             raise InvalidRequest("The prompt is empty: there is nothing to continue.", param="messages")
+        # Of a text, too: tokenizers have had tokens added that the model has no embedding of.
+        if (worst := max(ids)) >= self._vocab_size:
+            raise InvalidRequest(f"Token id {worst} is outside the vocabulary of {self._vocab_size}.", param="prompt")
         return ids
 
     def encode_raw(self, prompt: TextPrompt) -> list[int]:

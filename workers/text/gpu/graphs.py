@@ -48,7 +48,6 @@ _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # A draft's rows read their sequence's cache each for itself, which a prompt's had better not.
 _MOST_ROWS_OF_ONE = 8
 _MOST_DRAFTED_ROWS = 16
-_WARM_UPS = 2
 _PROBE_PROMPTS = (19, 12, 33)
 _PROBE_STEPS = 3
 _PROBE_CHUNK = 21
@@ -60,9 +59,14 @@ class CudaRecorder:
     One recording runs at a time and leaves nothing but what it wrote to fixed memory, so all share what they need for
     themselves. Once they are gone another recorder must record anew: what cuBLAS took while this one recorded may
     outlive its recordings, and then no further one can begin in their pool (torch before 2.13).
+
+    Args:
+        strict: refuse what waits for the device, which no recording may, before one begins: one that fails half-way
+            leaves torch unable to give memory back. Holds for all threads meanwhile, so not while others serve.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
         self._pool = torch.cuda.graph_pool_handle()
         self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each it sees
 
@@ -71,11 +75,19 @@ class CudaRecorder:
         aside = self._aside
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for _ in range(_WARM_UPS):
+            forward()
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error" if self._strict else before)
+            try:
                 forward()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # so that a failure, too, comes back to it
+            torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"),
+        ):
             forward()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -98,9 +110,12 @@ class _Frame:
         self._host_tables = torch.zeros((size, max_blocks), dtype=torch.int32, pin_memory=device.type == "cuda")
         self.tokens, positions, places = self._rows.unbind()
         self.layout = Layout(cache, places, positions, self._tables, num_singles=size, splits=splits_on(cache, size))
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fill(self, packed: PackedStep) -> None:
         """Take a step's rows in; the last one stands for those that are missing."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the step before may have given no token, so that nobody waited for it
         rows = np.minimum(np.arange(self._host.shape[1]), len(packed.tokens) - 1)
         owners = np.repeat(packed.sequences[:, 3], packed.sequences[:, 1])
         self._host.numpy()[:] = np.stack([packed.tokens, packed.positions, places_of(packed)])[:, rows]
@@ -108,6 +123,8 @@ class _Frame:
         width = packed.tables.shape[1]
         self._host_tables.numpy()[:, :width] = packed.tables[owners[rows]]
         self._tables[:, :width].copy_(self._host_tables[:, :width], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +159,7 @@ class GraphedRunner(ModelRunner):
         self._max_blocks = max_blocks
         self._sizes = sizes_for(max(max_running, _MOST_DRAFTED_ROWS))
         self._given = record
+        self._serves = False
         self._record: Record | None = None
         self._recorded: dict[int, _Recorded] = {}
         self._settle()
@@ -210,7 +228,7 @@ class GraphedRunner(ModelRunner):
             self._logits[:size].copy_(logits)
 
         if self._record is None:
-            self._record = self._given or CudaRecorder()
+            self._record = self._given or CudaRecorder(strict=not self._serves)
         self._recorded[size] = _Recorded(frame, self._record(forward))
         return self._recorded[size]
 
@@ -218,6 +236,7 @@ class GraphedRunner(ModelRunner):
         """Record every size, the largest first, before anybody is served: whoever needs one first would wait for it."""
         for size in reversed(self._sizes):
             self.run_packed(_decode_step([0] * size, [0] * size, [[0]] * size))
+        self._serves = True
 
     def resize(self, num_blocks: int, kept: Mapping[int, int]) -> None:
         """Have a cache of so many blocks; recordings of the old one are dropped, and made anew as they are needed."""

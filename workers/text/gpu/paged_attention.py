@@ -102,7 +102,8 @@ def attend_tiles(
     heads, head_dim = query.shape[1:]
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    members = min(_MOST_MEMBERS, triton.next_power_of_2(group))
+    # Of wide heads half as many at once: more do not fit into the shared memory of cards for workstations.
+    members = min(_MOST_MEMBERS if head_dim <= _WIDE else _MOST_MEMBERS // 2, triton.next_power_of_2(group))
     _attend_tiles[(tiles.shape[0], kv_heads * triton.cdiv(group, members))](
         query, keys, values, tables, tiles, output, scale, softcap or 0.0, tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, MEMBERS=members, QUERIES=TILE_QUERIES, TILE=_TILE_TOKENS, BLOCK=BLOCK_TOKENS,
