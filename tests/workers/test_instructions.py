@@ -41,38 +41,32 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return build.build()
 
 
+def _llama(path: Path, tokenizer: Path, seed: int, **sizes: object) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=256, **sizes)
+    LlamaForCausalLM(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def odd_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """Widths that fill no whole tile of any kind: 80 and 132 inputs, heads of 48, five of them to one key head."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("odd")
-    torch.manual_seed(3)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=80, intermediate_size=132, num_hidden_layers=2, num_attention_heads=5,
-            num_key_value_heads=1, head_dim=48, max_position_embeddings=256, tie_word_embeddings=False,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
-    return path
+    return _llama(
+        tmp_path_factory.mktemp("odd"), tiny_model, 3, hidden_size=80, intermediate_size=132, num_hidden_layers=2,
+        num_attention_heads=5, head_dim=48, tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """Products of more inputs than a core's first cache holds panels of: 608 and 1,220."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("deep")
-    torch.manual_seed(4)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=608, intermediate_size=1220, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
-    return path
+    return _llama(
+        tmp_path_factory.mktemp("deep"), tiny_model, 4, hidden_size=608, intermediate_size=1220, num_hidden_layers=1,
+        num_attention_heads=2, head_dim=32, tie_word_embeddings=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])

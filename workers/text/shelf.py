@@ -115,9 +115,8 @@ class Shelf:
         """Bring the module's tensors to a device, and free the memory. Who has taken over keeps it until it is done."""
         move(module, device)
         self.path = ""
-        if (
-            self._pinned_at
-        ):  # Letting go of pinned pages takes a tenth of a second for each gigabyte: nobody waits for it.
+        if self._pinned_at:
+            # To let go of pinned pages takes a tenth of a second for each gigabyte: nobody waits for it.
             threading.Thread(target=self._free, name="unpin", daemon=True).start()
         else:
             self._free()
