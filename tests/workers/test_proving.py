@@ -18,7 +18,7 @@ from workers.text.describe import first_of_each_kind
 from workers.text.directory import Directory, read_directory
 from workers.text.native import build
 from workers.text.native.runner import agree
-from workers.text.opening import open_recipe, recipe_of
+from workers.text.opening import open_native, open_recipe, recipe_of
 
 
 def _llama() -> Any:
@@ -141,3 +141,17 @@ def test_a_layer_that_computes_otherwise_is_noticed(
     """One layer in four leaves positions as they are: kernels that rotated them in every layer would be refused."""
     monkeypatch.setattr("workers.text.describe._rope_of", lambda _attention, rope: rope)
     assert not proving.prove(_spec(model_of("smollm3")))
+
+
+def test_a_proof_leaves_the_module_as_it_is(model_of: Callable[[str], Path], library: Path) -> None:
+    """An engine may be serving through it: kernels are compiled, and proved, beside it."""
+    path = model_of("gemma3")
+    spec = _spec(path)
+    loaded = loader.load(spec, lambda *_: None)
+    seen: list[int] = []
+    loaded.decoder.register_forward_pre_hook(lambda *_: seen.append(len(loaded.decoder.layers)))
+    before = reference_logits(loaded)
+    open_native(read_directory(spec), loaded, spec, library).close()
+    assert set(seen) == {8}
+    assert len(seen) == 6, "the probe's three steps, here and in the proof"
+    torch.testing.assert_close(reference_logits(loaded), before, atol=0, rtol=0)

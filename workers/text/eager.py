@@ -6,6 +6,7 @@ context.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Mapping
@@ -162,7 +163,7 @@ def open_eager(loaded: LoadedModel, spec: LoadSpec, *, keep_weights: bool = Fals
 def proved(runner: NativeRunner, loaded: LoadedModel, weights: str, *, num_layers: int, routed: bool = False) -> bool:
     """Return whether the kernels' logits agree with the module's, both of the first layers alone.
 
-    May convert those layers and what is around them to another dtype, in place.
+    The module itself stays as it is, whoever runs it meanwhile.
 
     Args:
         runner: has that many layers.
@@ -173,14 +174,28 @@ def proved(runner: NativeRunner, loaded: LoadedModel, weights: str, *, num_layer
     every = len(os.sched_getaffinity(0))
     # The reference computes in float32 where torch's bfloat16 would take seconds.
     dtype = choose_dtype("auto", loaded.dtype, loaded.device)
-    cache = PagedCache(shape, dtype, loaded.device)
-    whole = loaded.decoder.layers
-    loaded.decoder.layers = whole[:num_layers]
-    try:
-        reference = ModelRunner(loaded.model.to(dtype), cache, Threads(every, every))
-        steps = probe(int(loaded.head.weight.shape[0]))
-        got = torch.cat([runner.run_packed(step) for step in steps])
-        expected = torch.cat([reference.run_packed(step) for step in steps])
-    finally:
-        loaded.decoder.layers = whole
+    first = _with_first_layers(loaded.model, loaded.decoder, num_layers)
+    if dtype != loaded.dtype:
+        first = copy.deepcopy(first).to(dtype)
+    reference = ModelRunner(first, PagedCache(shape, dtype, loaded.device), Threads(every, every))
+    steps = probe(int(loaded.head.weight.shape[0]))
+    got = torch.cat([runner.run_packed(step) for step in steps])
+    expected = torch.cat([reference.run_packed(step) for step in steps])
     return agree(got, expected, weights, routed=routed)
+
+
+def _with_first_layers(model: Any, decoder: Any, num_layers: int) -> Any:
+    """Return a module that shares everything with `model`, but whose decoder has its first layers alone."""
+
+    def twin_of(module: Any) -> Any:
+        twin = copy.copy(module)
+        twin._modules = dict(module._modules)
+        return twin
+
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    top = twin = twin_of(model)
+    for name in path.split("."):
+        twin._modules[name] = twin_of(twin._modules[name])
+        twin = twin._modules[name]
+    twin._modules["layers"] = decoder.layers[:num_layers]
+    return top

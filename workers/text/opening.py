@@ -218,7 +218,7 @@ def prove(directory: Directory, loaded: LoadedModel, spec: LoadSpec, library: Pa
     blocks = blocks_for(PROBE_TOKENS)
     kv = replace(loaded.kv, num_layers=count, num_blocks=blocks, capacity_blocks=blocks)
     runner = NativeRunner(_pack(library, first, loaded.dtype, kv, weights, spec), _num_threads(spec))
-    # Drafted before the proof, which may convert the module; towers are not in recipes.
+    # Towers are not in recipes.
     draft = recipe.draft(directory, first, loaded.model) if directory.config is directory.text else None
     routed = any(layer.router is not None for layer in first.layers)
     try:

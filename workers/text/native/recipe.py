@@ -149,7 +149,7 @@ def _names_of(index: int, seen: list[dict[str, Any]], config: Any, checkpoint: _
 def _all_names(document: Any) -> list[str]:
     """Return every name of a tensor in a document, or in a part of it, once, in order."""
     if isinstance(document, dict):
-        document = [value for key, value in document.items() if key != "architecture"]
+        document = list(document.values())
     if isinstance(document, list):
         return list(dict.fromkeys(name for part in document for name in _all_names(part)))
     return [document] if isinstance(document, str) else []
